@@ -1,0 +1,52 @@
+# moorage. The two commands of the README: sudo make demo, sudo make test.
+
+.PHONY: help setup tools check test demo bench clean
+.DEFAULT_GOAL := help
+
+PACKAGES := moorage netmodules marathon isolator ipam
+SOURCES := setup.py constraints.txt scripts/setup $(shell find bin $(PACKAGES) -type f ! -name '*.pyc')
+PYTHON := .venv/bin/python
+# Tests of one xdist group share a worker, one after the other: @pytest.mark.xdist_group("...").
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup
+
+help:
+	@echo "make demo    see it work: three containers on a node of their own   (root)"
+	@echo "make test    everything is tested, with real namespaces             (root)"
+	@echo "make check   ruff, mypy and the unit tests, in a minute"
+	@echo "make bench   against the reference CNI plugins                      (root)"
+	@echo "make setup   system packages and .venv only"
+	@echo "make clean   remove .venv and what tools left behind"
+
+setup: .venv/installed
+tools: .venv/tools
+
+.venv/installed: $(SOURCES)
+	scripts/setup
+	@touch $@
+
+.venv/tools: $(SOURCES) pyproject.toml
+	scripts/setup --test
+	@touch .venv/installed $@
+
+check: tools
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	$(PYTEST) -m "not kernel and not slow"
+
+test: root tools
+	$(PYTEST)
+
+demo: root setup
+	scripts/demo
+
+bench: root tools
+	$(PYTHON) -m benchmarks
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" -eq 0 ] || { echo "network namespaces need root: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Where the address is chosen: pure decisions over blocks and what is known of them.
+
+A node takes addresses from its own blocks, in the order of the network's pools. Inside a block the
+address that was released longest ago comes first, so a just-released one is reused last. When its
+blocks are used up, the node claims another, looking from a place that its name hashes to: nodes then
+rarely look at the same block.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Collection
+
+from ipam.keys import IPAddress, IPNetwork
+from ipam.pools import Geometry
+
+
+class BlockSpace:
+    """The addresses of one own block that nobody is known to hold, longest unused first."""
+
+    def __init__(self, pool: Geometry, block: IPNetwork, held: Collection[IPAddress]) -> None:
+        self.pool = pool
+        self.block = block
+        self._free = deque(ip for ip in pool.dynamic_in(block) if ip not in held)
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int, reserved: Collection[IPAddress]) -> list[IPAddress]:
+        """Up to ``count`` addresses, none of them reserved for somebody."""
+        taken: list[IPAddress] = []
+        kept: list[IPAddress] = []
+        while self._free and len(taken) < count:
+            ip = self._free.popleft()
+            (kept if ip in reserved else taken).append(ip)
+        self._free.extendleft(reversed(kept))
+        return taken
+
+    def remove(self, ip: IPAddress) -> None:
+        """Somebody holds it now."""
+        if ip in self._free:
+            self._free.remove(ip)
+
+    def give_back(self, ip: IPAddress) -> None:
+        """Nobody holds it any more: it is reused last."""
+        if self.pool.dynamic(ip) and ip not in self._free:
+            self._free.append(ip)
+
+
+def first_block(node: str, pool: Geometry) -> int:
+    """The index where ``node`` starts looking for a block of ``pool`` to claim."""
+    return zlib.crc32(node.encode()) % pool.block_count

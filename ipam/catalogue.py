@@ -1,0 +1,183 @@
+"""The catalogue: networks, pools and reservations as the node last saw them.
+
+Followed from the store by snapshot and watch, kept in the node's journal, so that an ADD reads memory
+only and works while the store is away. A network that is not known yet is looked for once more in the
+store before it is refused: operators create a network and start an app in the same breath.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from ipam import keys
+from ipam.errors import Compacted, MoorageError, NotFound, StoreError
+from ipam.keys import Family, IPAddress
+from ipam.networks import unknown_network
+from ipam.pools import Geometry, geometry
+from ipam.records import Network, Pool, Reservation
+from ipam.store.base import KeyValue, Store, read_prefix
+
+log = structlog.get_logger(__name__)
+
+FOLLOWED = (keys.NETWORKS, keys.POOLS, keys.RESERVATIONS)
+
+
+class CatalogueCache(Protocol):
+    """Where the catalogue survives restarts; the journal."""
+
+    def load_cache(self) -> Iterable[tuple[str, bytes, int]]: ...
+
+    def save_cache(self, changed: Iterable[tuple[str, bytes, int]], gone: Iterable[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """A reservation and the revision that wrote it."""
+
+    ip: IPAddress
+    reservation: Reservation
+    mod_revision: int
+
+
+class Catalogue:
+    """See the module's docstring. Reading it never blocks."""
+
+    def __init__(self, store: Store, cache: CatalogueCache, on_change: Callable[[], None]) -> None:
+        self._store = store
+        self._cache = cache
+        self._on_change = on_change
+        self._networks: dict[str, Network] = {}
+        self._pools: dict[str, Geometry] = {}
+        self._reserved: dict[IPAddress, Reserved] = {}
+        self._revisions: dict[str, int] = {}
+        self._refreshing = asyncio.Lock()
+
+    def load(self) -> None:
+        """Start from what the journal remembers."""
+        for key, value, revision in self._cache.load_cache():
+            self._set(key, value, revision)
+
+    async def refresh(self) -> int:
+        """Read everything anew; returns the revision it was read at. Raises StoreUnavailable."""
+        async with self._refreshing:
+            seen: list[KeyValue] = []
+            revision = 0
+            for prefix in FOLLOWED:
+                items, at = await read_prefix(self._store, prefix)
+                # Watching starts from the oldest of the three, so nothing between them is missed.
+                revision = at if revision == 0 else min(revision, at)
+                seen.extend(items)
+            fresh = {kv.key for kv in seen}
+            gone = [key for key in self._revisions if key not in fresh]
+            changed = [kv for kv in seen if self._revisions.get(kv.key) != kv.mod_revision]
+            self._apply(changed, gone)
+            return revision
+
+    async def follow(self) -> None:
+        """Follow the store until cancelled. Raises StoreError when it fails; the caller runs it again."""
+        while True:
+            revision = await self.refresh()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for prefix in FOLLOWED:
+                        group.create_task(self._follow(prefix, revision + 1))
+            except* Compacted:
+                log.info("catalogue is read anew", why="the store compacted what it was to follow")
+            except* StoreError as errors:
+                raise errors.exceptions[0] from None
+
+    async def _follow(self, prefix: str, revision: int) -> None:
+        async for batch in self._store.watch(prefix, revision):
+            changed = [e.kv for e in batch.events if e.kv is not None]
+            gone = [e.key for e in batch.events if e.kv is None]
+            self._apply(changed, gone)
+        raise StoreError("the store closed while the catalogue followed it; restart the agent")
+
+    def _apply(self, changed: Iterable[KeyValue], gone: Iterable[str]) -> None:
+        rows = []
+        for kv in changed:
+            # Batches overlap after a refresh; an older version never replaces a newer one.
+            if self._revisions.get(kv.key, 0) < kv.mod_revision:
+                self._set(kv.key, kv.value, kv.mod_revision)
+                rows.append((kv.key, kv.value, kv.mod_revision))
+        removed = [key for key in gone if self._drop(key)]
+        if not rows and not removed:
+            return
+        try:
+            self._cache.save_cache(rows, removed)
+        except MoorageError as error:
+            log.warning("catalogue not saved", why=str(error))
+        self._on_change()
+
+    def _set(self, key: str, value: bytes, revision: int) -> None:
+        self._revisions[key] = revision
+        try:
+            if key.startswith(keys.NETWORKS):
+                network = Network.decode(key, value)
+                self._networks[network.name] = network
+            elif key.startswith(keys.POOLS):
+                shape = geometry(Pool.decode(key, value))
+                self._pools[shape.name] = shape
+            else:
+                ip = keys.ip_of(key)
+                self._reserved[ip] = Reserved(ip, Reservation.decode(key, value), revision)
+        except MoorageError as error:
+            log.error("catalogue entry ignored", key=key, why=str(error))
+
+    def _drop(self, key: str) -> bool:
+        if self._revisions.pop(key, None) is None:
+            return False
+        if key.startswith(keys.NETWORKS):
+            self._networks.pop(key.removeprefix(keys.NETWORKS), None)
+        elif key.startswith(keys.POOLS):
+            self._pools.pop(key.removeprefix(keys.POOLS), None)
+        else:
+            self._reserved.pop(keys.ip_of(key), None)
+        return True
+
+    async def network(self, name: str) -> Network:
+        """The network called ``name``. Raises NotFound naming the known ones."""
+        if name not in self._networks:
+            try:
+                await self.refresh()
+            except StoreError as error:
+                log.warning("catalogue not refreshed", why=str(error))
+        try:
+            return self._networks[name]
+        except KeyError:
+            raise NotFound(unknown_network(name, self.names())) from None
+
+    def names(self) -> list[str]:
+        return sorted(self._networks)
+
+    def networks(self) -> list[Network]:
+        return list(self._networks.values())
+
+    def pools(self) -> list[Geometry]:
+        return list(self._pools.values())
+
+    def pools_of(self, network: Network, family: Family | None = None) -> list[Geometry]:
+        """The network's pools in its order, of one family if given."""
+        found = (self._pools.get(name) for name in network.pools)
+        return [p for p in found if p is not None and family in (None, p.family)]
+
+    def pool_of(self, ip: IPAddress) -> Geometry | None:
+        return next((p for p in self._pools.values() if ip in p.cidr), None)
+
+    def reserved(self, ip: IPAddress) -> Reserved | None:
+        return self._reserved.get(ip)
+
+    def reserved_ips(self) -> Collection[IPAddress]:
+        return self._reserved.keys()
+
+    def reserved_under(self, key: str, network: str) -> list[Reserved]:
+        """The addresses of ``network`` reserved under ``key``, in address order."""
+        found = [
+            r for r in self._reserved.values() if r.reservation.key == key and r.reservation.network == network
+        ]
+        return sorted(found, key=lambda r: (r.ip.version, int(r.ip)))

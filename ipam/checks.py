@@ -1,0 +1,185 @@
+"""`moorage ip check`: whether the invariants hold, live and without a lock.
+
+1. No IP is assigned to two endpoints at any moment; no IP is carried by two live namespaces.
+2. Every assigned address has a live endpoint on its node, or is on its way out.
+3. Every attached endpoint has its addresses assigned to it.
+4. Nothing of ours outlives its endpoint.
+5. A block has one owner; no address key lies outside every pool.
+
+The store is read here; every live agent answers for its own journal and kernel through an intent. What
+changes all the time cannot be read at one moment, so a violation is what stands in two looks,
+SETTLE seconds apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ipam import keys
+from ipam.errors import MoorageError, StoreError
+from ipam.intents import ask
+from ipam.keys import IPAddress
+from ipam.networks import list_networks
+from ipam.pools import Geometry, block_at, geometry
+from ipam.records import Address, AddressState, Block, Intent, IntentKind
+from ipam.store.base import Store, prefix_end, read_prefix
+
+SETTLE = 2.0
+"""Seconds between the two looks (DESIGN.md section 5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A violated invariant with the evidence for it.
+
+    invariant: its number. repair: what `--repair` did or would need; "" if only a person can.
+    """
+
+    invariant: int
+    subject: str
+    problem: str
+    evidence: dict[str, str] = field(default_factory=dict)
+    repair: str = ""
+
+    @property
+    def identity(self) -> tuple[int, str, str]:
+        return self.invariant, self.subject, self.problem
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What a check found. notes: what could not be looked at, and why."""
+
+    findings: list[Finding] = field(default_factory=list)
+    repaired: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    addresses: int = 0
+    nodes_asked: int = 0
+    nodes_silent: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Look:
+    findings: list[Finding] = field(default_factory=list)
+    repaired: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    addresses: int = 0
+    asked: int = 0
+    silent: list[str] = field(default_factory=list)
+    carried: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+async def check(store: Store, *, repair: bool = False) -> CheckReport:
+    """Look twice, report what stood both times; with ``repair`` have agents mend what is provably safe."""
+    look = await _look(store, repair=False)
+    if look.findings:
+        await asyncio.sleep(SETTLE)
+        before = {finding.identity for finding in look.findings}
+        look = await _look(store, repair=repair)
+        look.findings = [finding for finding in look.findings if finding.identity in before]
+    return CheckReport(
+        findings=look.findings,
+        repaired=look.repaired,
+        notes=look.notes,
+        addresses=look.addresses,
+        nodes_asked=look.asked,
+        nodes_silent=look.silent,
+    )
+
+
+async def _look(store: Store, *, repair: bool) -> _Look:
+    look = _Look()
+    pools = [geometry(pool) for _, own in await list_networks(store) for pool in own]
+    holders = await _look_at_addresses(store, pools, look)
+    await _look_at_blocks(store, pools, look)
+    leases, _ = await read_prefix(store, keys.ALIVE)
+    alive = {kv.key.removeprefix(keys.ALIVE) for kv in leases}
+    for node, count in sorted(holders.items()):
+        if node not in alive:
+            look.silent.append(node)
+            look.notes.append(
+                f"node {node} holds {count} addresses and its agent is not running: they are kept, not verified"
+            )
+    await asyncio.gather(*(_ask(store, node, look, repair=repair) for node in sorted(alive)))
+    for ip, places in sorted(look.carried.items()):
+        if len(places) > 1:
+            look.findings.append(
+                Finding(1, ip, "is carried by two live endpoints", {"endpoints": ", ".join(sorted(places))})
+            )
+    return look
+
+
+async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Look) -> dict[str, int]:
+    holders: dict[str, int] = defaultdict(int)
+    cursor: str | None = keys.ADDRESSES
+    revision = 0
+    while cursor is not None:
+        page = await store.page(cursor, prefix_end(keys.ADDRESSES), revision=revision)
+        for kv in page.items:
+            look.addresses += 1
+            try:
+                ip = keys.ip_of(kv.key)
+                address = Address.decode(kv.key, kv.value)
+            except (StoreError, ValueError) as error:
+                look.findings.append(Finding(5, kv.key, "is no valid address record", {"error": str(error)}))
+                continue
+            holders[address.node] += 1
+            look.findings.extend(_address_findings(ip, address, pools))
+        cursor, revision = page.next_key, page.revision
+    return holders
+
+
+def _address_findings(ip: IPAddress, address: Address, pools: Sequence[Geometry]) -> list[Finding]:
+    pool = next((p for p in pools if p.family == ip.version and ip in p.cidr), None)
+    if pool is None:
+        return [Finding(5, str(ip), "lies outside every pool", {"node": address.node, "pool": address.pool})]
+    found = []
+    if pool.name != address.pool:
+        found.append(
+            Finding(5, str(ip), "names another pool than it lies in", {"says": address.pool, "is": pool.name})
+        )
+    if address.state is AddressState.ASSIGNED and not address.container_id:
+        found.append(Finding(2, str(ip), "is assigned to nobody", {"node": address.node}))
+    return found
+
+
+async def _look_at_blocks(store: Store, pools: Sequence[Geometry], look: _Look) -> None:
+    items, _ = await read_prefix(store, keys.BLOCKS)
+    by_name = {pool.name: pool for pool in pools}
+    for kv in items:
+        block = Block.decode(kv.key, kv.value)
+        cidr = block_at(keys.ip_of(kv.key), block.size)
+        pool = by_name.get(block.pool)
+        if pool is None or cidr.network_address not in pool.cidr or block.size != pool.block_size:
+            look.findings.append(
+                Finding(5, str(cidr), "is a block of no pool", {"node": block.node, "pool": block.pool})
+            )
+
+
+async def _ask(store: Store, node: str, look: _Look, *, repair: bool) -> None:
+    try:
+        answer = await ask(store, node, Intent(kind=IntentKind.CHECK, evidence={"repair": repair}))
+    except MoorageError as error:
+        look.silent.append(node)
+        look.notes.append(str(error))
+        return
+    look.asked += 1
+    look.findings.extend(_finding(row) for row in answer.get("findings", []))
+    look.repaired.extend(_finding(row) for row in answer.get("repaired", []))
+    look.notes.extend(answer.get("notes", []))
+    for ip, endpoint in answer.get("carried", {}).items():
+        look.carried[ip].append(f"{endpoint} on {node}")
+
+
+def _finding(row: dict[str, Any]) -> Finding:
+    return Finding(
+        int(row["invariant"]),
+        str(row["subject"]),
+        str(row["problem"]),
+        {str(k): str(v) for k, v in row.get("evidence", {}).items()},
+        str(row.get("repair", "")),
+    )

@@ -1,0 +1,99 @@
+"""Intents: how others ask a node's agent for something without writing its records.
+
+    asker:  put intents/<node>/<uuid> on a lease, wait for ``answer``, delete it
+    agent:  follow intents/<node>/, act, write ``answer``
+
+Only the node's agent writes its addresses; it acts only if the address's id and revision still are
+what the asker saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+
+from ipam import keys
+from ipam.errors import Compacted, MoorageError, TryAgain
+from ipam.records import Alive, Intent
+from ipam.store.base import Delete, KeyValue, Put, Store, Txn, absent, read_prefix, unchanged
+
+log = structlog.get_logger(__name__)
+
+Answerer = Callable[[Intent], Awaitable[dict[str, Any]]]
+
+
+async def ask(store: Store, node: str, intent: Intent, timeout: float = 10.0) -> dict[str, Any]:
+    """Leave an intent for ``node`` and wait for its agent's answer.
+
+    Raises TryAgain when no agent of that name is alive, or it does not answer within ``timeout`` seconds.
+    """
+    alive = await store.get(keys.ALIVE + node)
+    if alive is None:
+        raise TryAgain(f"the agent of node {node} is not running, and only it may answer for its addresses; start it")
+    Alive.decode(alive.key, alive.value)
+    key = f"{keys.INTENTS}{node}/{uuid.uuid4().hex}"
+    lease = await store.lease(timeout + 5.0)
+    try:
+        put = await store.txn(
+            Txn((absent(key),), (Put(key, intent.with_(expires=time.time() + timeout).encode(), lease.id),))
+        )
+        async with asyncio.timeout(timeout):
+            async for batch in store.watch(key, put.revision + 1):
+                for event in batch.events:
+                    if event.kv is None:
+                        raise TryAgain(f"the request to node {node} expired unanswered; try again")
+                    answered = Intent.decode(key, event.kv.value)
+                    if answered.answer is not None:
+                        return answered.answer
+    except TimeoutError as error:
+        raise TryAgain(
+            f"the agent of node {node} did not answer within {timeout:.0f} s; see its log, then try again"
+        ) from error
+    finally:
+        await lease.revoke()
+    raise TryAgain(f"the store closed before node {node} answered; try again")
+
+
+class IntentServer:
+    """The agent's side: answers every intent left for ``node``, each once."""
+
+    def __init__(self, store: Store, node: str, answer: Answerer) -> None:
+        self._store = store
+        self._prefix = f"{keys.INTENTS}{node}/"
+        self._answer = answer
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises StoreError when the store fails; the caller runs it again."""
+        while True:
+            items, revision = await read_prefix(self._store, self._prefix)
+            for kv in items:
+                await self._serve(kv)
+            try:
+                async for batch in self._store.watch(self._prefix, revision + 1):
+                    for event in batch.events:
+                        if event.kv is not None:
+                            await self._serve(event.kv)
+            except Compacted:
+                continue
+
+    async def _serve(self, kv: KeyValue) -> None:
+        try:
+            intent = Intent.decode(kv.key, kv.value)
+        except MoorageError as error:
+            log.warning("intent ignored", key=kv.key, why=str(error))
+            await self._store.txn(Txn((unchanged(kv),), (Delete(kv.key),)))
+            return
+        if intent.answer is not None or intent.expires < time.time():
+            return
+        try:
+            answer = await self._answer(intent)
+        except MoorageError as error:
+            answer = {"done": False, "why": str(error)}
+        await self._store.txn(
+            Txn((unchanged(kv),), (Put(kv.key, intent.with_(answer=answer).encode(), kv.lease),))
+        )

@@ -1,0 +1,298 @@
+"""Networks and their pools: created, listed and deleted by operators.
+
+Every change of pools compares and rewrites the ``poolset`` key, so of two concurrent changes that were
+both decided on the same picture exactly one succeeds; the other looks again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+
+from ipam import keys
+from ipam.errors import AlreadyExists, InvalidInput, NotFound, TryAgain
+from ipam.pools import NAME, geometry, overlapping, parse_pool
+from ipam.records import Address, AddressState, Block, Network, Pool, Reservation
+from ipam.store.base import (
+    Compare,
+    Delete,
+    KeyValue,
+    Op,
+    Put,
+    Store,
+    Txn,
+    absent,
+    none_between,
+    read_prefix,
+    unchanged,
+)
+
+MTU = (1280, 65535)
+"""Bytes. Below 1280 IPv6 does not work (RFC 8200 section 5)."""
+
+MAX_WARM = 4096
+CHANGE_TRIES = 50
+"""Each try fails only because another change succeeded, so this bounds concurrent operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """A pool as an operator asks for it; None and () are defaults."""
+
+    cidr: str
+    block_size: int | None = None
+    static: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUsage:
+    """How a pool is used, in addresses. by_node: node -> state -> count."""
+
+    usable: int
+    assigned: int
+    warm: int
+    cooling: int
+    by_node: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def free(self) -> int:
+        return self.usable - self.assigned - self.warm - self.cooling
+
+    def __str__(self) -> str:
+        nodes = "; ".join(
+            f"{node}: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+            for node, states in sorted(self.by_node.items())
+        )
+        return f"{self.assigned} assigned, {self.warm} warm, {self.cooling} cooling, {self.free} free ({nodes or 'no node holds any'})"
+
+
+def validate(network: Network) -> None:
+    """Raises InvalidInput when a network's own fields make no sense."""
+    if not NAME.fullmatch(network.name):
+        raise InvalidInput(
+            f"{network.name!r} is no network name; use 1 to 63 letters, digits, dots, dashes and underscores, "
+            "starting with a letter or digit"
+        )
+    if network.mtu and not MTU[0] <= network.mtu <= MTU[1]:
+        raise InvalidInput(f"the MTU {network.mtu} is not between {MTU[0]} and {MTU[1]}")
+    if not 0 <= network.warm <= MAX_WARM:
+        raise InvalidInput(f"warm {network.warm} is not between 0 and {MAX_WARM}")
+    for server in network.dns:
+        try:
+            ip_address(server)
+        except ValueError as error:
+            raise InvalidInput(f"the DNS server {server!r} is no IP address ({error})") from error
+    for domain in network.search:
+        if not NAME.fullmatch(domain.rstrip(".")):
+            raise InvalidInput(f"the search domain {domain!r} is no domain name")
+
+
+async def create_network(store: Store, network: Network, pools: Sequence[PoolSpec]) -> Network:
+    """Create a network and its pools in one transaction.
+
+    Raises InvalidInput for nonsense, AlreadyExists naming what it overlaps with or that the name is
+    taken. Nothing is written then.
+    """
+    validate(network)
+    if not pools:
+        raise InvalidInput(f"the network {network.name} needs at least one --pool, for example 10.64.0.0/16")
+    parsed: list[Pool] = []
+    for spec in pools:
+        pool = parse_pool(
+            spec.cidr,
+            network=network.name,
+            block_size=spec.block_size,
+            static=spec.static,
+            excluded=spec.excluded,
+        )
+        if twin := overlapping(ip_network(pool.cidr), parsed):
+            raise AlreadyExists(f"the pools {twin.cidr} and {pool.cidr} overlap; leave one out")
+        parsed.append(pool)
+    record = network.with_(pools=[pool.name for pool in parsed])
+
+    for _ in range(CHANGE_TRIES):
+        guard = await store.get(keys.POOLSET)
+        existing = [pool for _, pool in await _pools(store)]
+        for pool in parsed:
+            if other := overlapping(ip_network(pool.cidr), existing):
+                raise AlreadyExists(
+                    f"the pool {pool.cidr} overlaps {other.cidr} of network {other.network}; choose another CIDR"
+                )
+        result = await store.txn(
+            Txn(
+                (_guard(guard), absent(keys.NETWORKS + record.name)),
+                (
+                    Put(keys.POOLSET, _next(guard)),
+                    Put(keys.NETWORKS + record.name, record.encode()),
+                    *(Put(keys.POOLS + pool.name, pool.encode()) for pool in parsed),
+                ),
+            )
+        )
+        if result.succeeded:
+            return record
+        if await store.get(keys.NETWORKS + record.name):
+            raise AlreadyExists(
+                f"the network {record.name} exists already; see `moorage network show {record.name}`"
+            )
+    raise TryAgain(f"pools changed {CHANGE_TRIES} times while {record.name} was created; try again")
+
+
+def _guard(guard: KeyValue | None) -> Compare:
+    return absent(keys.POOLSET) if guard is None else unchanged(guard)
+
+
+def _next(guard: KeyValue | None) -> bytes:
+    return str(int(guard.value) + 1 if guard else 1).encode()
+
+
+async def _pools(store: Store) -> list[tuple[KeyValue, Pool]]:
+    items, _ = await read_prefix(store, keys.POOLS)
+    return [(kv, Pool.decode(kv.key, kv.value)) for kv in items]
+
+
+async def list_networks(store: Store) -> list[tuple[Network, list[Pool]]]:
+    """All networks with their pools, by name."""
+    items, _ = await read_prefix(store, keys.NETWORKS)
+    pools = {pool.name: pool for _, pool in await _pools(store)}
+    networks = [Network.decode(kv.key, kv.value) for kv in items]
+    return [(n, [pools[name] for name in n.pools if name in pools]) for n in networks]
+
+
+async def get_network(store: Store, name: str) -> tuple[Network, list[Pool]]:
+    """One network with its pools. Raises NotFound naming the known ones."""
+    known = await list_networks(store)
+    for network, pools in known:
+        if network.name == name:
+            return network, pools
+    raise NotFound(unknown_network(name, [network.name for network, _ in known]))
+
+
+def unknown_network(name: str, known: Sequence[str]) -> str:
+    """The sentence for a network that nobody created."""
+    listed = ", ".join(sorted(known)) if known else "none yet"
+    return (
+        f"there is no network {name!r} (known: {listed}); "
+        "create it with `moorage network create`, or correct the name"
+    )
+
+
+async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
+    """Counts the pool's addresses in the store; the time grows with those in use, not with the pool's size."""
+    shape = geometry(pool)
+    start, end = keys.address_range(shape.cidr)
+    counts: Counter[tuple[str, AddressState]] = Counter()
+    cursor: str | None = start
+    revision = 0
+    while cursor is not None:
+        page = await store.page(cursor, end, revision=revision)
+        for kv in page.items:
+            address = Address.decode(kv.key, kv.value)
+            counts[address.node, address.state] += 1
+        cursor, revision = page.next_key, page.revision
+    by_node: dict[str, dict[str, int]] = {}
+    for (node, state), count in counts.items():
+        by_node.setdefault(node, {})[state.value] = count
+
+    def total(state: AddressState) -> int:
+        return sum(count for (_, s), count in counts.items() if s is state)
+
+    return PoolUsage(
+        usable=shape.usable_count(),
+        assigned=total(AddressState.ASSIGNED),
+        warm=total(AddressState.WARM),
+        cooling=total(AddressState.COOLING),
+        by_node=by_node,
+    )
+
+
+async def set_pools_disabled(store: Store, names: Sequence[str], disabled: bool) -> None:
+    """Stop (or resume) giving out addresses from pools; agents then give back what they keep warm."""
+    for _ in range(CHANGE_TRIES):
+        guard = await store.get(keys.POOLSET)
+        found = [(kv, pool) for kv, pool in await _pools(store) if pool.name in names]
+        result = await store.txn(
+            Txn(
+                (_guard(guard), *(unchanged(kv) for kv, _ in found)),
+                (
+                    Put(keys.POOLSET, _next(guard)),
+                    *(Put(kv.key, pool.with_(disabled=disabled).encode()) for kv, pool in found),
+                ),
+            )
+        )
+        if result.succeeded:
+            return
+    raise TryAgain("pools kept changing meanwhile; try again")
+
+
+async def delete_network(store: Store, name: str, *, patience: float = 5.0) -> None:
+    """Delete a network with its pools and reservations.
+
+    Refuses while an address is assigned or cooling. Otherwise the pools are disabled, so that agents give
+    back what they keep warm, for which it waits ``patience`` seconds; if they do not, the pools are
+    enabled again. Raises NotFound, TryAgain saying who still holds what.
+    """
+    _, pools = await get_network(store, name)
+    uses = {pool.cidr: await pool_usage(store, pool) for pool in pools}
+    if any(use.assigned or use.cooling for use in uses.values()):
+        raise TryAgain(_in_use(name, uses))
+    enabled = [pool.name for pool in pools if not pool.disabled]
+    await set_pools_disabled(store, enabled, True)
+    deadline = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                await _remove_network(store, name)
+                return
+            except TryAgain:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+    except BaseException:
+        await set_pools_disabled(store, enabled, False)
+        raise
+
+
+def _in_use(name: str, uses: dict[str, PoolUsage]) -> str:
+    return (
+        f"the network {name} is in use: "
+        + ", ".join(f"{cidr} has {use}" for cidr, use in uses.items() if use.by_node)
+        + "; end its containers, wait for the cooldown, and try again"
+    )
+
+
+async def _remove_network(store: Store, name: str) -> None:
+    """Delete it if no address and no block of it is left, in one transaction that compares just that."""
+    for _ in range(CHANGE_TRIES):
+        guard = await store.get(keys.POOLSET)
+        stored = await store.get(keys.NETWORKS + name)
+        network, pools = await get_network(store, name)
+        if stored is None:
+            continue
+        shapes = [geometry(pool) for pool in pools]
+        reserved, _ = await read_prefix(store, keys.RESERVATIONS)
+        ours = [kv.key for kv in reserved if Reservation.decode(kv.key, kv.value).network == name]
+        compares: list[Compare] = [_guard(guard), unchanged(stored)]
+        for shape in shapes:
+            compares.append(none_between(*keys.address_range(shape.cidr)))
+            compares.append(none_between(*keys.block_range(shape.cidr)))
+        operations: list[Op] = [Put(keys.POOLSET, _next(guard)), Delete(stored.key)]
+        operations += [Delete(keys.POOLS + pool) for pool in network.pools]
+        operations += [Delete(key) for key in ours]
+        if (await store.txn(Txn(tuple(compares), tuple(operations)))).succeeded:
+            return
+        blocks = [kv for shape in shapes for kv in (await store.page(*keys.block_range(shape.cidr))).items]
+        uses = {pool.cidr: await pool_usage(store, pool) for pool in pools}
+        if any(use.by_node for use in uses.values()):
+            raise TryAgain(_in_use(name, uses))
+        if blocks:
+            owners = sorted({Block.decode(kv.key, kv.value).node for kv in blocks})
+            raise TryAgain(
+                f"the network {name} has {len(blocks)} blocks held by {', '.join(owners)}; "
+                "its agents give them back within seconds while they run: start them and try again"
+            )
+    raise TryAgain(f"pools kept changing while {name} was deleted; try again")

@@ -1,0 +1,269 @@
+"""The geometry of a pool: which addresses it has, which of them may be given to whom, and its blocks.
+
+Pure: from a Pool record to numbers and back. ``parse_pool`` is where text from an operator becomes a
+typed value or an error that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
+
+from ipam.errors import InvalidInput
+from ipam.keys import Family, IPAddress, IPNetwork
+from ipam.records import Pool
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+"""Names of networks; also what a Mesos or Marathon network name may be without quoting."""
+
+BITS = {4: 32, 6: 128}
+DEFAULT_BLOCK = {4: 26, 6: 122}
+MAX_BLOCK_BITS = 12
+"""A block has at most 4096 addresses: an agent keeps one number for each in memory."""
+
+SMALLEST_POOL = {4: 32, 6: 128}
+LARGEST_POOL = {4: 8, 6: 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Addresses as numbers, both ends included."""
+
+    first: int
+    last: int
+
+    def __contains__(self, value: int) -> bool:
+        return self.first <= value <= self.last
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A parsed pool.
+
+    block_size: prefix length; never shorter than the pool's own prefix.
+    static, excluded: as the pool says; ``excluded`` has the pool's network and broadcast address too.
+    """
+
+    name: str
+    network: str
+    cidr: IPNetwork
+    block_size: int
+    static: tuple[Range, ...]
+    excluded: tuple[Range, ...]
+    disabled: bool
+
+    @property
+    def family(self) -> Family:
+        return self.cidr.version
+
+    @property
+    def first(self) -> int:
+        return int(self.cidr.network_address)
+
+    @property
+    def last(self) -> int:
+        return int(self.cidr.broadcast_address)
+
+    @property
+    def block_count(self) -> int:
+        return 1 << (self.block_size - self.cidr.prefixlen)
+
+    @property
+    def block_length(self) -> int:
+        """Addresses in one block, usable or not."""
+        return 1 << (BITS[self.family] - self.block_size)
+
+    def block(self, index: int) -> IPNetwork:
+        """The ``index``-th block of the pool."""
+        return self._block(self.first + index * self.block_length)
+
+    def block_of(self, ip: IPAddress) -> IPNetwork:
+        """The block that ``ip``, an address of this pool, lies in."""
+        return self._block(int(ip) - (int(ip) - self.first) % self.block_length)
+
+    def block_index(self, base: IPAddress) -> int:
+        return (int(base) - self.first) // self.block_length
+
+    def _block(self, base: int) -> IPNetwork:
+        return block_at(type(self.cidr.network_address)(base), self.block_size)
+
+    def usable(self, ip: IPAddress) -> bool:
+        """May be given to somebody."""
+        return ip in self.cidr and not any(int(ip) in r for r in self.excluded)
+
+    def dynamic(self, ip: IPAddress) -> bool:
+        """May be given to somebody who did not ask for it by name."""
+        return self.usable(ip) and not any(int(ip) in r for r in self.static)
+
+    def dynamic_in(self, block: IPNetwork) -> Iterator[IPAddress]:
+        """The addresses of a block that may be given to anybody, in order."""
+        taken = self.static + self.excluded
+        kind = type(self.cidr.network_address)
+        for value in range(int(block.network_address), int(block.broadcast_address) + 1):
+            if not any(value in r for r in taken):
+                yield kind(value)
+
+    def usable_count(self) -> int:
+        """How many addresses may be given to somebody, asked for by name or not."""
+        return self.last - self.first + 1 - _covered(self.excluded, self.first, self.last)
+
+
+def _covered(ranges: Sequence[Range], first: int, last: int) -> int:
+    """How many numbers of [first, last] lie in at least one range."""
+    count, at = 0, first
+    for r in sorted(ranges, key=lambda r: r.first):
+        start, end = max(r.first, at), min(r.last, last)
+        if end >= start:
+            count += end - start + 1
+            at = end + 1
+    return count
+
+
+@lru_cache(maxsize=4096)
+def _geometry(
+    name: str,
+    network: str,
+    cidr: str,
+    block_size: int,
+    static: tuple[str, ...],
+    excluded: tuple[str, ...],
+    disabled: bool,
+) -> Geometry:
+    parsed = ip_network(cidr)
+    return Geometry(
+        name=name,
+        network=network,
+        cidr=parsed,
+        block_size=block_size,
+        static=tuple(parse_range(text, parsed) for text in static),
+        excluded=tuple(parse_range(text, parsed) for text in excluded) + _unusable(parsed),
+        disabled=disabled,
+    )
+
+
+def geometry(pool: Pool) -> Geometry:
+    """The geometry of a stored pool."""
+    return _geometry(
+        pool.name,
+        pool.network,
+        pool.cidr,
+        pool.block_size,
+        tuple(pool.static),
+        tuple(pool.excluded),
+        pool.disabled,
+    )
+
+
+def _unusable(cidr: IPNetwork) -> tuple[Range, ...]:
+    """The pool's own network and broadcast address (IPv4), and the subnet-router anycast address (IPv6,
+    RFC 4291 section 2.6.1). Pools of one or two addresses have neither (RFC 3021, RFC 6164)."""
+    if BITS[cidr.version] - cidr.prefixlen < 2:
+        return ()
+    first = Range(int(cidr.network_address), int(cidr.network_address))
+    if cidr.version == 6:
+        return (first,)
+    return first, Range(int(cidr.broadcast_address), int(cidr.broadcast_address))
+
+
+def parse_range(text: str, pool: IPNetwork) -> Range:
+    """``A``, ``A-B`` or a CIDR, inside ``pool``. Raises InvalidInput."""
+    try:
+        if "-" in text:
+            left, right = (ip_address(part.strip()) for part in text.split("-", 1))
+        else:
+            cidr = ip_network(text.strip())
+            left, right = cidr.network_address, cidr.broadcast_address
+    except ValueError as error:
+        raise InvalidInput(
+            f"{text!r} is no address range ({error}); write FIRST-LAST, one address, or a CIDR"
+        ) from error
+    if left.version != right.version or int(left) > int(right):
+        raise InvalidInput(f"the range {text} runs backwards or mixes families; write FIRST-LAST")
+    if left not in pool or right not in pool:
+        raise InvalidInput(f"the range {text} is not inside the pool {pool}")
+    return Range(int(left), int(right))
+
+
+def in_pool(text: str, pool: IPNetwork) -> bool:
+    """Whether a range text starts with an address of the pool's family; used to tell ranges apart."""
+    return (":" in text) == (pool.version == 6)
+
+
+def parse_pool(
+    cidr: str,
+    *,
+    network: str,
+    block_size: int | None = None,
+    static: Sequence[str] = (),
+    excluded: Sequence[str] = (),
+) -> Pool:
+    """A Pool record from what an operator wrote. Raises InvalidInput saying what is wrong with it."""
+    try:
+        parsed = ip_network(cidr)
+    except ValueError as error:
+        raise InvalidInput(f"the pool {cidr!r} is no CIDR ({error}); write for example 10.64.0.0/16") from error
+    family = parsed.version
+    if not LARGEST_POOL[family] <= parsed.prefixlen <= SMALLEST_POOL[family]:
+        raise InvalidInput(
+            f"the pool {cidr} has a prefix of /{parsed.prefixlen}; "
+            f"between /{LARGEST_POOL[family]} and /{SMALLEST_POOL[family]} is possible"
+        )
+    for what, wrong in (
+        ("loopback", parsed.is_loopback),
+        ("multicast", parsed.is_multicast),
+        ("link-local", parsed.is_link_local),
+        ("reserved by the IETF", parsed.is_reserved),
+        ("unspecified", parsed.network_address.is_unspecified),
+    ):
+        if wrong:
+            raise InvalidInput(
+                f"the pool {cidr} is {what}; containers need routable addresses, for example 10.64.0.0/16"
+            )
+    size = max(DEFAULT_BLOCK[family] if block_size is None else block_size, parsed.prefixlen)
+    if block_size is not None and not parsed.prefixlen <= block_size <= BITS[family]:
+        raise InvalidInput(
+            f"the block size /{block_size} does not fit the pool {cidr}; "
+            f"between /{parsed.prefixlen} and /{BITS[family]} is possible"
+        )
+    if BITS[family] - size > MAX_BLOCK_BITS:
+        raise InvalidInput(
+            f"blocks of /{size} have more than {1 << MAX_BLOCK_BITS} addresses; "
+            f"/{BITS[family] - MAX_BLOCK_BITS} is the largest block"
+        )
+    for text in (*static, *excluded):
+        parse_range(text, parsed)
+    return Pool(
+        name=cidr_name(parsed),
+        cidr=str(parsed),
+        network=network,
+        block_size=size,
+        static=list(static),
+        excluded=list(excluded),
+    )
+
+
+def cidr_name(cidr: IPNetwork) -> str:
+    """A pool's name: its CIDR in a form that fits a key. Pools never overlap, so it is unique."""
+    return str(cidr).replace("/", "-")
+
+
+def overlapping(cidr: IPNetwork, others: Sequence[Pool]) -> Pool | None:
+    """The first of ``others`` that shares an address with ``cidr``."""
+    return next((p for p in others if _overlap(cidr, ip_network(p.cidr))), None)
+
+
+def _overlap(a: IPNetwork, b: IPNetwork) -> bool:
+    # The families are told apart first: ipaddress raises TypeError on mixed ones.
+    return a.version == b.version and (
+        a.network_address in b or b.network_address in a
+    )
+
+
+
+
+def block_at(base: IPAddress, size: int) -> IPNetwork:
+    """The block of prefix length ``size`` that starts at ``base``."""
+    return IPv4Network((int(base), size)) if isinstance(base, IPv4Address) else IPv6Network((int(base), size))

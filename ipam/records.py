@@ -1,0 +1,190 @@
+"""The store's records: typed values, and JSON in and out.
+
+A record read from the store keeps fields it does not know in ``unknown`` and writes them back, so an
+old program never strips what a newer one wrote. ``v`` is the schema version of that record.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Self, cast
+
+import msgspec
+
+from ipam.errors import StoreError
+
+
+class Label(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A label as engines give it: keys may repeat, a value may be empty or missing."""
+
+    key: str
+    value: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all records; see the module's docstring."""
+
+    v: int = 1
+    unknown: dict[str, Any] = {}
+
+    @classmethod
+    def decode(cls, key: str, raw: bytes) -> Self:
+        """Parse a stored value. Raises StoreError naming the key."""
+        try:
+            fields = msgspec.json.decode(raw, type=dict[str, Any])
+            known = {k: fields.pop(k) for k in cls.__struct_fields__ if k != "unknown" and k in fields}
+            return msgspec.convert({**known, "unknown": fields}, cls)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise StoreError(
+                f"the store's key {key} holds no valid {cls.__name__.lower()} ({error}); "
+                "restore it from a dump, or delete it if its node is gone"
+            ) from error
+
+    def encode(self) -> bytes:
+        """The JSON to store."""
+        fields = cast("dict[str, Any]", msgspec.to_builtins(self))
+        unknown = fields.pop("unknown")
+        return msgspec.json.encode({**unknown, **fields})
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
+
+class Network(Record, frozen=True, kw_only=True):
+    """``networks/<name>``: what an app joins.
+
+    pools: names of its pools, in the order addresses are taken from them.
+    mtu: bytes; 0 derives it from the underlay.
+    nat: masquerade traffic that leaves all pools.
+    warm: addresses per family that an agent which uses the network keeps ready.
+    preload: keep them ready even before the network is first used.
+    """
+
+    name: str
+    pools: list[str]
+    driver: str = "routed"
+    mtu: int = 0
+    nat: bool = True
+    dns: list[str] = []
+    search: list[str] = []
+    warm: int = 8
+    preload: bool = False
+
+
+class Pool(Record, frozen=True, kw_only=True):
+    """``pools/<name>``: a CIDR that addresses come from.
+
+    block_size: prefix length of the blocks it is cut into.
+    static: ranges ``first-last`` or CIDRs given only to who asks for an address by name.
+    excluded: ranges never given to anybody.
+    disabled: gives out nothing new; what is assigned stays.
+    """
+
+    name: str
+    cidr: str
+    network: str
+    block_size: int
+    static: list[str] = []
+    excluded: list[str] = []
+    disabled: bool = False
+
+
+class Block(Record, frozen=True, kw_only=True):
+    """``blocks/<family>/<hex of base>``: a slice of a pool with affinity to one node."""
+
+    pool: str
+    size: int
+    node: str
+    claimed_at: float
+
+
+class AddressState(enum.StrEnum):
+    """warm -> assigned -> cooling -> warm or free (absent); DESIGN section 5's picture in ipam/holder.py."""
+
+    WARM = "warm"
+    ASSIGNED = "assigned"
+    COOLING = "cooling"
+
+
+class Address(Record, frozen=True, kw_only=True):
+    """``addresses/<family>/<hex of ip>``: one IP in use. Its IP is the key, and only the key.
+
+    id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
+    since: wall clock, seconds, of the last change of state.
+    """
+
+    pool: str
+    state: AddressState
+    node: str
+    id: str = ""
+    container_id: str = ""
+    ifname: str = ""
+    network: str = ""
+    engine: str = ""
+    netgroups: list[str] = []
+    labels: list[Label] = []
+    app: str = ""
+    task: str = ""
+    framework: str = ""
+    reservation: str = ""
+    since: float = 0.0
+
+
+class Reservation(Record, frozen=True, kw_only=True):
+    """``reservations/<family>/<hex of ip>``: an IP kept for whoever presents its key."""
+
+    key: str
+    network: str
+    note: str = ""
+
+
+class Node(Record, frozen=True, kw_only=True):
+    """``nodes/<name>``: facts about a node, written by its agent."""
+
+    name: str
+    version: str
+    underlay: list[str] = []
+    mtu: int = 0
+    features: list[str] = []
+    since: float = 0.0
+
+
+class Alive(Record, frozen=True, kw_only=True):
+    """``alive/<name>``: on a lease; there while the node's agent runs."""
+
+    instance: str
+    boot_id: str
+
+
+class Fence(Record, frozen=True, kw_only=True):
+    """``writers/<name>``: who may write for the node, and how far it got."""
+
+    instance: str
+    boot_id: str
+    seq: int
+
+
+class IntentKind(enum.StrEnum):
+    """What is asked of a node's agent."""
+
+    VERIFY = "verify"
+    LABELS = "labels"
+    RELEASE = "release"
+    GIVE_BACK = "give-back"
+    CHECK = "check"
+
+
+class Intent(Record, frozen=True, kw_only=True):
+    """``intents/<node>/<uuid>``: a request to one node's agent, on a lease; the agent adds ``answer``.
+
+    id, mod_revision: the address as the asker saw it; the agent acts only if both still match.
+    """
+
+    kind: IntentKind
+    ip: str = ""
+    id: str = ""
+    mod_revision: int = 0
+    evidence: dict[str, Any] = {}
+    expires: float = 0.0
+    answer: dict[str, Any] | None = None

@@ -1,0 +1,257 @@
+"""The shelf: the addresses this node holds, in memory, and who waits for one.
+
+                 offer()                 lend()              plan/accept
+    (store) ---> warm, in a queue ---> lent to one ADD ---> assigned
+                     ^    ^                 | put_back()        | release
+                     |    +-----------------+                   v
+                     +------- cooldown over ---------------- cooling ---> (freed)
+
+One Held per address, with what *should* stand in the store (``record``) and what is *known* to stand
+there (``revision``). Where the two differ the entry is dirty: all dirty entries together are the
+outbox. Nothing here waits, reads or writes anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ipam.allocator import BlockSpace
+from ipam.errors import MoorageError
+from ipam.keys import Family, IPAddress, IPNetwork
+from ipam.records import Address, AddressState
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One address of this node.
+
+    record: what should stand in the store; None means nothing.
+    revision: the mod_revision known to stand there, 0 if nothing is.
+    dirty: the two differ.
+    journalled: the journal has it. One that is not is only being asked for.
+    lent: an ADD is about to use it.
+    ready_at: for cooling ones, when the cooldown is over (event loop's clock); None until confirmed.
+    """
+
+    ip: IPAddress
+    record: Address | None
+    revision: int = 0
+    dirty: bool = False
+    journalled: bool = False
+    lent: bool = False
+    ready_at: float | None = None
+
+    @property
+    def state(self) -> AddressState | None:
+        return self.record.state if self.record else None
+
+    @property
+    def is_asked_for(self) -> bool:
+        """On its way from free to warm."""
+        return self.dirty and self.revision == 0 and self.state is AddressState.WARM
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """An ADD that found no warm address. pool: the only pool it may come from, None for any."""
+
+    network: str
+    family: Family
+    pool: str | None
+    granted: asyncio.Future[Held] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def accepts(self, record: Address, family: Family) -> bool:
+        return (
+            not self.granted.done()
+            and record.network == self.network
+            and family == self.family
+            and self.pool in (None, record.pool)
+        )
+
+
+class Shelf:
+    """See the module's docstring."""
+
+    def __init__(self) -> None:
+        self.held: dict[IPAddress, Held] = {}
+        self.spaces: dict[IPNetwork, BlockSpace] = {}
+        self._warm: dict[tuple[str, Family], deque[Held]] = defaultdict(deque)
+        self._waiters: deque[Waiter] = deque()
+        self._cooling: list[tuple[float, int, Held]] = []
+        self._dirty: dict[IPAddress, Held] = {}
+        self._gone: dict[IPAddress, asyncio.Event] = {}
+
+    # -- what is held
+
+    def add(self, held: Held) -> None:
+        self.held[held.ip] = held
+        for space in self._spaces_of(held.ip):
+            space.remove(held.ip)
+        if held.dirty:
+            self._dirty[held.ip] = held
+
+    def drop(self, held: Held, *, reusable: bool) -> None:
+        """It is not ours any more; ``reusable`` if it is known to be free."""
+        self.held.pop(held.ip, None)
+        self._dirty.pop(held.ip, None)
+        self._unqueue(held)
+        if reusable:
+            for space in self._spaces_of(held.ip):
+                space.give_back(held.ip)
+        self.announce(held.ip)
+
+    def _spaces_of(self, ip: IPAddress) -> Iterator[BlockSpace]:
+        return (space for block, space in self.spaces.items() if block.version == ip.version and ip in block)
+
+    def want(self, held: Held, record: Address | None) -> None:
+        """Something else should stand in the store from now on."""
+        held.record = record
+        held.dirty = True
+        held.ready_at = None
+        self._dirty.pop(held.ip, None)
+        self._dirty[held.ip] = held
+        if held.state is not AddressState.WARM:
+            self._unqueue(held)
+
+    def confirm(self, held: Held, revision: int, sent: Address | None) -> bool:
+        """``sent`` now stands in the store; returns whether that is what should."""
+        held.revision = revision
+        if held.record is not sent:
+            return False
+        held.dirty = False
+        self._dirty.pop(held.ip, None)
+        return True
+
+    def dirty(self) -> list[Held]:
+        """The outbox, oldest first."""
+        return list(self._dirty.values())
+
+    # -- warm addresses and those who wait for them
+
+    def offer(self, held: Held) -> None:
+        """A warm address: for who waits longest, else into the queue."""
+        record = held.record
+        assert record is not None
+        for waiter in self._waiters:
+            if waiter.accepts(record, held.ip.version):
+                self._waiters.remove(waiter)
+                held.lent = True
+                waiter.granted.set_result(held)
+                return
+        self._warm[record.network, held.ip.version].append(held)
+
+    def lend(self, network: str, family: Family, pool: str | None) -> Held | None:
+        """The warm address that was released longest ago, if there is one."""
+        for held in self._warm[network, family]:
+            if pool is None or (held.record is not None and held.record.pool == pool):
+                return self.lend_this(held)
+        return None
+
+    def lend_this(self, held: Held) -> Held:
+        self._unqueue(held)
+        held.lent = True
+        return held
+
+    def put_back(self, held: Held) -> None:
+        """An ADD did not use it after all."""
+        held.lent = False
+        if held.state is AddressState.WARM:
+            self.offer(held)
+        self.announce(held.ip)
+
+    def wait(self, waiter: Waiter) -> None:
+        self._waiters.append(waiter)
+
+    def forget_waiter(self, waiter: Waiter) -> None:
+        """The waiter gave up; an address it was granted meanwhile goes back."""
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+        elif waiter.granted.done() and not waiter.granted.cancelled() and not waiter.granted.exception():
+            self.put_back(waiter.granted.result())
+
+    def fail_waiters(self, error: MoorageError, network: str | None = None, family: Family | None = None) -> None:
+        """Nobody needs to wait any longer: there is nothing to come."""
+        for waiter in list(self._waiters):
+            if network in (None, waiter.network) and family in (None, waiter.family):
+                self._waiters.remove(waiter)
+                if not waiter.granted.done():
+                    waiter.granted.set_exception(error)
+
+    def waiters(self, network: str, family: Family) -> list[Waiter]:
+        return [w for w in self._waiters if (w.network, w.family) == (network, family)]
+
+    def wanted(self) -> set[tuple[str, Family]]:
+        """(network, family) of everybody who waits."""
+        return {(w.network, w.family) for w in self._waiters}
+
+    def warm_count(self, network: str, family: Family) -> int:
+        return len(self._warm[network, family])
+
+    def queued(self, network: str, family: Family) -> list[Held]:
+        return list(self._warm[network, family])
+
+    def coming(self, network: str, family: Family) -> int:
+        """How many addresses are on their way from free to warm."""
+        return sum(
+            1
+            for held in self._dirty.values()
+            if held.state is AddressState.WARM
+            and held.ip.version == family
+            and held.record is not None
+            and held.record.network == network
+        )
+
+    def _unqueue(self, held: Held) -> None:
+        queues = self._warm.values() if held.record is None else [self._warm[held.record.network, held.ip.version]]
+        for queue in queues:
+            if held in queue:
+                queue.remove(held)
+
+    # -- cooling
+
+    def cool(self, held: Held, ready_at: float) -> None:
+        """The store has confirmed the release; the cooldown runs."""
+        held.ready_at = ready_at
+        heapq.heappush(self._cooling, (ready_at, id(held), held))
+        self.announce(held.ip)
+
+    def cooled(self, now: float) -> list[Held]:
+        """Those whose cooldown is over; each is returned once."""
+        ready = []
+        while self._cooling and self._cooling[0][0] <= now:
+            at, _, held = heapq.heappop(self._cooling)
+            # It may have been taken early by its reservation, and released anew.
+            if held.ready_at == at and held.state is AddressState.COOLING and not held.lent:
+                ready.append(held)
+        return ready
+
+    def next_ready(self) -> float | None:
+        """When the next cooldown is over."""
+        return self._cooling[0][0] if self._cooling else None
+
+    def soonest(self, network: str, family: Family) -> float | None:
+        """When the next cooldown of that network and family is over."""
+        times = [
+            at
+            for at, _, held in self._cooling
+            if held.ready_at == at
+            and held.ip.version == family
+            and held.record is not None
+            and held.record.network == network
+        ]
+        return min(times, default=None)
+
+    # -- telling those who wait for one certain address
+
+    def change_of(self, ip: IPAddress) -> asyncio.Event:
+        """Set when that address changes hands or state next."""
+        return self._gone.setdefault(ip, asyncio.Event())
+
+    def announce(self, ip: IPAddress) -> None:
+        event = self._gone.pop(ip, None)
+        if event is not None:
+            event.set()

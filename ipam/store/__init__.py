@@ -1,0 +1,99 @@
+"""The store, by its URL: ``store = await open_store("sqlite:///var/lib/moorage/store.db")``.
+
+The interface and its contract are in base.py; callers import everything they need from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ipam.errors import InvalidInput
+from ipam.store.base import (
+    MAX_OPS,
+    Compare,
+    Delete,
+    Event,
+    Get,
+    KeyValue,
+    Lease,
+    Op,
+    OpResult,
+    Page,
+    Put,
+    Store,
+    Txn,
+    TxnResult,
+    WatchBatch,
+    absent,
+    none_between,
+    prefix_end,
+    read_prefix,
+    read_range,
+    unchanged,
+)
+from ipam.store.sqlite import SqliteStore
+
+__all__ = [
+    "MAX_OPS",
+    "Compare",
+    "Delete",
+    "Event",
+    "Get",
+    "KeyValue",
+    "Lease",
+    "Op",
+    "OpResult",
+    "Page",
+    "Put",
+    "Store",
+    "Txn",
+    "TxnResult",
+    "WatchBatch",
+    "absent",
+    "none_between",
+    "open_store",
+    "prefix_end",
+    "read_prefix",
+    "read_range",
+    "unchanged",
+]
+
+FORMS = "sqlite:///path/to/store.db (one node) or etcd://host:2379,host:2379 (a cluster)"
+"""What a store URL may look like, for messages."""
+
+
+async def open_store(url: str) -> Store:
+    """Open the store a URL names; a SQLite file is made if there is none.
+
+    Raises InvalidInput (the URL), StoreError (what is there is no store of ours), StoreUnavailable.
+    """
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as error:
+        raise InvalidInput(f"the store URL cannot be parsed ({error}); it has the form {FORMS}") from error
+    match scheme:
+        case "sqlite":
+            return await SqliteStore.open(sqlite_path(url))
+        case "etcd":
+            raise InvalidInput(
+                "this version of moorage has no etcd store yet; use sqlite:///path/to/store.db"
+            )
+        case "":
+            raise InvalidInput(f"the store URL {url!r} has no scheme; it has the form {FORMS}")
+        case _:
+            raise InvalidInput(f"the store URL has the unknown scheme {scheme!r}; it has the form {FORMS}")
+
+
+def sqlite_path(url: str) -> Path:
+    """The file that a sqlite URL names. Raises InvalidInput."""
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.netloc or parts.query or parts.fragment or not path.startswith("/") or path.endswith("/"):
+        raise InvalidInput(
+            f"the store URL {url!r} names no file: after sqlite:// comes an absolute path and nothing else, "
+            "as in sqlite:///var/lib/moorage/store.db"
+        )
+    if "\0" in path:
+        raise InvalidInput("the store URL names a file with a zero byte; use another path")
+    return Path(path)

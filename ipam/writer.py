@@ -1,0 +1,224 @@
+"""The node's one way to write to the store: in groups, behind the fence, exactly once.
+
+Every transaction of a node has this form (DESIGN.md section 4):
+
+    if   writers/<node> unchanged                       nobody else writes for this node
+    then put writers/<node> {seq + 1}                   says how far we got
+         txn(key 1 unchanged -> write it, else get it)  each request has a verdict of its own
+         txn(key 2 ...)
+    else get writers/<node>, get key 1, get key 2 ...   what stands there instead
+
+A reply that never came says nothing: the transaction may still land. It is sent again, word for word,
+until the fence shows that it landed or it lands now; it cannot land twice, because it moves the fence
+that it compares. All keys of one transaction carry the fence's revision, which is how the verdicts of
+one that had landed unseen are read back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from ipam import keys
+from ipam.errors import Ambiguous, Fenced, StoreError, StoreUnavailable
+from ipam.records import Alive, Fence
+from ipam.store.base import (
+    MAX_OPS,
+    Compare,
+    Delete,
+    Get,
+    KeyValue,
+    Op,
+    Put,
+    Store,
+    Txn,
+    TxnResult,
+    absent,
+    unchanged,
+)
+
+log = structlog.get_logger(__name__)
+
+GROUP = (MAX_OPS - 2) // 2
+"""Requests in one transaction. Each is a nested transaction with one operation; the fence is one more."""
+
+RETRY_AT_MOST = 2.0
+"""Seconds between two tries of a transaction whose outcome is unknown."""
+
+
+class StoreRewound(StoreError):
+    """The fence is older than what the store had confirmed: somebody restored a backup."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One request: put (or with value None delete) ``key`` if it still is at ``base`` (0: absent).
+
+    guards: what must hold besides.
+    """
+
+    key: str
+    value: bytes | None
+    base: int
+    guards: tuple[Compare, ...] = ()
+
+    def as_txn(self) -> Txn:
+        write: Op = Delete(self.key) if self.value is None else Put(self.key, self.value)
+        return Txn((Compare(self.key, self.base), *self.guards), (write,), (Get(self.key),))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a Write.
+
+    done: it stands in the store.
+    revision: the key's mod_revision now, 0 if it is absent.
+    found: what stood there instead, if not done.
+    """
+
+    done: bool
+    revision: int
+    found: KeyValue | None = None
+
+
+class Writer:
+    """See the module's docstring. One per agent; ``commit`` runs one transaction at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        node: str,
+        instance: str,
+        boot_id: str,
+        on_trouble: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """on_trouble: told, each time a transaction has to be sent again, why."""
+        self._store = store
+        self._node = node
+        self._key = keys.WRITERS + node
+        self._instance = instance
+        self._boot_id = boot_id
+        self._on_trouble = on_trouble
+        self._revision = 0
+        self._lock = asyncio.Lock()
+        self.trouble = ""
+        self.seq = 0
+        self.transactions = 0
+
+    async def claim(self, confirmed_seq: int) -> bool:
+        """Take the fence, so that no earlier instance of this node's agent can write any more.
+
+        confirmed_seq: what the journal says was confirmed last, 0 if it knows nothing.
+        Returns whether the store is as new as the journal; False means that it went back in time, or
+        that the node was removed: what the journal holds has to be asserted anew.
+        Raises Fenced while an agent of that name is alive on another boot, StoreUnavailable.
+        """
+        async with self._lock:
+            while True:
+                alive = await self._store.get(keys.ALIVE + self._node)
+                if alive is not None:
+                    lease = Alive.decode(alive.key, alive.value)
+                    if lease.boot_id != self._boot_id:
+                        raise Fenced(
+                            f"an agent of node {self._node} runs elsewhere (instance {lease.instance}); "
+                            "stop it or wait until its lease expires, or give this node another --node name"
+                        )
+                found = await self._store.get(self._key)
+                stood = Fence.decode(found.key, found.value) if found else None
+                if stood is not None and found is not None and stood.instance == self._instance:
+                    # An earlier try of this claim had landed.
+                    self._revision, self.seq = found.mod_revision, stood.seq
+                    return confirmed_seq < stood.seq
+                seq = max(stood.seq if stood else 0, confirmed_seq) + 1
+                fence = Fence(instance=self._instance, boot_id=self._boot_id, seq=seq)
+                guard = unchanged(found) if found else absent(self._key)
+                try:
+                    result = await self._store.txn(Txn((guard,), (Put(self._key, fence.encode()),)))
+                except Ambiguous:
+                    continue
+                if result.succeeded:
+                    self._revision, self.seq = result.revision, seq
+                    return confirmed_seq == 0 or (stood is not None and stood.seq >= confirmed_seq)
+
+    async def commit(self, writes: Sequence[Write]) -> list[Outcome]:
+        """Write a group of at most GROUP different keys; one outcome each, in order.
+
+        Returns only when every outcome is certain, however long the store is away. Cancelling it leaves
+        the writer to be claimed anew. Raises Fenced, StoreRewound; nothing of the group stands then.
+        """
+        if len(writes) > GROUP:
+            raise ValueError(f"{len(writes)} writes in one group; at most {GROUP} fit a transaction")
+        async with self._lock:
+            fence = Fence(instance=self._instance, boot_id=self._boot_id, seq=self.seq + 1)
+            txn = Txn(
+                (Compare(self._key, self._revision),),
+                (Put(self._key, fence.encode()), *(write.as_txn() for write in writes)),
+                (Get(self._key), *(Get(write.key) for write in writes)),
+            )
+            result = await self._send(txn)
+            self.transactions += 1
+            outcomes = self._landed(result, writes) if result.succeeded else self._read_back(result, writes)
+            self.seq += 1
+            return outcomes
+
+    async def _send(self, txn: Txn) -> TxnResult:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            wait=wait_random_exponential(multiplier=0.05, max=RETRY_AT_MOST),
+            reraise=True,
+        ):
+            with attempt:
+                try:
+                    result = await self._store.txn(txn)
+                except StoreUnavailable as error:
+                    self.trouble = str(error)
+                    self._on_trouble(self.trouble)
+                    raise
+                self.trouble = ""
+                return result
+        raise AssertionError("unreachable: retries without end")
+
+    def _landed(self, result: TxnResult, writes: Sequence[Write]) -> list[Outcome]:
+        self._revision = result.revision
+        outcomes = []
+        for write, verdict in zip(writes, result.results[1:], strict=True):
+            assert isinstance(verdict, TxnResult)
+            if verdict.succeeded:
+                outcomes.append(Outcome(True, 0 if write.value is None else result.revision))
+            else:
+                found = verdict.results[0]
+                assert found is None or isinstance(found, KeyValue)
+                # To delete what is gone already is as good as deleting it.
+                gone = write.value is None and found is None
+                outcomes.append(Outcome(gone, found.mod_revision if found else 0, found))
+        return outcomes
+
+    def _read_back(self, result: TxnResult, writes: Sequence[Write]) -> list[Outcome]:
+        """The fence had moved: by this very transaction, or by somebody else."""
+        stood, *values = result.results
+        if stood is None:
+            raise Fenced(f"node {self._node} was removed from the store; this agent registers it anew")
+        assert isinstance(stood, KeyValue)
+        fence = Fence.decode(stood.key, stood.value)
+        if fence.instance != self._instance:
+            raise Fenced(
+                f"another agent (instance {fence.instance}) took over node {self._node}; "
+                "stop one of the two, or give this one another --node name"
+            )
+        if fence.seq != self.seq + 1:
+            raise StoreRewound(
+                f"the store's record of node {self._node} is at write {fence.seq} and {self.seq} were confirmed: "
+                "the store was restored from a backup; what this node holds is asserted anew"
+            )
+        self._revision = stood.mod_revision
+        outcomes = []
+        for write, found in zip(writes, values, strict=True):
+            assert found is None or isinstance(found, KeyValue)
+            revision = found.mod_revision if found else 0
+            done = found is None if write.value is None else revision == stood.mod_revision
+            outcomes.append(Outcome(done, revision, None if done else found))
+        return outcomes

@@ -1,0 +1,112 @@
+"""This node's answer to `moorage ip check`: journal, kernel and what IPAM holds, against each other.
+
+What is under way is no finding: an endpoint being attached or detached, an address the store has not
+confirmed yet. Repairs are only those that cannot take an address from a live namespace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ipam.checks import Finding
+from ipam.holder import Holder
+from isolator.endpoints import Endpoints
+from isolator.kernel import Kernel
+from isolator.model import Endpoint, EndpointState
+from isolator.recovery import remove_strays
+
+
+async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair: bool) -> dict[str, Any]:
+    """The answer to an intent of kind ``check``: findings, repaired, notes, and ip -> endpoint carried."""
+    links = await kernel.links()
+    routed = {str(route.destination.network_address) for route in await kernel.routes()}
+    elements = await kernel.elements()
+    everyone = endpoints.all()
+    attached = [e for e in everyone if e.state is EndpointState.ATTACHED]
+    findings: list[Finding] = []
+    for endpoint in attached:
+        findings += _endpoint_findings(endpoint, holder)
+        if endpoint.host_ifname not in links:
+            findings.append(_finding(2, endpoint, "its interface is gone", repair="the agent collects it"))
+            continue
+        for ip in endpoint.ips:
+            if str(ip) not in routed:
+                findings.append(_finding(3, endpoint, f"no route leads to {ip}"))
+            if (endpoint.host_ifname, ip) not in elements:
+                findings.append(_finding(3, endpoint, f"the firewall does not admit {ip}"))
+    orphans = _orphans(endpoints, holder)
+    findings += orphans
+    strays = _strays(everyone, set(links), routed, elements)
+    findings += strays
+    findings += [
+        Finding(1, str(e.key), "is cut off: its address belongs to another", {"ips": ", ".join(map(str, e.ips))})
+        for e in everyone
+        if e.state is EndpointState.CONFLICT
+    ]
+    repaired: list[Finding] = []
+    if repair:
+        if strays and not holder.problem:
+            await remove_strays(kernel, endpoints, links)
+            owned = {e.host_ifname for e in endpoints.all()}
+            await kernel.revoke({(name, ip) for name, ip in elements if name not in owned})
+            repaired += strays
+        # Without an endpoint, an interface and a route nobody can carry the address.
+        free = [o for o in orphans if o.subject not in routed]
+        holder.accept(holder.plan_release([ip for ip in holder.assigned() if str(ip) in {o.subject for o in free}]))
+        repaired += free
+    return {
+        "findings": [asdict(finding) for finding in findings],
+        "repaired": [asdict(finding) for finding in repaired],
+        "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
+        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips},
+    }
+
+
+def _finding(invariant: int, endpoint: Endpoint, problem: str, repair: str = "") -> Finding:
+    evidence = {"interface": endpoint.host_ifname, "netns": endpoint.netns, "network": endpoint.network}
+    return Finding(invariant, str(endpoint.key), problem, evidence, repair)
+
+
+def _endpoint_findings(endpoint: Endpoint, holder: Holder) -> list[Finding]:
+    """Invariant 3."""
+    found = []
+    for ip in endpoint.ips:
+        held = holder.held(ip)
+        record = held.record if held else None
+        if record is None or (record.container_id, record.ifname) != tuple(endpoint.key):
+            state = "unknown" if record is None else f"{record.state.value} {record.container_id}".strip()
+            found.append(_finding(3, endpoint, f"{ip} is not assigned to it but {state}"))
+    return found
+
+
+def _orphans(endpoints: Endpoints, holder: Holder) -> list[Finding]:
+    """Invariant 2, from the address's side."""
+    return [
+        Finding(
+            2,
+            str(ip),
+            "is assigned to an endpoint that does not exist",
+            {"container_id": held.record.container_id, "ifname": held.record.ifname},
+            "released if no route leads to it",
+        )
+        for ip, held in holder.assigned().items()
+        if held.record is not None and endpoints.of_ip(ip) is None
+    ]
+
+
+def _strays(
+    everyone: list[Endpoint], links: set[str], routed: set[str], elements: set[tuple[str, Any]]
+) -> list[Finding]:
+    """Invariant 4."""
+    names = {endpoint.host_ifname for endpoint in everyone}
+    ips = {str(ip) for endpoint in everyone for ip in endpoint.ips}
+    repair = "removed"
+    found = [Finding(4, name, "is an interface without an endpoint", repair=repair) for name in links - names]
+    found += [Finding(4, ip, "is a route without an endpoint", repair=repair) for ip in routed - ips]
+    found += [
+        Finding(4, f"{name} {ip}", "is a firewall element without an endpoint", repair=repair)
+        for name, ip in elements
+        if name not in names
+    ]
+    return sorted(found, key=lambda finding: finding.subject)

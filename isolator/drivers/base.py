@@ -1,0 +1,64 @@
+"""What a driver is: how an endpoint is wired on its node.
+
+A driver is synchronous, holds no state of its own and is idempotent: wiring what is wired, or removing
+what is gone, succeeds. It runs on the agent's kernel thread, never on the event loop. Adding one is a
+new file here and a line in ``drivers/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from isolator.model import IPAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Everything a driver needs to know of one endpoint.
+
+    host_ifname: name of the node's end, unique on the node.
+    ifname: name inside the container.
+    netns: path of the container's namespace; None if it is not known any more.
+    ips: IPv4 before IPv6, at most one each.
+    mac: the container end's MAC, ``aa:bb:..``.
+    mtu: bytes.
+    default_route: this interface wins the container's main default route whatever its name.
+    """
+
+    host_ifname: str
+    ifname: str
+    netns: str | None
+    ips: tuple[IPAddress, ...]
+    mac: str
+    mtu: int
+    default_route: bool = False
+
+
+class Driver(Protocol):
+    """See the module's docstring."""
+
+    name: str
+    gateway4: str
+    gateway6: str
+
+    def setup(self, wiring: Wiring) -> None:
+        """Wire it; the links go up last. A leftover of the same host_ifname is replaced.
+
+        Raises NamespaceGone, NotANamespace, KernelRefused (interface exists already in the container,
+        ...); whatever was done by then is undone before the error rises.
+        """
+        ...
+
+    def withdraw(self, wiring: Wiring) -> None:
+        """Stop all traffic now, cheaply: host routes out, host link down. Never raises for what is gone."""
+        ...
+
+    def remove(self, wirings: Sequence[Wiring]) -> None:
+        """Remove the interfaces, and what they left in namespaces that live on; batched, may take ~20 ms."""
+        ...
+
+    def check(self, wiring: Wiring) -> list[str]:
+        """Sentences, one per difference between the wiring and the kernel; empty if all is well."""
+        ...

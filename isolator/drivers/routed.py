@@ -1,0 +1,224 @@
+"""The ``routed`` driver: a veth pair and host routes; no bridge, no ARP, no neighbour discovery.
+
+      container                                        node
+      eth0  10.0.0.5/32, fd00::5/128   <--- veth --->  mrgk2j…   no address, MAC ee:ee:ee:ee:ee:ee
+      default via 169.254.1.1 onlink                   10.0.0.5 dev mrgk2j… proto 157 scope link
+      default via fe80::1     onlink                   fd00::5  dev mrgk2j… proto 157
+      169.254.1.1 -> ee:ee:ee:ee:ee:ee permanent       10.0.0.5 -> the container's MAC, permanent
+      fe80::1     -> ee:ee:ee:ee:ee:ee permanent       fd00::5  -> the container's MAC, permanent
+
+The gateways exist nowhere: the container only needs a next hop to build an Ethernet header from, and the
+permanent neighbour entries answer for them. So no proxy_arp is needed, and no packet can fool either side.
+
+A container may join several networks. Each interface has a routing table of its own, and a rule sends
+packets *from* its address there; otherwise answers would leave by whichever interface holds the main
+default route and be dropped by the strict source check. Which one holds it is decided by metrics that
+follow from the names (``naming.route_metric``), not by the order in which parallel ADDs finish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import socket
+from collections import defaultdict
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from isolator import sysctl
+from isolator.drivers.base import Wiring
+from isolator.drivers.naming import route_metric, route_table
+from isolator.drivers.routed_check import differences
+from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
+from isolator.model import IPAddress
+from isolator.netlink import messages
+from isolator.netlink.codec import Request
+from isolator.netlink.inventory import delete_links, read_link
+from isolator.netlink.node import Namespace, Node
+from isolator.netlink.socket import NetlinkSocket
+
+GATEWAY4 = IPv4Address("169.254.1.1")
+GATEWAY6 = IPv6Address("fe80::1")
+HOST_MAC = "ee:ee:ee:ee:ee:ee"
+RULE_PRIORITY = 15700
+"""Between the local table (0) and the main one (32766)."""
+
+_LOOPBACK = 1  # index of ``lo`` in every namespace
+_ATTEMPTS = 3
+
+
+class Routed:
+    """See the module's docstring; implements ``Driver``."""
+
+    name = "routed"
+    gateway4 = str(GATEWAY4)
+    gateway6 = str(GATEWAY6)
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def setup(self, wiring: Wiring) -> None:
+        """See Driver.setup."""
+        if wiring.netns is None:
+            raise NamespaceGone(f"the network namespace of {wiring.ifname} is not known; the container has ended")
+        with self._node.open_namespace(wiring.netns) as container:
+            index = self._create(wiring, container)
+            try:
+                if _has_ipv6(wiring):
+                    sysctl.ensure(f"net/ipv6/conf/{wiring.host_ifname}/disable_ipv6", "0")
+                self._node.route.execute(host_requests(wiring, index))
+                with container.inside():
+                    if _has_ipv6(wiring):
+                        _allow_ipv6(wiring.ifname)
+                    with NetlinkSocket() as route:
+                        route.execute(container_requests(wiring, index))
+                self._verify_mac(wiring, index)
+            except BaseException:
+                self._undo(wiring, container)
+                raise
+
+    def withdraw(self, wiring: Wiring) -> None:
+        """See Driver.withdraw."""
+        with contextlib.suppress(OSError):
+            index = socket.if_nametoindex(wiring.host_ifname)
+            self._node.route.execute(
+                [messages.delete_host_route(index, wiring.host_ifname, ip) for ip in wiring.ips]
+            )
+
+    def remove(self, wirings: Sequence[Wiring]) -> None:
+        """See Driver.remove."""
+        delete_links(self._node, [wiring.host_ifname for wiring in wirings])
+        by_netns: defaultdict[str, list[Wiring]] = defaultdict(list)
+        for wiring in wirings:
+            if wiring.netns is not None:
+                by_netns[wiring.netns].append(wiring)
+        for netns, gone in by_netns.items():
+            with contextlib.suppress(NamespaceGone, NotANamespace):
+                with self._node.open_namespace(netns) as container:
+                    _delete_rules(container, gone)
+
+    def check(self, wiring: Wiring) -> list[str]:
+        """See Driver.check."""
+        return differences(self._node, wiring)
+
+    def _create(self, wiring: Wiring, container: Namespace) -> int:
+        """Make the pair, both ends down; the index of both ends.
+
+        The index is ours to choose, so that later requests need not read it back. It lies far above
+        those the kernel hands out; another of ours in the way is met by choosing again.
+        """
+        for attempt in range(_ATTEMPTS):
+            index = random.randrange(1 << 29, 1 << 30)
+            create = messages.create_veth(
+                name=wiring.host_ifname,
+                index=index,
+                mac=HOST_MAC,
+                peer=wiring.ifname,
+                peer_index=index,
+                peer_mac=wiring.mac,
+                peer_netns=container.fd,
+                mtu=wiring.mtu,
+            )
+            try:
+                self._node.route.execute(
+                    [
+                        messages.delete_link(wiring.host_ifname),
+                        create,
+                        messages.no_link_local(index, wiring.host_ifname),
+                    ]
+                )
+            except KernelRefused as error:
+                if error.errno == errno.EBUSY and attempt + 1 < _ATTEMPTS:
+                    continue
+                if error.errno == errno.EEXIST:
+                    raise KernelRefused(
+                        f"the container {container.path} already has an interface {wiring.ifname} that is not ours; "
+                        "remove it or ask for another name",
+                        errno=errno.EEXIST,
+                    ) from error
+                raise
+            return index
+        raise AssertionError("the last attempt returns or raises")
+
+    def _verify_mac(self, wiring: Wiring, index: int) -> None:
+        """udev may set a new link's MAC behind our back, and setting it can silently fail: read it back."""
+        for _ in range(_ATTEMPTS):
+            link = read_link(self._node, wiring.host_ifname)
+            if link is None:
+                raise KernelRefused(f"the link {wiring.host_ifname} vanished while it was set up; try again")
+            if link.mac == HOST_MAC:
+                return
+            self._node.route.execute([messages.set_mac(index, wiring.host_ifname, HOST_MAC)])
+        raise KernelRefused(
+            f"something on the node keeps changing the MAC of {wiring.host_ifname}; exclude mrg* from udev's MACAddressPolicy"
+        )
+
+    def _undo(self, wiring: Wiring, container: Namespace) -> None:
+        """Leave nothing of a setup that failed: routes, addresses and neighbours go with the link."""
+        with contextlib.suppress(KernelRefused):
+            self._node.route.execute([messages.delete_link(wiring.host_ifname)])
+        with contextlib.suppress(KernelRefused):
+            _delete_rules(container, [wiring])
+
+
+def host_requests(wiring: Wiring, index: int) -> list[Request]:
+    """What makes the node's end: up first, since only a link that is up takes routes."""
+    name = wiring.host_ifname
+    requests = [messages.link_up(index, name)]
+    for ip in wiring.ips:
+        requests.append(messages.add_neighbour(index, name, ip, wiring.mac))
+        requests.append(messages.add_host_route(index, name, ip))
+    return requests
+
+
+def container_requests(wiring: Wiring, index: int) -> list[Request]:
+    """What makes the container's end. Bringing it up, which lets traffic flow, comes as late as it can."""
+    name = wiring.ifname
+    table = route_table(name)
+    metric = route_metric(name, default_route=wiring.default_route)
+    requests = [messages.link_up(_LOOPBACK, "lo"), messages.no_link_local(index, name)]
+    for ip in wiring.ips:
+        requests.append(messages.add_address(index, name, ip))
+        requests.append(messages.add_neighbour(index, name, gateway_for(ip), HOST_MAC))
+        requests.append(messages.add_source_rule(ip, table, RULE_PRIORITY))
+    requests.append(messages.link_up(index, name))
+    for ip in wiring.ips:
+        gateway = gateway_for(ip)
+        requests.append(messages.add_default_route(index, name, gateway, table=table))
+        requests.append(messages.add_default_route(index, name, gateway, metric=metric))
+    return requests
+
+
+def gateway_for(ip: IPAddress) -> IPAddress:
+    """The next hop of an address's family."""
+    return GATEWAY4 if ip.version == 4 else GATEWAY6
+
+
+def _has_ipv6(wiring: Wiring) -> bool:
+    return any(ip.version == 6 for ip in wiring.ips)
+
+
+def _allow_ipv6(ifname: str) -> None:
+    """Inside: runtimes like to turn IPv6 off in fresh namespaces; ``lo`` carries what a container sends itself."""
+    for name in ("lo", ifname):
+        sysctl.ensure(f"net/ipv6/conf/{name}/disable_ipv6", "0")
+    sysctl.ensure(f"net/ipv6/conf/{ifname}/accept_dad", "0")
+
+
+def _delete_rules(container: Namespace, wirings: Sequence[Wiring]) -> None:
+    """Routes and addresses went with the link, rules did not.
+
+    An interface that is (again) there by the same name is somebody else's: the path may lead to another
+    container by now, whose rules look the same.
+    """
+    requests: list[Request] = []
+    with container.inside():
+        present = {name for _, name in socket.if_nameindex()}
+        for wiring in wirings:
+            if wiring.ifname not in present:
+                table = route_table(wiring.ifname)
+                requests += [messages.delete_source_rule(ip, table, RULE_PRIORITY) for ip in wiring.ips]
+        if requests:
+            with NetlinkSocket() as route:
+                route.execute(requests)

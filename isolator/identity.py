@@ -1,0 +1,40 @@
+"""Who this agent is: the boot it runs in, the clock of that boot, and its claim on the namespace."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+from isolator.errors import AgentBusy
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CLAIM = "\0moorage-agent"
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot."""
+    return _BOOT_ID.read_text().strip()
+
+
+def boottime() -> int:
+    """Nanoseconds since boot, suspended time included; the same clock in every process of this boot."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def claim_namespace() -> socket.socket:
+    """Be the only agent of this network namespace for as long as the socket is open.
+
+    An abstract unix socket belongs to the network namespace and vanishes with its process, so there is
+    nothing to clean up after a crash. Raises AgentBusy.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        claim.bind(_CLAIM)
+    except OSError as error:
+        claim.close()
+        raise AgentBusy(
+            "another moorage agent runs in this network namespace; stop it first "
+            "(`moorage status` shows it), or start this one in a namespace of its own"
+        ) from error
+    return claim

@@ -1,0 +1,350 @@
+"""The isolator: this node's networking as one object, with typed values in and out.
+
+    isolator = Isolator(settings, store)
+    await isolator.start()          journal, store, kernel made to agree
+    serving = asyncio.create_task(isolator.run())
+    endpoint = await isolator.attach(spec)
+
+Everything that goes on beside the calls runs in ``run``: the store is written, followed and answered,
+removed interfaces are reaped, vanished namespaces collected, the firewall watched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ipam.catalogue import Catalogue
+from ipam.errors import Fenced, MoorageError, StoreError, TryAgain
+from ipam.holder import COOLDOWN, Holder
+from ipam.holdings import Conflict
+from ipam.intents import IntentServer
+from ipam.keys import IPAddress
+from ipam.membership import Membership
+from ipam.records import Address, AddressState, Intent, IntentKind, Node
+from ipam.schema import SchemaTooNew, ensure_schema
+from ipam.store.base import Store
+from isolator.audit import audit
+from isolator.endpoints import Endpoints
+from isolator.identity import boot_id
+from isolator.journal import Journal
+from isolator.kernel import Kernel
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.netlink import HostLink
+from isolator.netlink.monitor import LinkMonitor
+from isolator.recovery import ADMITTED, adopted_endpoint, owner_of, policy_pools, recover
+
+log = structlog.get_logger(__name__)
+
+SYNC_PATIENCE = 5.0
+"""Seconds that a start waits for the store before it goes on with what the journal knows."""
+
+RETURN_WINDOW = 30.0
+"""Seconds in which a hook may come back for an ADD that a killed agent had begun (DESIGN.md section 7)."""
+
+COLLECT_EVERY = 5.0
+"""Seconds between looks for endpoints whose namespace is gone; the link monitor is faster."""
+
+HEAL_EVERY = 1.0
+"""Seconds between looks at the firewall."""
+
+RETRY = 1.0
+"""Seconds before a background task that failed is started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an isolator is told.
+
+    state_dir: holds the journal. underlay: the interface towards other nodes, None for the one with the
+    default route. cooldown: seconds.
+    """
+
+    node: str
+    state_dir: Path
+    version: str
+    underlay: str | None = None
+    cooldown: float = COOLDOWN
+
+
+class Isolator:
+    """See the module's docstring."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        """Opens the journal. Raises JournalUnwritable."""
+        self.instance = uuid.uuid4().hex
+        self._settings = settings
+        self._store = store
+        self._boot_id = boot_id()
+        self._journal = Journal(settings.state_dir / "journal.db", self._boot_id)
+        self._kernel = Kernel()
+        self._catalogue = Catalogue(store, self._journal, self._catalogue_changed)
+        self._holder = Holder(
+            settings.node,
+            store,
+            self._catalogue,
+            self._journal,
+            instance=self.instance,
+            boot_id=self._boot_id,
+            is_live=self._is_live,
+            on_conflict=self._on_conflict,
+            cooldown=settings.cooldown,
+        )
+        self._endpoints = Endpoints(
+            self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, lambda: self._mtu
+        )
+        self._membership: Membership | None = None
+        self._mtu = 1500
+        self._links: dict[str, HostLink] = {}
+        self._pools_changed = asyncio.Event()
+        self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
+        self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
+        self._recovered_in_sync = False
+
+    # -- life
+
+    async def start(self) -> None:
+        """Recover; returns when ADD and DEL can be served. Raises KernelRefused."""
+        self._catalogue.load()
+        self._holder.load()
+        self._endpoints.load()
+        self._links = await self._kernel.links()
+        underlay = await self._kernel.prepare()
+        self._mtu = underlay.mtu
+        node = Node(
+            name=self._settings.node,
+            version=self._settings.version,
+            underlay=[str(ip) for ip in underlay.addresses],
+            mtu=underlay.mtu,
+            features=["routed"],
+        )
+        self._membership = Membership(self._store, node, self.instance, self._boot_id)
+        try:
+            async with asyncio.timeout(SYNC_PATIENCE):
+                await ensure_schema(self._store)
+                await self._holder.sync()
+                await self._membership.register()
+        except SchemaTooNew:
+            raise
+        except (StoreError, Fenced, TimeoutError) as error:
+            log.warning("store is not in sync; serving what the journal knows", why=str(error) or "no answer")
+        await self._recover()
+
+    async def _recover(self) -> None:
+        in_sync = not self._holder.problem
+        await recover(self._kernel, self._endpoints, self._catalogue, self._boot_id, in_sync=in_sync)
+        self._recovered_in_sync = in_sync
+
+    async def run(self) -> None:
+        """Everything that goes on beside the calls, until cancelled."""
+        assert self._membership is not None, "start() comes first"
+        intents = IntentServer(self._store, self._settings.node, self._answer)
+        monitor = LinkMonitor(
+            lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
+        )
+        monitor.start(asyncio.get_running_loop())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, work in (
+                    ("addresses", self._holder.serve),
+                    ("catalogue", self._catalogue.follow),
+                    ("membership", self._membership.keep),
+                    ("intents", intents.run),
+                    ("reaper", self._endpoints.reap),
+                    ("collector", self._collect),
+                    ("conflicts", self._cut_off),
+                    ("firewall", self._heal),
+                    ("unfinished", self._undo_unfinished),
+                ):
+                    group.create_task(_supervised(name, work), name=name)
+        finally:
+            monitor.stop()
+
+    async def stop(self) -> None:
+        """End in order; endpoints stay as they are. ``run`` has been cancelled before."""
+        if self._membership is not None:
+            await self._membership.leave()
+        self._kernel.close()
+        self._journal.close()
+
+    # -- what engines call
+
+    async def attach(self, spec: AttachSpec) -> Endpoint:
+        """See Endpoints.attach."""
+        return await self._endpoints.attach(spec)
+
+    async def detach(self, key: EndpointKey, asked: Asked) -> None:
+        """See Endpoints.detach."""
+        await self._endpoints.detach(key, asked)
+
+    async def abandon(self, key: EndpointKey, request_id: str) -> None:
+        """See Endpoints.abandon."""
+        await self._endpoints.abandon(key, request_id)
+
+    async def check(self, key: EndpointKey) -> Endpoint:
+        """See Endpoints.check."""
+        return await self._endpoints.check(key)
+
+    async def ready(self, network: str | None = None) -> None:
+        """Raises what an ADD on ``network`` would fail with now, if it surely would."""
+        if network is not None:
+            await self._catalogue.network(network)
+        if self._holder.problem:
+            raise TryAgain(f"the store is not in sync: {self._holder.problem}; only warm addresses are given out")
+
+    @property
+    def node(self) -> str:
+        return self._settings.node
+
+    def known_networks(self) -> list[str]:
+        return self._catalogue.names()
+
+    async def gateways(self, driver: str = "routed") -> tuple[str, str]:
+        """The IPv4 and IPv6 gateway that containers of that driver have."""
+        return await self._kernel.gateways(driver)
+
+    def endpoints(self) -> list[Endpoint]:
+        return self._endpoints.all()
+
+    def status(self) -> dict[str, Any]:
+        """Numbers and states for `moorage status`."""
+        states = Counter(endpoint.state.value for endpoint in self._endpoints.all())
+        return {
+            "node": self._settings.node,
+            "instance": self.instance,
+            "version": self._settings.version,
+            "boot_id": self._boot_id,
+            "mtu": self._mtu,
+            "endpoints": dict(sorted(states.items())),
+            "conflicts": [
+                str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT
+            ],
+            "journal_rebuilt": self._journal.rebuilt,
+            **self._holder.status(),
+        }
+
+    # -- what goes on beside
+
+    def _catalogue_changed(self) -> None:
+        self._holder.catalogue_changed()
+        self._pools_changed.set()
+
+    def _is_live(self, ip: IPAddress, record: Address) -> bool:
+        if record.state is not AddressState.ASSIGNED:
+            return False
+        known = self._endpoints.of_ip(ip)
+        if known is not None:
+            return True
+        link = owner_of(self._links, record)
+        if link is None:
+            return False
+        key = EndpointKey(record.container_id, record.ifname)
+        driver = next((n.driver for n in self._catalogue.networks() if n.name == record.network), "routed")
+        adopted = adopted_endpoint(self._endpoints.get(key), ip, record, link, driver, self._boot_id)
+        log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
+        self._endpoints.adopt(adopted)
+        return True
+
+    def _on_conflict(self, conflict: Conflict) -> None:
+        self._conflicts.put_nowait(conflict)
+
+    async def _cut_off(self) -> None:
+        while True:
+            await self._endpoints.cut_off(await self._conflicts.get())
+
+    async def _collect(self) -> None:
+        """Ends endpoints whose namespace is gone: at once when told, and in any case regularly."""
+        while True:
+            names: list[str] | None = None
+            try:
+                async with asyncio.timeout(COLLECT_EVERY):
+                    names = await self._vanished.get()
+            except TimeoutError:
+                pass
+            await self._endpoints.collect(names)
+
+    async def _heal(self) -> None:
+        """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
+        while True:
+            try:
+                async with asyncio.timeout(HEAL_EVERY):
+                    await self._pools_changed.wait()
+            except TimeoutError:
+                pass
+            if self._pools_changed.is_set():
+                self._pools_changed.clear()
+                await self._kernel.set_pools(*policy_pools(self._catalogue))
+            if not await self._kernel.policy_is_intact():
+                log.warning("firewall table inet moorage was missing or changed; restored")
+                admitted = [e for e in self._endpoints.all() if e.state in ADMITTED]
+                await self._kernel.restore_policy(admitted, *policy_pools(self._catalogue))
+            if not self._recovered_in_sync and not self._holder.problem:
+                await self._recover()
+
+    async def _undo_unfinished(self) -> None:
+        """An ADD that a killed agent had begun waits for its hook to come back, but not for ever."""
+        begun = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHING]
+        await asyncio.sleep(RETURN_WINDOW)
+        for endpoint in begun:
+            current = self._endpoints.get(endpoint.key)
+            if current is not None and current.state is EndpointState.ATTACHING:
+                await self._endpoints.abandon(endpoint.key, endpoint.request_id)
+        await asyncio.Event().wait()
+
+    # -- intents
+
+    async def _answer(self, intent: Intent) -> dict[str, Any]:
+        match intent.kind:
+            case IntentKind.CHECK:
+                return await audit(
+                    self._kernel, self._endpoints, self._holder, repair=bool(intent.evidence.get("repair"))
+                )
+            case IntentKind.VERIFY | IntentKind.RELEASE:
+                return await self._answer_release(intent)
+            case _:
+                return {"done": False, "why": f"this agent does not know the request {intent.kind.value!r}"}
+
+    async def _answer_release(self, intent: Intent) -> dict[str, Any]:
+        """VERIFY releases what nobody uses; RELEASE ends the endpoint that uses it."""
+        ip = ip_address(intent.ip)
+        held = self._holder.held(ip)
+        if held is None or held.record is None:
+            return {"done": True, "why": f"{ip} is not held by this node any more"}
+        if held.record.state is not AddressState.ASSIGNED:
+            return {"done": True, "why": f"{ip} is {held.record.state.value} already"}
+        if held.record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision):
+            return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
+        endpoint = self._endpoints.of_ip(ip)
+        if endpoint is None:
+            self._holder.accept(self._holder.plan_release([ip]))
+            return {"done": True, "why": f"{ip} had no endpoint and is released"}
+        live = endpoint.host_ifname in await self._kernel.links()
+        if live and intent.kind is IntentKind.VERIFY:
+            return {
+                "done": False,
+                "why": f"{ip} is carried by the live container {endpoint.key.container_id} ({endpoint.key.ifname}); "
+                "end the container, or use --force to cut it off",
+            }
+        await self._endpoints.end(endpoint.key)
+        how = "was cut off" if live else "was gone"
+        return {"done": True, "why": f"{endpoint.key} {how} and {ip} is released"}
+
+
+async def _supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run it for ever: trouble is logged and outlived, a bug is logged with its traceback."""
+    while True:
+        try:
+            await work()
+        except MoorageError as error:
+            log.warning("background task failed; started again", task=name, why=str(error))
+        except Exception:
+            log.exception("background task failed on a bug; started again", task=name)
+        await asyncio.sleep(RETRY)

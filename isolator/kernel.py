@@ -1,0 +1,214 @@
+"""The agent's two kernel threads: where everything that touches the kernel happens, one thing at a time.
+
+The *wiring* thread serves ADD and DEL: policy elements and driver, about a millisecond each. The
+*reaping* thread removes interfaces, which the kernel makes it wait for (about 16 ms whatever their
+number), so nobody else waits behind it. Each has its own netlink socket; both stay in the agent's
+network namespace but for the moments when they open a socket inside a container's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from ipam.keys import IPNetwork
+from isolator.drivers import Driver, Wiring, load_driver
+from isolator.model import Endpoint, IPAddress
+from isolator.netlink import (
+    HostLink,
+    HostRoute,
+    Node,
+    delete_links,
+    delete_routes,
+    endpoint_links,
+    flush_conntrack,
+    our_routes,
+)
+from isolator.policy import Policy
+from isolator.steps import reached
+from isolator.sysctl import enable_forwarding
+from isolator.underlay import Underlay, underlay
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def wiring(endpoint: Endpoint) -> Wiring:
+    """What a driver needs to know of an endpoint."""
+    return Wiring(
+        host_ifname=endpoint.host_ifname,
+        ifname=endpoint.key.ifname,
+        netns=endpoint.netns or None,
+        ips=endpoint.ips,
+        mac=endpoint.mac,
+        mtu=endpoint.mtu,
+        default_route=endpoint.default_route,
+    )
+
+
+class _Thread:
+    """One thread with a netlink socket and drivers of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.node = self.call(Node)
+        self._drivers: dict[str, Driver] = {}
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: work(*args, **kwargs))
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run it there and wait: for start and stop, when there is nobody to keep waiting."""
+        return self._executor.submit(work).result()
+
+    def driver(self, name: str) -> Driver:
+        """The driver ``name``, for use on this thread. Raises InvalidInput."""
+        if name not in self._drivers:
+            self._drivers[name] = load_driver(name, self.node)
+        return self._drivers[name]
+
+    def close(self) -> None:
+        self.call(self.node.close)
+        self._executor.shutdown()
+
+
+class Kernel:
+    """See the module's docstring. Every method is atomic towards the others of its thread."""
+
+    def __init__(self) -> None:
+        self._wiring = _Thread("moorage-wiring")
+        self._reaping = _Thread("moorage-reaping")
+        self._policy = self._wiring.call(Policy)
+
+    def close(self) -> None:
+        self._wiring.call(self._policy.close)
+        self._wiring.close()
+        self._reaping.close()
+
+    # -- ADD, DEL and CHECK
+
+    async def check_namespace(self, path: str) -> None:
+        """Raises NamespaceGone, NotANamespace."""
+        await self._wiring.run(self._check_namespace, path)
+
+    def _check_namespace(self, path: str) -> None:
+        with self._wiring.node.open_namespace(path):
+            pass
+
+    async def connect(self, endpoint: Endpoint) -> None:
+        """Admit the endpoint in the policy, then wire it; neither if either fails."""
+        await self._wiring.run(self._connect, endpoint)
+
+    def _connect(self, endpoint: Endpoint) -> None:
+        self._policy.admit(endpoint.host_ifname, endpoint.ips)
+        reached("attach:admitted")
+        try:
+            self._wiring.driver(endpoint.driver).setup(wiring(endpoint))
+        except BaseException:
+            self._policy.revoke(endpoint.host_ifname, endpoint.ips)
+            raise
+        reached("attach:wired")
+
+    async def disconnect(self, endpoint: Endpoint) -> None:
+        """Stop all its traffic: withdraw it, then revoke it in the policy. The interface stays."""
+        await self._wiring.run(self._disconnect, endpoint)
+
+    def _disconnect(self, endpoint: Endpoint) -> None:
+        self._wiring.driver(endpoint.driver).withdraw(wiring(endpoint))
+        self._policy.revoke(endpoint.host_ifname, endpoint.ips)
+
+    async def remove(self, endpoints: Sequence[Endpoint]) -> None:
+        """Remove disconnected endpoints' interfaces, and every connection of their addresses."""
+        await self._reaping.run(self._remove, endpoints)
+
+    def _remove(self, endpoints: Sequence[Endpoint]) -> None:
+        for name in {endpoint.driver for endpoint in endpoints}:
+            mine = [wiring(endpoint) for endpoint in endpoints if endpoint.driver == name]
+            self._reaping.driver(name).remove(mine)
+        flush_conntrack([ip for endpoint in endpoints for ip in endpoint.ips])
+
+    async def differences(self, endpoint: Endpoint) -> list[str]:
+        """Sentences, one per difference between an endpoint and the kernel."""
+        return await self._wiring.run(self._differences, endpoint)
+
+    def _differences(self, endpoint: Endpoint) -> list[str]:
+        found = self._wiring.driver(endpoint.driver).check(wiring(endpoint))
+        admitted = self._policy.elements()
+        found.extend(
+            f"the firewall has no element for {ip} on {endpoint.host_ifname}"
+            for ip in endpoint.ips
+            if (endpoint.host_ifname, ip) not in admitted
+        )
+        return found
+
+    async def gateways(self, driver: str) -> tuple[str, str]:
+        """The IPv4 and IPv6 gateway that a driver's containers have."""
+        loaded = await self._wiring.run(self._wiring.driver, driver)
+        return loaded.gateway4, loaded.gateway6
+
+    # -- the node as a whole
+
+    async def prepare(self) -> Underlay:
+        """Forwarding on; returns what the node reaches the world through."""
+        return await self._wiring.run(self._prepare)
+
+    def _prepare(self) -> Underlay:
+        enable_forwarding(self._wiring.node)
+        return underlay(self._wiring.node)
+
+    async def links(self) -> dict[str, HostLink]:
+        """Every endpoint interface of this node, by name."""
+        return await self._wiring.run(endpoint_links, self._wiring.node)
+
+    async def routes(self) -> list[HostRoute]:
+        """Every route of ours on this node."""
+        return await self._wiring.run(our_routes, self._wiring.node)
+
+    async def elements(self) -> set[tuple[str, IPAddress]]:
+        """(interface, ip) of every element in the policy."""
+        return await self._wiring.run(self._policy.elements)
+
+    async def delete_links(self, names: Iterable[str]) -> None:
+        await self._reaping.run(delete_links, self._reaping.node, list(names))
+
+    async def delete_routes(self, routes: Iterable[HostRoute]) -> None:
+        await self._wiring.run(delete_routes, self._wiring.node, list(routes))
+
+    async def revoke(self, elements: Iterable[tuple[str, IPAddress]]) -> None:
+        await self._wiring.run(self._policy.revoke_all, [(name, [ip]) for name, ip in elements])
+
+    async def flush_conntrack(self, ips: Iterable[IPAddress]) -> None:
+        await self._reaping.run(flush_conntrack, list(ips))
+
+    # -- policy
+
+    async def restore_policy(
+        self,
+        endpoints: Iterable[Endpoint],
+        pools: Iterable[IPNetwork],
+        nat_pools: Iterable[IPNetwork],
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Put the whole table in place, in one transaction. keep: what is admitted already stays so."""
+        members = {(endpoint.host_ifname, ip) for endpoint in endpoints for ip in endpoint.ips}
+        await self._wiring.run(self._restore_policy, members, list(pools), list(nat_pools), keep)
+
+    def _restore_policy(
+        self,
+        members: set[tuple[str, IPAddress]],
+        pools: list[IPNetwork],
+        nat_pools: list[IPNetwork],
+        keep: bool,
+    ) -> None:
+        kept = self._policy.elements() if keep else set()
+        self._policy.restore([(name, [ip]) for name, ip in sorted(members | kept, key=str)], pools, nat_pools)
+
+    async def set_pools(self, pools: Iterable[IPNetwork], nat_pools: Iterable[IPNetwork]) -> None:
+        await self._wiring.run(self._policy.set_pools, list(pools), list(nat_pools))
+
+    async def policy_is_intact(self) -> bool:
+        return await self._wiring.run(self._policy.is_intact)

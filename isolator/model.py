@@ -1,0 +1,104 @@
+"""The typed values that cross the isolator's border: what an engine asks for, what it gets.
+
+Nothing here knows a wire format; netmodules translates to and from these.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple, TypeAlias
+
+from ipam.records import Label
+
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+
+
+class EndpointKey(NamedTuple):
+    """One interface of one container."""
+
+    container_id: str
+    ifname: str
+
+    def __str__(self) -> str:
+        return f"{self.container_id}/{self.ifname}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """When a call left its caller, on the clock of one boot.
+
+    boot_id: /proc/sys/kernel/random/boot_id of the caller.
+    at: CLOCK_BOOTTIME, nanoseconds.
+    """
+
+    boot_id: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttachSpec:
+    """An ADD, parsed and validated as far as that needs neither store nor kernel.
+
+    ips: static addresses asked for, at most one a family; () lets IPAM choose.
+    netgroups: () means the network's default.
+    mtu: bytes; None lets the network or the underlay decide.
+    """
+
+    key: EndpointKey
+    request_id: str
+    asked: Asked
+    engine: str
+    network: str
+    netns: str
+    ips: tuple[IPAddress, ...] = ()
+    reservation: str | None = None
+    netgroups: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
+    mac: str | None = None
+    pool: str | None = None
+    default_route: bool = False
+    mtu: int | None = None
+
+
+class EndpointState(enum.StrEnum):
+    """attaching -> attached -> detaching -> (gone).
+
+    CONFLICT: the store gave its address to somebody else; it is cut off and waits for its DEL.
+    """
+
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+    CONFLICT = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One interface of one container, as the journal knows it.
+
+    ips: IPv4 before IPv6, at most one each.
+    host_ifname: the node's end, ``mrg`` + hash of the key.
+    mac: the container end's MAC.
+    since: wall clock, seconds, when the ADD was accepted.
+    """
+
+    key: EndpointKey
+    state: EndpointState
+    request_id: str
+    asked: Asked
+    engine: str
+    network: str
+    driver: str
+    netns: str
+    ips: tuple[IPAddress, ...]
+    host_ifname: str
+    mac: str
+    mtu: int
+    netgroups: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
+    default_route: bool = False
+    nameservers: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+    since: float = 0.0

@@ -1,0 +1,129 @@
+"""Netlink messages as bytes: headers, attributes, requests. No sockets, no message in particular.
+
+A netlink message (Documentation/userspace-api/netlink/intro.rst) is
+
+    +--------+------+-------+-----+-----+  +------------------+  +--------------------------+
+    | length | type | flags | seq | pid |  | fixed header     |  | attribute, attribute, …  |
+    |   u32  | u16  |  u16  | u32 | u32 |  | (of that type)   |  | u16 length, u16 type, …  |
+    +--------+------+-------+-----+-----+  +------------------+  +--------------------------+
+
+in the machine's byte order, each part padded to four bytes. It is written by hand because the messages
+of one attach cost 0.05 ms here and about 1 ms through a general message library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from struct import Struct
+from typing import NamedTuple, TypeAlias
+
+HEADER = Struct("=IHHII")
+ATTRIBUTE = Struct("=HH")
+U16, U32, S32 = Struct("=H"), Struct("=I"), Struct("=i")
+
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+
+NLM_F_REQUEST = 0x1
+NLM_F_MULTI = 0x2
+NLM_F_ACK = 0x4
+NLM_F_DUMP_INTR = 0x10
+NLM_F_CAPPED = 0x100
+NLM_F_ACK_TLVS = 0x200
+# Of requests that make something
+NLM_F_REPLACE = 0x100
+NLM_F_EXCL = 0x200
+NLM_F_CREATE = 0x400
+# Of requests that read
+NLM_F_DUMP = 0x300
+
+NLA_F_NESTED = 0x8000
+_TYPE_MASK = 0x3FFF
+
+Attributes: TypeAlias = dict[int, memoryview]
+
+
+class Request(NamedTuple):
+    """One message to the kernel.
+
+    kind, flags: of the header; NLM_F_REQUEST and, outside dumps, NLM_F_ACK are added by the socket.
+    body: the fixed header and the attributes.
+    doing: what it does to what, for errors: ``"add the route 10.0.0.5/32 via mrgabc"``.
+    fine: errno that answer the request as well as success does.
+    """
+
+    kind: int
+    flags: int
+    body: bytes
+    doing: str
+    fine: tuple[int, ...] = ()
+
+    def encode(self, flags: int, seq: int) -> bytes:
+        """The message, with its header."""
+        return HEADER.pack(HEADER.size + len(self.body), self.kind, self.flags | flags, seq, 0) + self.body
+
+
+class Message(NamedTuple):
+    """One message from the kernel; ``body`` includes the fixed header."""
+
+    kind: int
+    flags: int
+    seq: int
+    body: memoryview
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute, padded."""
+    return ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) & 3)
+
+
+def nested(kind: int, *attributes: bytes) -> bytes:
+    """An attribute that holds attributes."""
+    return attribute(kind | NLA_F_NESTED, b"".join(attributes))
+
+
+def text(kind: int, value: str) -> bytes:
+    """A zero-terminated string."""
+    return attribute(kind, value.encode() + b"\0")
+
+
+def u32(kind: int, value: int) -> bytes:
+    """An unsigned 32 bit number in the machine's byte order."""
+    return attribute(kind, U32.pack(value))
+
+
+def messages(buffer: bytes) -> Iterator[Message]:
+    """The messages of one datagram."""
+    view = memoryview(buffer)
+    offset = 0
+    while offset + HEADER.size <= len(view):
+        length, kind, flags, seq, _ = HEADER.unpack_from(view, offset)
+        if length < HEADER.size:
+            return
+        yield Message(kind, flags, seq, view[offset + HEADER.size : offset + length])
+        offset += length + (-length & 3)
+
+
+def attributes(view: memoryview, offset: int = 0) -> Attributes:
+    """The attributes from offset on, by type; of a repeated type the last one."""
+    found: Attributes = {}
+    while offset + 4 <= len(view):
+        length, kind = ATTRIBUTE.unpack_from(view, offset)
+        if length < 4:
+            break
+        found[kind & _TYPE_MASK] = view[offset + 4 : offset + length]
+        offset += length + (-length & 3)
+    return found
+
+
+def as_text(value: memoryview | None) -> str:
+    """A string attribute without its zeros; "" if it is missing."""
+    return bytes(value).rstrip(b"\0").decode(errors="replace") if value is not None else ""
+
+
+def as_u32(value: memoryview | None, default: int = 0) -> int:
+    """A number attribute; default if it is missing."""
+    return int.from_bytes(value, "little" if _LITTLE else "big") if value is not None else default
+
+
+_LITTLE = U16.pack(1) == b"\1\0"

@@ -1,0 +1,145 @@
+"""What the kernel holds for us in the node's namespace, and its removal: for recovery, GC and status."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_network
+
+from isolator.netlink import codec, messages
+from isolator.netlink.codec import Message
+from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, IPNetwork
+from isolator.netlink.node import Node
+
+_DOOMED = 0x6D7267FF  # the link group that is deleted as one; links only ever join it to go
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+@dataclass(frozen=True, slots=True)
+class HostLink:
+    """A link. mac: ``aa:bb:..``. mtu: bytes."""
+
+    name: str
+    index: int
+    up: bool
+    mac: str
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoute:
+    """One of our routes. index: of its link; 0 if it has none. kind: RTN_UNICAST, RTN_BLACKHOLE, …"""
+
+    destination: IPNetwork
+    table: int
+    index: int
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostRule:
+    """One of our rules. source: None matches everything."""
+
+    family: int
+    priority: int
+    table: int
+    source: IPNetwork | None
+
+
+def read_link(node: Node, name: str) -> HostLink | None:
+    """One link by name; None if there is none."""
+    message = node.route.get(messages.get_link(name))
+    return parse_link(message) if message is not None else None
+
+
+def endpoint_links(node: Node) -> dict[str, HostLink]:
+    """The node's ends of all endpoints, by name."""
+    links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
+    return {link.name: link for link in links if link.name.startswith(ENDPOINT_PREFIX)}
+
+
+def our_routes(node: Node) -> list[HostRoute]:
+    """Our routes: all tables, both families."""
+    return [
+        parse_route(message)
+        for family in _FAMILIES
+        for message in node.route.dump(messages.dump_routes(family, protocol=ROUTE_PROTOCOL))
+    ]
+
+
+def our_rules(node: Node) -> list[HostRule]:
+    """Our rules, both families."""
+    return [
+        rule
+        for family in _FAMILIES
+        for message in node.route.dump(messages.dump_rules(family))
+        if (rule := parse_rule(message)) is not None
+    ]
+
+
+def delete_links(node: Node, names: Iterable[str]) -> None:
+    """Delete links that are ours by name, all in one go; what is gone is fine.
+
+    Each deletion waits some 16 ms for the kernel's grace periods. Links deleted as a group share that
+    wait, so they are moved into one first.
+    """
+    ours = [name for name in names if name.startswith(ENDPOINT_PREFIX)]
+    if len(ours) == 1:
+        node.route.execute([messages.delete_link(ours[0])])
+    elif ours:
+        node.route.execute([messages.set_group(name, _DOOMED) for name in ours])
+        node.route.execute([messages.delete_group(_DOOMED)])
+
+
+def delete_routes(node: Node, routes: Iterable[HostRoute]) -> None:
+    """Delete routes that the inventory found; what is gone is fine."""
+    node.route.execute(
+        [messages.delete_route(route.destination, route.table, route.index, route.kind) for route in routes]
+    )
+
+
+def parse_link(message: Message) -> HostLink:
+    """A link from RTM_NEWLINK."""
+    _, _, index, flags, _ = messages.LINK.unpack_from(message.body)
+    found = codec.attributes(message.body, messages.LINK.size)
+    return HostLink(
+        name=codec.as_text(found.get(messages.IFLA_IFNAME)),
+        index=index,
+        up=bool(flags & messages.IFF_UP),
+        mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
+        mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
+    )
+
+
+def parse_route(message: Message) -> HostRoute:
+    """A route from RTM_NEWROUTE."""
+    family, dst_len, _, _, table, _, _, kind, _ = messages.ROUTE.unpack_from(message.body)
+    found = codec.attributes(message.body, messages.ROUTE.size)
+    return HostRoute(
+        destination=_network(family, found.get(messages.RTA_DST), dst_len),
+        table=codec.as_u32(found.get(messages.RTA_TABLE), table),
+        index=codec.as_u32(found.get(messages.RTA_OIF)),
+        kind=kind,
+    )
+
+
+def parse_rule(message: Message) -> HostRule | None:
+    """A rule from RTM_NEWRULE; None if it is not ours."""
+    family, _, src_len, _, table, _, _ = messages.RULE.unpack_from(message.body)
+    found = codec.attributes(message.body, messages.RULE.size)
+    if bytes(found.get(messages.FRA_PROTOCOL, b"")) != bytes([ROUTE_PROTOCOL]):
+        return None
+    source = found.get(messages.FRA_SRC)
+    return HostRule(
+        family=4 if family == socket.AF_INET else 6,
+        priority=codec.as_u32(found.get(messages.FRA_PRIORITY)),
+        table=codec.as_u32(found.get(messages.FRA_TABLE), table),
+        source=_network(family, source, src_len) if source is not None else None,
+    )
+
+
+def _network(family: int, packed: memoryview | None, length: int) -> IPNetwork:
+    size = 4 if family == socket.AF_INET else 16
+    return ip_network((bytes(packed) if packed is not None else bytes(size), length))

@@ -1,0 +1,285 @@
+"""The rtnetlink messages we send: what a link, address, neighbour, route or rule looks like as bytes.
+
+Pure: values in, ``Request`` out. Every request names itself for errors and declares which errno answer
+it as well as success does, so that doing a thing twice, or undoing what is gone, is no error.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from ipaddress import IPv4Network, IPv6Network
+from struct import Struct
+from typing import TypeAlias
+
+from isolator.model import IPAddress
+from isolator.netlink.codec import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Request, attribute, nested, text, u32
+
+IPNetwork: TypeAlias = IPv4Network | IPv6Network
+
+ENDPOINT_PREFIX = "mrg"
+"""Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
+ROUTE_PROTOCOL = 157
+"""Marks our routes and rules (``ip route show proto 157``)."""
+TABLE_MAIN = 254
+
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
+
+LINK = Struct("=BxHiII")  # family, device type, index, flags, which flags change
+ADDRESS = Struct("=BBBBI")  # family, prefix length, flags, scope, index
+NEIGHBOUR = Struct("=BxxxiHBB")  # family, index, state, flags, type
+ROUTE = Struct("=BBBBBBBBI")  # family, dst length, src length, tos, table, protocol, scope, type, flags
+RULE = Struct("=BBBBBxxBI")  # family, dst length, src length, tos, table, action, flags
+
+IFF_UP = 0x1
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO = 1, 3, 4, 18
+IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
+IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
+IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_MODE_NONE = 8, 1
+
+IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
+IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
+
+NDA_DST, NDA_LLADDR = 1, 2
+NUD_PERMANENT = 0x80
+
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
+RTN_UNICAST = 1
+RTNH_F_ONLINK = 4
+SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
+
+FRA_SRC, FRA_PRIORITY, FRA_TABLE, FRA_PROTOCOL = 2, 6, 15, 21
+FR_ACT_TO_TABLE = 1
+
+
+def family_of(ip: IPAddress | IPNetwork) -> int:
+    """AF_INET or AF_INET6."""
+    return socket.AF_INET if ip.version == 4 else socket.AF_INET6
+
+
+def mac_bytes(mac: str) -> bytes:
+    """``aa:bb:..`` as six bytes."""
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+def create_veth(
+    *, name: str, index: int, mac: str, peer: str, peer_index: int, peer_mac: str, peer_netns: int, mtu: int
+) -> Request:
+    """A veth pair, its peer born inside another namespace (no move, no name clash on the node).
+
+    index, peer_index: chosen by the caller, so that nothing has to be read back.
+    peer_netns: an open file descriptor of the namespace.
+    """
+    mtu_attribute = u32(IFLA_MTU, mtu)
+    peer_body = (
+        LINK.pack(0, 0, peer_index, 0, 0)
+        + text(IFLA_IFNAME, peer)
+        + attribute(IFLA_ADDRESS, mac_bytes(peer_mac))
+        + mtu_attribute
+        + u32(IFLA_NET_NS_FD, peer_netns)
+    )
+    body = (
+        LINK.pack(0, 0, index, 0, 0)
+        + text(IFLA_IFNAME, name)
+        + attribute(IFLA_ADDRESS, mac_bytes(mac))
+        + mtu_attribute
+        + nested(
+            IFLA_LINKINFO,
+            text(IFLA_INFO_KIND, "veth"),
+            nested(IFLA_INFO_DATA, nested(VETH_INFO_PEER, peer_body)),
+        )
+    )
+    return Request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"create {peer} with {name} on the node")
+
+
+def delete_link(name: str) -> Request:
+    """Remove a link by name."""
+    body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name)
+    return Request(RTM_DELLINK, 0, body, f"delete the link {name}", (errno.ENODEV,))
+
+
+def set_group(name: str, group: int) -> Request:
+    """Put a link into a group."""
+    body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name) + u32(IFLA_GROUP, group)
+    return Request(RTM_SETLINK, 0, body, f"move the link {name} to group {group:#x}", (errno.ENODEV,))
+
+
+def delete_group(group: int) -> Request:
+    """Remove all links of a group; they share one wait for the kernel's grace periods."""
+    body = LINK.pack(0, 0, 0, 0, 0) + u32(IFLA_GROUP, group)
+    return Request(RTM_DELLINK, 0, body, f"delete the links of group {group:#x}", (errno.ENODEV,))
+
+
+def link_up(index: int, name: str, *, up: bool = True) -> Request:
+    """Bring a link up or down."""
+    doing = f"bring {name} {'up' if up else 'down'}"
+    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP if up else 0, IFF_UP), doing)
+
+
+def set_mac(index: int, name: str, mac: str) -> Request:
+    """Set a link's MAC."""
+    body = LINK.pack(0, 0, index, 0, 0) + attribute(IFLA_ADDRESS, mac_bytes(mac))
+    return Request(RTM_SETLINK, 0, body, f"give {name} the MAC {mac}")
+
+
+def no_link_local(index: int, name: str) -> Request:
+    """No generated fe80 address, so no DAD and no MLD report for it; a kernel without IPv6 has none anyway."""
+    mode = attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([ADDR_GEN_MODE_NONE]))
+    body = LINK.pack(0, 0, index, 0, 0) + nested(IFLA_AF_SPEC, nested(socket.AF_INET6, mode))
+    doing = f"turn off link-local addresses on {name}"
+    return Request(RTM_SETLINK, 0, body, doing, (errno.EAFNOSUPPORT,))
+
+
+def get_link(name: str) -> Request:
+    """Read a link by name.
+
+    Where its carrier came up this instant, kernels since 6.9 also wait until it can really send.
+    """
+    body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name)
+    return Request(RTM_GETLINK, 0, body, f"read the link {name}", (errno.ENODEV,))
+
+
+def add_address(index: int, name: str, ip: IPAddress) -> Request:
+    """A host address (/32, /128), usable at once: no duplicate address detection."""
+    flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE if ip.version == 6 else 0
+    body = (
+        ADDRESS.pack(family_of(ip), ip.max_prefixlen, flags & 0xFF, SCOPE_UNIVERSE, index)
+        + attribute(IFA_LOCAL, ip.packed)
+        + attribute(IFA_ADDRESS, ip.packed)
+        + u32(IFA_FLAGS, flags)
+    )
+    return Request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"add the address {ip} to {name}")
+
+
+def add_neighbour(index: int, name: str, ip: IPAddress, mac: str) -> Request:
+    """A permanent neighbour: nobody ever has to ask for it."""
+    body = (
+        NEIGHBOUR.pack(family_of(ip), index, NUD_PERMANENT, 0, 0)
+        + attribute(NDA_DST, ip.packed)
+        + attribute(NDA_LLADDR, mac_bytes(mac))
+    )
+    return Request(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"add the neighbour {ip} to {name}")
+
+
+def add_default_route(
+    index: int, name: str, gateway: IPAddress, *, table: int = TABLE_MAIN, metric: int = 0
+) -> Request:
+    """A default route via a gateway that is on the link although no address says so."""
+    body = (
+        _route_header(family_of(gateway), 0, table, SCOPE_UNIVERSE, RTNH_F_ONLINK)
+        + attribute(RTA_GATEWAY, gateway.packed)
+        + u32(RTA_OIF, index)
+        + u32(RTA_TABLE, table)
+        + (u32(RTA_PRIORITY, metric) if metric else b"")
+    )
+    doing = f"add the default route via {gateway} on {name}"
+    return Request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, doing)
+
+
+def add_host_route(index: int, name: str, ip: IPAddress) -> Request:
+    """The node's route to one endpoint's address."""
+    return Request(
+        RTM_NEWROUTE,
+        NLM_F_CREATE | NLM_F_REPLACE,
+        _host_route(index, ip, SCOPE_LINK if ip.version == 4 else SCOPE_UNIVERSE),
+        f"add the route to {ip} via {name}",
+    )
+
+
+def delete_host_route(index: int, name: str, ip: IPAddress) -> Request:
+    """Only the route through this very link: the address may be another endpoint's by now."""
+    body = _host_route(index, ip, SCOPE_NOWHERE)
+    return Request(RTM_DELROUTE, 0, body, f"delete the route to {ip} via {name}", (errno.ESRCH, errno.ENODEV))
+
+
+def delete_route(destination: IPNetwork, table: int, index: int, kind: int) -> Request:
+    """One of our routes, as the inventory found it. index: 0 if it has no link."""
+    body = (
+        _route_header(family_of(destination), destination.prefixlen, table, SCOPE_NOWHERE, 0, kind)
+        + attribute(RTA_DST, destination.network_address.packed)
+        + u32(RTA_TABLE, table)
+        + (u32(RTA_OIF, index) if index else b"")
+    )
+    return Request(RTM_DELROUTE, 0, body, f"delete the route to {destination}", (errno.ESRCH, errno.ENODEV))
+
+
+def add_source_rule(ip: IPAddress, table: int, priority: int) -> Request:
+    """``from <ip> lookup <table>``."""
+    body = _source_rule(ip, table, priority)
+    return Request(
+        RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, body, f"add the rule for packets from {ip}", (errno.EEXIST,)
+    )
+
+
+def delete_source_rule(ip: IPAddress, table: int, priority: int) -> Request:
+    """Undo ``add_source_rule``."""
+    body = _source_rule(ip, table, priority)
+    fine = (errno.ENOENT, errno.EAFNOSUPPORT)
+    return Request(RTM_DELRULE, 0, body, f"delete the rule for packets from {ip}", fine)
+
+
+def dump_links() -> Request:
+    """All links."""
+    return Request(RTM_GETLINK, 0, LINK.pack(0, 0, 0, 0, 0), "list the links")
+
+
+def dump_addresses(family: int = 0, index: int = 0) -> Request:
+    """Addresses, of one link if an index is given."""
+    return Request(RTM_GETADDR, 0, ADDRESS.pack(family, 0, 0, 0, index), "list the addresses", (errno.ENODEV,))
+
+
+def dump_neighbours(family: int, index: int) -> Request:
+    """Neighbours of one link."""
+    body = NEIGHBOUR.pack(family, 0, 0, 0, 0) + u32(_NDA_IFINDEX, index)
+    return Request(RTM_GETNEIGH, 0, body, "list the neighbours", (errno.ENODEV,))
+
+
+def dump_routes(family: int, *, protocol: int = 0, table: int = 0, index: int = 0) -> Request:
+    """Routes of a family, filtered by the kernel."""
+    body = (
+        ROUTE.pack(family, 0, 0, 0, 0, protocol, 0, 0, 0)
+        + (u32(RTA_TABLE, table) if table else b"")
+        + (u32(RTA_OIF, index) if index else b"")
+    )
+    fine = (errno.ENOENT, errno.ENODEV, errno.EAFNOSUPPORT)
+    return Request(RTM_GETROUTE, 0, body, "list the routes", fine)
+
+
+def dump_rules(family: int) -> Request:
+    """Rules of a family."""
+    return Request(RTM_GETRULE, 0, RULE.pack(family, 0, 0, 0, 0, 0, 0), "list the rules", (errno.EAFNOSUPPORT,))
+
+
+_NDA_IFINDEX = 8
+
+
+def _route_header(
+    family: int, dst_len: int, table: int, scope: int, flags: int, kind: int = RTN_UNICAST
+) -> bytes:
+    short = table if table < 256 else 0  # the full number goes into RTA_TABLE
+    return ROUTE.pack(family, dst_len, 0, 0, short, ROUTE_PROTOCOL, scope, kind, flags)
+
+
+def _host_route(index: int, ip: IPAddress, scope: int) -> bytes:
+    return (
+        _route_header(family_of(ip), ip.max_prefixlen, TABLE_MAIN, scope, 0)
+        + attribute(RTA_DST, ip.packed)
+        + u32(RTA_OIF, index)
+        + u32(RTA_TABLE, TABLE_MAIN)
+    )
+
+
+def _source_rule(ip: IPAddress, table: int, priority: int) -> bytes:
+    return (
+        RULE.pack(family_of(ip), 0, ip.max_prefixlen, 0, 0, FR_ACT_TO_TABLE, 0)
+        + attribute(FRA_SRC, ip.packed)
+        + u32(FRA_PRIORITY, priority)
+        + u32(FRA_TABLE, table)
+        + attribute(FRA_PROTOCOL, bytes([ROUTE_PROTOCOL]))
+    )
+
+

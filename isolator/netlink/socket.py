@@ -1,0 +1,152 @@
+"""A netlink socket that speaks in batches.
+
+One ``send`` carries all requests of a phase, the kernel works through them within that call, and one pass
+collects all acknowledgements. A batch is **not** a transaction: after a request fails the next one is
+still carried out, so each must be harmless if its predecessor failed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from typing import Self
+
+from isolator.errors import KernelRefused
+from isolator.netlink import codec
+from isolator.netlink.codec import Message, Request
+
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+
+_SOL_NETLINK = 270
+_CAP_ACK = 10  # an error does not echo the request
+_EXT_ACK = 11  # an error comes with the kernel's own words
+_STRICT_CHECK = 12  # a dump honours the filter in its request
+
+_BATCH = 64  # acknowledgements that surely fit a default receive buffer
+_DUMP_ATTEMPTS = 20
+_NLMSGERR_ATTR_MSG = 1
+
+
+class NetlinkSocket:
+    """A socket in the network namespace that the calling thread is in when it is made."""
+
+    def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+        except OSError as error:
+            raise KernelRefused(
+                f"the kernel gave no netlink socket ({error.strerror}); is its module loaded?",
+                errno=error.errno or 0,
+            ) from error
+        for option in (_CAP_ACK, _EXT_ACK, _STRICT_CHECK):
+            self._socket.setsockopt(_SOL_NETLINK, option, 1)
+        self._seq = 0
+
+    def close(self) -> None:
+        """Close it; twice is fine."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def execute(self, requests: Sequence[Request]) -> None:
+        """Carry out all requests, in order, whatever becomes of each.
+
+        Raises KernelRefused for the first one whose answer is neither success nor declared fine.
+        """
+        refused: KernelRefused | None = None
+        for start in range(0, len(requests), _BATCH):
+            refused = self._execute(requests[start : start + _BATCH]) or refused
+        if refused is not None:
+            raise refused
+
+    def _execute(self, batch: Sequence[Request]) -> KernelRefused | None:
+        first = self._seq + 1
+        self._seq += len(batch)
+        flags = codec.NLM_F_REQUEST | codec.NLM_F_ACK
+        self._send(b"".join([request.encode(flags, first + i) for i, request in enumerate(batch)]), batch[0])
+        refused: KernelRefused | None = None
+        waiting = len(batch)
+        while waiting:
+            for message in codec.messages(self._socket.recv(16384)):
+                place = message.seq - first
+                if message.kind != codec.NLMSG_ERROR or not 0 <= place < len(batch):
+                    continue
+                waiting -= 1
+                number = -codec.S32.unpack_from(message.body)[0]
+                if number and number not in batch[place].fine and refused is None:
+                    refused = _refusal(batch[place], number, message)
+        return refused
+
+    def dump(self, request: Request) -> list[Message]:
+        """Everything the request selects, read again from the start when a change interrupted it.
+
+        Raises KernelRefused; an errno that the request declares fine gives [].
+        """
+        for _ in range(_DUMP_ATTEMPTS):
+            found = self._dump(request)
+            if found is not None:
+                return found
+        raise KernelRefused(
+            f"could not {request.doing}: it changed all the time while being read; try again",
+            errno=errno.EINTR,
+        )
+
+    def _dump(self, request: Request) -> list[Message] | None:
+        self._seq += 1
+        self._send(request.encode(codec.NLM_F_REQUEST | codec.NLM_F_DUMP, self._seq), request)
+        found: list[Message] = []
+        interrupted = False
+        while True:
+            for message in codec.messages(self._socket.recv(65536)):
+                if message.seq != self._seq:
+                    continue
+                interrupted |= bool(message.flags & codec.NLM_F_DUMP_INTR)
+                if message.kind in (codec.NLMSG_ERROR, codec.NLMSG_DONE):
+                    number = -codec.S32.unpack_from(message.body)[0] if len(message.body) >= 4 else 0
+                    if number and number not in request.fine:
+                        raise _refusal(request, number, message)
+                    return None if interrupted else found
+                found.append(message)
+
+    def get(self, request: Request) -> Message | None:
+        """The one object the request names; None if the kernel's answer is an errno declared fine."""
+        self._seq += 1
+        self._send(request.encode(codec.NLM_F_REQUEST, self._seq), request)
+        while True:
+            for message in codec.messages(self._socket.recv(65536)):
+                if message.seq != self._seq:
+                    continue
+                if message.kind != codec.NLMSG_ERROR:
+                    return message
+                number = -codec.S32.unpack_from(message.body)[0]
+                if number in request.fine:
+                    return None
+                raise _refusal(request, number, message)
+
+    def _send(self, data: bytes, request: Request) -> None:
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            raise KernelRefused(
+                f"could not {request.doing}: {error.strerror}", errno=error.errno or 0
+            ) from error
+
+
+def _refusal(request: Request, number: int, message: Message) -> KernelRefused:
+    return KernelRefused(f"could not {request.doing}: {os.strerror(number)}{_reason(message)}", errno=number)
+
+
+def _reason(message: Message) -> str:
+    """The kernel's own words, if it had any: they follow the error and the (capped) request header."""
+    if not message.flags & codec.NLM_F_ACK_TLVS:
+        return ""
+    offset = 4 if message.kind == codec.NLMSG_DONE else 4 + codec.HEADER.size
+    words = codec.as_text(codec.attributes(message.body, offset).get(_NLMSGERR_ATTR_MSG))
+    return f" ({words})" if words else ""

@@ -1,0 +1,101 @@
+"""Start-up: what the journal remembers, the kernel holds and the store says become one again.
+
+    endpoints of another boot          their namespaces died with it: released
+    'detaching'                        ended
+    'attaching'                        kept for the hook that comes back with the same request, then undone
+    'attached', interface there        kept; no packet is lost
+    'attached', interface gone         ended: its namespace is gone
+    interface, unknown to the journal  adopted if the store has its address here, else removed
+
+Nothing is written to the kernel before the store is in sync, or known to be away; without the store,
+what cannot be attributed is left alone and keeps working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+
+from ipam.catalogue import Catalogue
+from ipam.keys import IPNetwork
+from ipam.records import Address
+from isolator.drivers.naming import host_ifname, mac_for
+from isolator.endpoints import Endpoints
+from isolator.kernel import Kernel
+from isolator.model import Asked, Endpoint, EndpointKey, EndpointState, IPAddress
+from isolator.netlink import HostLink
+
+log = structlog.get_logger(__name__)
+
+ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
+
+
+def policy_pools(catalogue: Catalogue) -> tuple[list[IPNetwork], list[IPNetwork]]:
+    """(all pools, the pools whose traffic to the outside is masqueraded)."""
+    natted = {network.name for network in catalogue.networks() if network.nat}
+    pools = catalogue.pools()
+    return [p.cidr for p in pools], [p.cidr for p in pools if p.network in natted]
+
+
+def adopted_endpoint(
+    endpoint: Endpoint | None, ip: IPAddress, record: Address, link: HostLink, driver: str, boot_id: str
+) -> Endpoint:
+    """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said."""
+    ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: ip.version))
+    return Endpoint(
+        key=EndpointKey(record.container_id, record.ifname),
+        state=EndpointState.ATTACHED,
+        request_id="",
+        asked=Asked(boot_id, 0),
+        engine=record.engine,
+        network=record.network,
+        driver=driver,
+        netns="",
+        ips=ips,
+        host_ifname=link.name,
+        mac=mac_for(ips),
+        mtu=link.mtu,
+        netgroups=tuple(record.netgroups),
+        labels=tuple(record.labels),
+        since=record.since,
+    )
+
+
+def owner_of(links: Mapping[str, HostLink], record: Address) -> HostLink | None:
+    """The interface that an address record's endpoint has, if it is there."""
+    return links.get(host_ifname(EndpointKey(record.container_id, record.ifname)))
+
+
+async def recover(
+    kernel: Kernel, endpoints: Endpoints, catalogue: Catalogue, boot_id: str, *, in_sync: bool
+) -> None:
+    """Bring kernel and endpoints in line; see the module's docstring. Raises KernelRefused."""
+    for endpoint in endpoints.all():
+        if endpoint.asked.boot_id != boot_id:
+            log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
+            endpoints.forget(endpoint)
+    links = await kernel.links()
+    admitted = [e for e in endpoints.all() if e.state in ADMITTED]
+    await kernel.restore_policy(admitted, *policy_pools(catalogue), keep=not in_sync)
+    for endpoint in endpoints.all():
+        if endpoint.state is EndpointState.DETACHING:
+            await endpoints.resume_end(endpoint)
+    await endpoints.collect()
+    if in_sync:
+        await remove_strays(kernel, endpoints, links)
+
+
+async def remove_strays(kernel: Kernel, endpoints: Endpoints, links: Mapping[str, HostLink]) -> list[str]:
+    """Remove the interfaces and routes that no endpoint owns; returns their names."""
+    owned = {endpoint.host_ifname for endpoint in endpoints.all()}
+    strays = [name for name in links if name not in owned]
+    if strays:
+        log.warning("interfaces without an owner removed", names=strays)
+        await kernel.delete_links(strays)
+    ips = {ip for endpoint in endpoints.all() for ip in endpoint.ips}
+    routes = [r for r in await kernel.routes() if r.destination.network_address not in ips]
+    if routes:
+        log.warning("routes without an owner removed", routes=[str(r.destination) for r in routes])
+        await kernel.delete_routes(routes)
+    return strays + [str(route.destination) for route in routes]

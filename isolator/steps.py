@@ -1,0 +1,24 @@
+"""The named steps of ADD and DEL, as they happen.
+
+Crash tests replace ``reached`` by something that kills the agent at one of them; in production it does
+nothing. The names are also those of the design (docs/architecture.md), so a test says where it cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+ATTACH = ("attach:begun", "attach:lent", "attach:journalled", "attach:admitted", "attach:wired", "attach:attached")
+DETACH = ("detach:begun", "detach:journalled", "detach:withdrawn", "detach:removed", "detach:released")
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
+observer: Callable[[str], None] = _nothing
+
+
+def reached(step: str) -> None:
+    """The agent is at ``step``, one of ATTACH or DETACH; any thread."""
+    observer(step)

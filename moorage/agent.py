@@ -1,0 +1,150 @@
+"""The agent: everything composed from the configuration, started, served and ended in order.
+
+    claim the network namespace -> open store and journal -> recover -> drain the spool -> serve
+
+SIGTERM and SIGINT end it: requests in flight are finished, endpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+
+from ipam.errors import InvalidInput, MoorageError
+from ipam.store import open_store
+from isolator.identity import claim_namespace
+from isolator.isolator import Isolator, Settings
+from isolator.model import Endpoint
+from moorage import __version__
+from moorage.config import AgentConfig
+from moorage.notify import READY, STOPPING, notify
+from netmodules.cni.handler import CniHandler
+from netmodules.request import Reply, Request
+from netmodules.server import Server
+from netmodules.spool import Entry, Spool, SpoolWatcher
+
+log = structlog.get_logger(__name__)
+
+
+def run(config: AgentConfig) -> int:
+    """Run the agent until it is told to end; returns the exit code."""
+    try:
+        asyncio.run(_serve(config))
+    except MoorageError as error:
+        log.error("agent cannot run", why=str(error))
+        sys.stderr.flush()
+        return 1
+    return 0
+
+
+async def _serve(config: AgentConfig) -> None:
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    with contextlib.closing(claim_namespace()):
+        store = await open_store(config.store)
+        try:
+            isolator = Isolator(
+                Settings(
+                    node=config.node, state_dir=config.state_dir, version=__version__, underlay=config.underlay
+                ),
+                store,
+            )
+            try:
+                await isolator.start()
+                await _serve_until(ending, config, isolator)
+            finally:
+                await isolator.stop()
+        finally:
+            await store.close()
+    log.info("agent ended", node=config.node)
+
+
+async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Isolator) -> None:
+    beside = asyncio.create_task(isolator.run())
+    spool = Spool(config.socket.parent / "spool")
+
+    async def carry_out(entry: Entry) -> None:
+        await isolator.detach(entry.key, entry.request.asked)
+
+    watcher = SpoolWatcher(spool, carry_out)
+    gateway4, gateway6 = await isolator.gateways()
+    cni = CniHandler(isolator, gateway4=gateway4, gateway6=gateway6, drain=watcher.drain)
+    admin = AdminHandler(isolator, spool)
+    server = Server(config.socket, {"cni": cni, "admin": admin}, cni.undo)
+    try:
+        await watcher.drain()
+        await watcher.start()
+        await server.start()
+        log.info("agent serves", node=config.node, socket=str(config.socket), instance=isolator.instance)
+        notify(READY)
+        await ending.wait()
+        notify(STOPPING)
+    finally:
+        await server.stop()
+        await watcher.stop()
+        beside.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await beside
+
+
+class AdminHandler:
+    """Answers the command line's questions to this node's agent; see moorage/admin.py."""
+
+    def __init__(self, isolator: Isolator, spool: Spool) -> None:
+        self._isolator = isolator
+        self._spool = spool
+        self._calls: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "status": self._status,
+            "endpoints": self._endpoints,
+        }
+
+    async def __call__(self, request: Request) -> Reply:
+        """Never raises but for cancellation."""
+        try:
+            return Reply(0, msgspec.json.encode(self._answer(request.stdin), enc_hook=str))
+        except MoorageError as error:
+            return Reply(1, msgspec.json.encode({"error": str(error)}))
+
+    def _answer(self, stdin: bytes) -> Any:
+        try:
+            arguments = msgspec.json.decode(stdin, type=dict[str, Any])
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise InvalidInput(f"the request is no JSON object ({error})") from error
+        call = self._calls.get(str(arguments.get("call")))
+        if call is None:
+            raise InvalidInput(f"the agent answers {', '.join(sorted(self._calls))}, not {arguments.get('call')!r}")
+        return call(arguments)
+
+    def _status(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {**self._isolator.status(), "spool": len(self._spool.entries())}
+
+    def _endpoints(self, _: dict[str, Any]) -> list[dict[str, Any]]:
+        node = self._isolator.node
+        return [_row(endpoint, node) for endpoint in self._isolator.endpoints()]
+
+
+def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
+    return {
+        "container_id": endpoint.key.container_id,
+        "ifname": endpoint.key.ifname,
+        "state": endpoint.state,
+        "node": node,
+        "network": endpoint.network,
+        "engine": endpoint.engine,
+        "addresses": [str(ip) for ip in endpoint.ips],
+        "mac": endpoint.mac,
+        "mtu": endpoint.mtu,
+        "host_ifname": endpoint.host_ifname,
+        "netns": endpoint.netns,
+        "netgroups": list(endpoint.netgroups),
+        "labels": [msgspec.to_builtins(label) for label in endpoint.labels],
+        "since": endpoint.since,
+    }

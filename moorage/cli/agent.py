@@ -1,0 +1,74 @@
+"""``moorage agent``: run this node's agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moorage import config, log
+from moorage.cli.session import Session
+
+
+@click.command(short_help="Run this node's agent.")
+@click.option(
+    "--node", metavar="NAME", help="This node's name.  [env: MOORAGE_NODE; default: the host's name]"
+)
+@click.option(
+    "--store", metavar="URL", help=f"The store.  [env: MOORAGE_STORE; default: {config.DEFAULT_STORE}]"
+)
+@click.option(
+    "--state-dir",
+    metavar="DIR",
+    help=f"Where the journal lives.  [env: MOORAGE_STATE_DIR; default: {config.DEFAULT_STATE_DIR}]",
+)
+@click.option(
+    "--socket",
+    metavar="PATH",
+    help=f"Where hooks and this command line reach it.  [env: MOORAGE_SOCKET; default: {config.DEFAULT_SOCKET}]",
+)
+@click.option(
+    "--underlay",
+    metavar="INTERFACE",
+    help="The interface towards other nodes.  [env: MOORAGE_UNDERLAY; default: the one with the default route]",
+)
+@click.option(
+    "--log-level",
+    metavar="LEVEL",
+    help=f"{', '.join(config.LOG_LEVELS)}.  [env: MOORAGE_LOG_LEVEL; default: info]",
+)
+@click.option(
+    "--log-format",
+    metavar="FORMAT",
+    help=f"{', '.join(config.LOG_FORMATS)}.  [env: MOORAGE_LOG_FORMAT; default: console]",
+)
+@click.option(
+    "--config",
+    "file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"The configuration file.  [env: MOORAGE_CONFIG; default: {config.DEFAULT_FILE}, if it is there]",
+)
+@click.pass_context
+def agent(ctx: click.Context, /, file: Path | None, **flags: str | None) -> None:
+    """Run this node's agent, until SIGTERM or SIGINT: requests in flight are finished first.
+
+    Flags win over the MOORAGE_* environment, that over the file, that over the defaults. The file is
+    TOML with the flags' names: node = "a", state_dir = "/var/lib/moorage".
+
+    \b
+    Example:
+      moorage agent --node a --log-format json
+    """
+    session = ctx.ensure_object(Session)
+    flags["store"] = flags["store"] or session.store
+    flags["socket"] = flags["socket"] or session.socket
+    for key in ("state_dir", "socket"):
+        if flags[key]:
+            flags[key] = str(Path(flags[key] or "").absolute())
+    settings = config.load(flags, file=file)
+    log.configure("debug" if ctx.find_root().params.get("debug") else settings.log_level, settings.log_format)
+
+    from moorage.agent import run
+
+    ctx.exit(run(settings))

@@ -1,0 +1,93 @@
+"""``moorage endpoint``: the interfaces of this machine's containers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ipam.errors import NotFound
+from moorage.cli.output import Column, age, words
+from moorage.cli.session import Session, pass_session
+
+
+@click.group(short_help="Interfaces of this machine's containers.")
+def endpoint() -> None:
+    """Endpoints: the interfaces of this machine's containers, as its agent knows them.
+
+    \b
+    Example:
+      moorage endpoint list
+    """
+
+
+@endpoint.command("list", short_help="List this machine's endpoints.")
+@click.option("--network", metavar="NAME", help="Only of this network.  [default: all]")
+@pass_session
+def list_(session: Session, network: str | None) -> None:
+    """List this machine's endpoints.
+
+    \b
+    Example:
+      moorage endpoint list -o json
+    """
+    found = [e for e in session.ask_agent("endpoints") if network in (None, e["network"])]
+    session.out.rows(
+        found,
+        [
+            Column("container", lambda r: words(r.get("container_id"))),
+            Column("ifname"),
+            Column("state"),
+            Column("network"),
+            Column("addresses"),
+            Column("host_ifname"),
+            Column("engine"),
+            Column("netgroups"),
+            Column("age", lambda r: age(r.get("since"))),
+        ],
+        none="No endpoint on this machine" + (f" in network {network}." if network else "."),
+    )
+
+
+@endpoint.command(short_help="Show the endpoints of one container.")
+@click.argument("name", metavar="CONTAINER[/IFNAME]")
+@pass_session
+def show(session: Session, name: str) -> None:
+    """Show the endpoints of one container, or one of them.
+
+    CONTAINER may be the beginning of a container's id if only one container's begins so. As JSON
+    this is an object if IFNAME is given, else an array of them.
+
+    \b
+    Examples:
+      moorage endpoint show 4f7a
+      moorage endpoint show 4f7a/eth0 -o json
+    """
+    container, _, ifname = name.partition("/")
+    found = matching(session.ask_agent("endpoints"), container, ifname)
+    if session.out.as_json and not ifname:
+        session.out.rows(found, [], none="")
+        return
+    for number, one in enumerate(found):
+        if number:
+            click.echo()
+        session.out.record(one)
+
+
+def matching(endpoints: list[dict[str, Any]], container: str, ifname: str) -> list[dict[str, Any]]:
+    """The endpoints meant by a container id, or the beginning of one. Raises NotFound."""
+    ids = {e["container_id"] for e in endpoints}
+    candidates = (
+        [container] if container in ids else sorted(i for i in ids if container and i.startswith(container))
+    )
+    if len(candidates) > 1:
+        raise NotFound(
+            f"{container} is the beginning of {len(candidates)} containers: {', '.join(candidates)}; write more"
+        )
+    found = [e for e in endpoints if e["container_id"] in candidates and ifname in ("", e["ifname"])]
+    if not found:
+        raise NotFound(
+            f"there is no endpoint {container}{'/' + ifname if ifname else ''} on this machine; "
+            "see `moorage endpoint list`, or `moorage ip list` for all nodes"
+        )
+    return found

@@ -1,0 +1,340 @@
+"""``moorage network``: what apps join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from ipaddress import ip_network
+from typing import Any
+
+import click
+
+from ipam import networks
+from ipam.errors import InvalidInput
+from ipam.networks import PoolSpec
+from ipam.pools import parse_range
+from ipam.records import Network, Pool
+from ipam.store.base import Store
+from moorage.cli.output import Column, fields, print_json, words
+from moorage.cli.session import IP, IPAddress, Session, pass_session
+from moorage.config import DEFAULT_SOCKET
+
+CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+
+IPV4_BITS = 32
+"""A block of IPv4 is never longer than this and one of IPv6 never shorter, so N alone says which is meant."""
+
+
+@click.group(short_help="Networks that apps join.")
+def network() -> None:
+    """Networks: what an app joins by name, and the pools its addresses come from.
+
+    \b
+    Example:
+      moorage network create web --pool 10.64.0.0/16
+      moorage network show web
+    """
+
+
+def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[int]:
+    lengths = []
+    for text in values:
+        digits = text.removeprefix("/")
+        if not (digits.isascii() and digits.isdigit() and 0 < int(digits) <= 128):
+            raise click.BadParameter(f"{text!r} is no prefix length; write for example 26, or 122 for IPv6")
+        lengths.append(int(digits))
+    return lengths
+
+
+@network.command(short_help="Create a network with its pools.")
+@click.argument("name")
+@click.option(
+    "--pool",
+    "pools",
+    metavar="CIDR",
+    multiple=True,
+    required=True,
+    help="Where its addresses come from; repeatable.",
+)
+@click.option(
+    "--block-size",
+    "block_sizes",
+    metavar="N",
+    multiple=True,
+    callback=_prefix_length,
+    help="Prefix length of the slices that nodes claim: up to 32 is meant for the IPv4 pools, above "
+    "for the IPv6 pools; repeatable.  [default: 26, 122]",
+)
+@click.option(
+    "--static",
+    metavar="RANGE",
+    multiple=True,
+    help="Addresses given only to who asks for them: FIRST-LAST, one address or a CIDR; repeatable.",
+)
+@click.option(
+    "--exclude", "excluded", metavar="RANGE", multiple=True, help="Addresses given to nobody; repeatable."
+)
+@click.option(
+    "--mtu",
+    metavar="BYTES",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default="0: the underlay's",
+    help="Bytes.",
+)
+@click.option("--nat/--no-nat", default=True, help="Masquerade traffic that leaves all pools.")
+@click.option("--dns", metavar="IP", type=IP, multiple=True, help="Name server for containers; repeatable.")
+@click.option("--search", metavar="DOMAIN", multiple=True, help="Search domain for containers; repeatable.")
+@click.option(
+    "--warm",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=8,
+    help="Addresses per family that a node keeps ready.",
+)
+@click.option(
+    "--preload", is_flag=True, help="Keep them ready on all nodes, before the network is first used."
+)
+@pass_session
+def create(
+    session: Session,
+    name: str,
+    pools: tuple[str, ...],
+    block_sizes: list[int],
+    static: tuple[str, ...],
+    excluded: tuple[str, ...],
+    mtu: int,
+    nat: bool,
+    dns: tuple[IPAddress, ...],
+    search: tuple[str, ...],
+    warm: int,
+    preload: bool,
+) -> None:
+    """Create a network with its pools.
+
+    With an IPv4 and an IPv6 pool every container gets an address of each. A RANGE belongs to the
+    pool that contains it.
+
+    \b
+    Examples:
+      moorage network create web --pool 10.64.0.0/16
+      moorage network create db --pool 10.65.0.0/24 --pool fd00:65::/64 \\
+          --block-size 28 --static 10.65.0.10-10.65.0.19 --dns 10.0.0.2 --no-nat
+    """
+    specs = pool_specs(pools, block_sizes, static, excluded)
+    record = Network(
+        name=name,
+        pools=[],
+        mtu=mtu,
+        nat=nat,
+        dns=[str(ip) for ip in dns],
+        search=list(search),
+        warm=warm,
+        preload=preload,
+    )
+
+    async def act(store: Store) -> tuple[Network, list[Pool]]:
+        await networks.create_network(store, record, specs)
+        return await networks.get_network(store, name)
+
+    created, created_pools = session.run(act)
+    cidrs = ", ".join(pool.cidr for pool in created_pools)
+    session.out.done(
+        f"network {name} created with {cidrs}; "
+        f"for the engine's configuration see `moorage network cni-config {name}`",
+        row(created, created_pools),
+    )
+
+
+def pool_specs(
+    cidrs: Sequence[str], block_sizes: Sequence[int], static: Sequence[str], excluded: Sequence[str]
+) -> list[PoolSpec]:
+    """Give each pool the block size of its family and the ranges inside it. Raises InvalidInput."""
+    sizes: dict[int, int] = {}
+    for size in block_sizes:
+        family = 4 if size <= IPV4_BITS else 6
+        if sizes.setdefault(family, size) != size:
+            raise InvalidInput(
+                f"--block-size is given twice for IPv{family}: {sizes[family]} and {size}; keep one"
+            )
+    families = {cidr: 6 if ":" in cidr else 4 for cidr in cidrs}
+    for family, size in sizes.items():
+        if family not in families.values():
+            raise InvalidInput(
+                f"--block-size {size} is for IPv{family} pools, and there is none; leave it out"
+            )
+    return [
+        PoolSpec(
+            cidr,
+            sizes.get(families[cidr]),
+            static=tuple(text for text in static if owner(text, cidrs) == cidr),
+            excluded=tuple(text for text in excluded if owner(text, cidrs) == cidr),
+        )
+        for cidr in cidrs
+    ]
+
+
+def owner(text: str, cidrs: Sequence[str]) -> str:
+    """The pool that a range belongs to. Raises InvalidInput when it is in none, or is no range."""
+    parsed = []
+    for cidr in cidrs:
+        try:
+            parsed.append((cidr, ip_network(cidr)))
+        except ValueError:
+            # Creating the network says what is wrong with it.
+            return cidrs[0]
+    same_family = [pool for cidr, pool in parsed if (":" in text) == (pool.version == 6)]
+    for cidr, pool in parsed:
+        if pool in same_family:
+            try:
+                parse_range(text, pool)
+            except InvalidInput:
+                if len(same_family) == 1:
+                    raise
+            else:
+                return cidr
+    raise InvalidInput(f"the range {text} is inside none of the pools {', '.join(cidrs)}; correct it")
+
+
+@network.command("list", short_help="List networks.")
+@pass_session
+def list_(session: Session) -> None:
+    """List networks.
+
+    \b
+    Example:
+      moorage network list -o json
+    """
+    found = session.run(networks.list_networks)
+    session.out.rows(
+        [row(record, pools) for record, pools in found],
+        [
+            Column("name"),
+            Column("pools", lambda r: words([pool["cidr"] for pool in r["pools"]])),
+            Column("driver"),
+            Column("nat"),
+            Column("mtu", lambda r: words(r["mtu"] or "underlay's")),
+            Column("warm"),
+        ],
+        none="No network yet; create one with `moorage network create`.",
+    )
+
+
+def row(record: Network, pools: Sequence[Pool]) -> dict[str, Any]:
+    """A network as JSON has it: with its pools in place of their names."""
+    return {**fields(record), "pools": [fields(pool) for pool in pools]}
+
+
+@network.command(short_help="Show one network, and how its pools are used.")
+@click.argument("name")
+@pass_session
+def show(session: Session, name: str) -> None:
+    """Show one network, and how its pools are used.
+
+    \b
+    Example:
+      moorage network show web
+    """
+
+    async def act(store: Store) -> dict[str, Any]:
+        record, pools = await networks.get_network(store, name)
+        usage = [await networks.pool_usage(store, pool) for pool in pools]
+        return {
+            **row(record, pools),
+            "pools": [
+                {**fields(pool), "usage": {**asdict(use), "free": use.free}}
+                for pool, use in zip(pools, usage, strict=True)
+            ],
+        }
+
+    found = session.run(act)
+    if session.out.as_json:
+        print_json(found)
+        return
+    session.out.record(
+        {
+            **found,
+            "mtu": found["mtu"] or "underlay's",
+            "pools": [
+                {
+                    "cidr": pool["cidr"],
+                    "block_size": f"/{pool['block_size']}",
+                    **{key: value for key, value in pool["usage"].items() if key != "by_node"},
+                    "static": pool["static"],
+                    "excluded": pool["excluded"],
+                    "disabled": pool["disabled"],
+                }
+                for pool in found["pools"]
+            ],
+        }
+    )
+    by_node = [
+        {
+            "node": node,
+            "cidr": pool["cidr"],
+            **{state: states.get(state, 0) for state in ("assigned", "warm", "cooling")},
+        }
+        for pool in found["pools"]
+        for node, states in sorted(pool["usage"]["by_node"].items())
+    ]
+    if by_node:
+        click.echo()
+        session.out.rows(by_node, [Column(title) for title in by_node[0]], none="")
+
+
+@network.command(short_help="Delete a network that nobody uses.")
+@click.argument("name")
+@pass_session
+def delete(session: Session, name: str) -> None:
+    """Delete a network that nobody uses, with its pools and reservations.
+
+    Refused while containers have addresses of it, or had some within the cooldown. Agents first give
+    back what they keep warm; that may take a few seconds.
+
+    \b
+    Example:
+      moorage network delete web
+    """
+
+    async def act(store: Store) -> None:
+        await networks.delete_network(store, name)
+
+    session.run(act)
+    session.out.done(f"network {name} deleted", {"name": name, "deleted": True})
+
+
+@network.command("cni-config", short_help="Print the configuration that an engine needs.")
+@click.argument("name")
+@click.option(
+    "--cni-version",
+    type=click.Choice(CNI_VERSIONS),
+    default="0.2.0",
+    help="The version the result is given in.",
+)
+@pass_session
+def cni_config(session: Session, name: str, cni_version: str) -> None:
+    """Print the CNI configuration that an engine needs for a network.
+
+    For Mesos put it into the agent's --network_cni_config_dir, and moorage-cni into its
+    --network_cni_plugins_dir. Mesos reads addresses only in the form of CNI 0.1 and 0.2, hence the
+    default; for runtimes that want a newer form name it with --cni-version.
+
+    \b
+    Example:
+      moorage network cni-config web > /etc/mesos/cni/web.json
+    """
+
+    async def act(store: Store) -> str:
+        record, _ = await networks.get_network(store, name)
+        return record.name
+
+    # Mesos passes no MOORAGE_SOCKET on to plugins, so another socket has to stand in the configuration.
+    socket = str(session.config().socket)
+    print_json(
+        {
+            "cniVersion": cni_version,
+            "name": session.run(act),
+            "type": "moorage-cni",
+            **({"socket": socket} if socket != DEFAULT_SOCKET else {}),
+        }
+    )

@@ -1,0 +1,108 @@
+"""What every command shares: the options, the store, the agent's socket, types of arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+
+import click
+
+from ipam.schema import ensure_schema
+from ipam.store import open_store
+from ipam.store.base import Store
+from moorage import admin, config
+from moorage.cli.output import Output
+
+T = TypeVar("T")
+P = ParamSpec("P")
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+
+
+@dataclass
+class Session:
+    """One run of the command line. store, socket: as given by flag, else None."""
+
+    store: str | None = None
+    socket: str | None = None
+    output: str = "table"
+
+    @property
+    def out(self) -> Output:
+        return Output(as_json=self.output == "json")
+
+    def config(self) -> config.AgentConfig:
+        """The configuration that an agent started with the same flags would have."""
+        # Commands other than `agent` name no node; a host whose name may not be one runs them as well.
+        return config.load({"node": "any", "store": self.store, "socket": self.socket})
+
+    def run(self, action: Callable[[Store], Awaitable[T]]) -> T:
+        """Run ``action`` on the store. Raises MoorageError."""
+
+        async def opened() -> T:
+            store = await open_store(self.config().store)
+            try:
+                await ensure_schema(store)
+                return await action(store)
+            finally:
+                await store.close()
+
+        return asyncio.run(opened())
+
+    def ask_agent(self, name: str, **arguments: Any) -> Any:
+        """The answer of this machine's agent. Raises MoorageError."""
+        return admin.call(str(self.config().socket), name, **arguments)
+
+
+def pass_session(command: Callable[Concatenate[Session, P], None]) -> Callable[P, None]:
+    """Give a command the Session as first argument, and the options that stand behind any command.
+
+    --store and --socket are documented once, on the root, and understood here too. The innermost
+    decorator, so that these options come last in --help.
+    """
+
+    @click.option("--store", "store_here", hidden=True)
+    @click.option("--socket", "socket_here", hidden=True)
+    @click.option(
+        "-o",
+        "--output",
+        "output_here",
+        type=click.Choice(["table", "json"]),
+        help="How to print.  [default: table]",
+    )
+    @click.pass_context
+    @functools.wraps(command)
+    def wrapped(
+        ctx: click.Context,
+        /,
+        *args: Any,
+        store_here: str | None,
+        socket_here: str | None,
+        output_here: str | None,
+        **kwargs: Any,
+    ) -> None:
+        session = ctx.ensure_object(Session)
+        session.store = store_here or session.store
+        session.socket = socket_here or session.socket
+        session.output = output_here or session.output
+        command(session, *args, **kwargs)
+
+    return cast("Callable[P, None]", wrapped)
+
+
+class IPType(click.ParamType[IPAddress]):
+    """An IPv4 or IPv6 address."""
+
+    name = "ip"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPAddress:
+        try:
+            return ip_address(value)
+        except ValueError:
+            self.fail(f"{value!r} is no IP address; write for example 10.64.0.5 or fd00:64::5", param, ctx)
+
+
+IP = IPType()

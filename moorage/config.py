@@ -1,0 +1,223 @@
+"""Configuration: flags over ``MOORAGE_*`` environment over a TOML file over defaults.
+
+    moorage agent --node a     MOORAGE_NODE=a     node = "a" in /etc/moorage/agent.toml     the host's name
+
+One table, SETTINGS, says what can be set; everything else is refused by name, so that a typing mistake
+is an error at start and not a default at work. The command line reads the same layers, and so uses the
+store and socket of the agent it stands beside.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ipam.errors import InvalidInput
+
+DEFAULT_FILE = Path("/etc/moorage/agent.toml")
+DEFAULT_STORE = "sqlite:///var/lib/moorage/store.db"
+DEFAULT_STATE_DIR = "/var/lib/moorage"
+DEFAULT_SOCKET = "/run/moorage/agent.sock"
+ENVIRONMENT = "MOORAGE_"
+CONFIG_VARIABLE = ENVIRONMENT + "CONFIG"
+"""Names the file itself, so it cannot stand in it."""
+
+NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+"""A node's name is part of store keys; this is what a host name may be."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("console", "json")
+STORE_SCHEMES = ("sqlite", "etcd")
+
+SOCKET_LIMIT = 107
+"""Bytes: sockaddr_un.sun_path less its final NUL, unix(7)."""
+
+INTERFACE_LIMIT = 15
+"""Bytes: IFNAMSIZ less its final NUL, netdevice(7)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """What an agent runs with; see docs/operator.md for each.
+
+    underlay: the interface towards other nodes; None takes the one with the default route.
+    """
+
+    node: str
+    store: str
+    state_dir: Path
+    socket: Path
+    log_level: str
+    log_format: str
+    underlay: str | None
+
+
+class _Wrong(ValueError):
+    """What is expected instead, without the place; the caller knows that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the configuration. default: text as a user would write it, None if there is none."""
+
+    key: str
+    parse: Callable[[str], Any]
+    default: Callable[[], str | None]
+
+
+def _node(text: str) -> str:
+    if not NODE.fullmatch(text):
+        raise _Wrong(
+            "a name of 1 to 63 lower-case letters, digits, dots and dashes that starts and ends with a letter or digit"
+        )
+    return text
+
+
+def _store(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        secret = url.password is not None
+    except ValueError as error:
+        raise _Wrong(f"a store URL such as {DEFAULT_STORE} ({error})") from None
+    if url.scheme not in STORE_SCHEMES:
+        raise _Wrong(f"a store URL such as {DEFAULT_STORE}")
+    if secret:
+        raise _Wrong("a store URL without user and password: others can read command lines and environments")
+    return text
+
+
+def _directory(text: str) -> Path:
+    if not text.startswith("/") or "\0" in text:
+        raise _Wrong("an absolute path of a directory")
+    return Path(text)
+
+
+def _socket(text: str) -> Path:
+    if not text.startswith("/") or "\0" in text or len(os.fsencode(text)) > SOCKET_LIMIT:
+        raise _Wrong(f"an absolute path of at most {SOCKET_LIMIT} bytes")
+    return Path(text)
+
+
+def _interface(text: str) -> str:
+    if not 0 < len(os.fsencode(text)) <= INTERFACE_LIMIT or re.search(r"[\s/:\0]", text):
+        raise _Wrong("the name of a network interface, such as eth0")
+    return text
+
+
+def _one_of(*known: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise _Wrong(f"one of {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def hostname() -> str:
+    """The host's name, as far as it may name a node."""
+    return socket.gethostname().lower()
+
+
+SETTINGS = (
+    Setting("node", _node, hostname),
+    Setting("store", _store, lambda: DEFAULT_STORE),
+    Setting("state_dir", _directory, lambda: DEFAULT_STATE_DIR),
+    Setting("socket", _socket, lambda: DEFAULT_SOCKET),
+    Setting("log_level", _one_of(*LOG_LEVELS), lambda: "info"),
+    Setting("log_format", _one_of(*LOG_FORMATS), lambda: "console"),
+    Setting("underlay", _interface, lambda: None),
+)
+KEYS = tuple(setting.key for setting in SETTINGS)
+
+
+def load(
+    flags: Mapping[str, str | None] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> AgentConfig:
+    """The configuration from all layers.
+
+    flags: key -> text, None for those not given. environ: os.environ unless given. file: must exist if
+    given; without it MOORAGE_CONFIG names one that must exist, else DEFAULT_FILE may.
+
+    Raises InvalidInput naming the place, the key and what is expected.
+    """
+    flags = flags or {}
+    environ = os.environ if environ is None else environ
+    from_environment = _read_environment(environ)
+    named = file or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
+    path = named or DEFAULT_FILE
+    from_file = _read_file(path, must_exist=named is not None)
+
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        key = setting.key
+        if (given := flags.get(key)) is not None:
+            place, text = "--" + key.replace("_", "-"), given
+        elif key in from_environment:
+            place, text = ENVIRONMENT + key.upper(), from_environment[key]
+        elif key in from_file:
+            place, text = f"{path}: {key}", from_file[key]
+        else:
+            default = setting.default()
+            if default is None:
+                values[key] = None
+                continue
+            place, text = f"the default of {key}", default
+        values[key] = _parse(setting, place, text)
+    return AgentConfig(**values)
+
+
+def _parse(setting: Setting, place: str, text: Any) -> Any:
+    if not isinstance(text, str):
+        raise InvalidInput(f"{place}: expected text in quotes, not {text!r}")
+    try:
+        return setting.parse(text)
+    except _Wrong as wrong:
+        hint = "; name the node with --node or MOORAGE_NODE" if place == "the default of node" else ""
+        raise InvalidInput(f"{place}: expected {wrong}, not {text!r}{hint}") from None
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """key -> text of all MOORAGE_* variables; empty ones count as not set."""
+    known = {ENVIRONMENT + key.upper(): key for key in KEYS}
+    found = {name for name, text in environ.items() if name.startswith(ENVIRONMENT) and text}
+    if unknown := sorted(found - known.keys() - {CONFIG_VARIABLE}):
+        raise InvalidInput(
+            _unknown("the environment variable", unknown[0], [*known, CONFIG_VARIABLE])
+            + "; correct it or unset it"
+        )
+    return {known[name]: environ[name] for name in found & known.keys()}
+
+
+def _read_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        if must_exist:
+            raise InvalidInput(f"{path}: there is no such file; write it, or name another") from None
+        return {}
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror}; run as root, or allow it") from error
+    try:
+        settings = tomllib.loads(content.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput(f'{path}: not valid TOML: {error}; write lines such as node = "a"') from error
+    if unknown := sorted(settings.keys() - set(KEYS)):
+        raise InvalidInput(f"{path}: {_unknown('the key', unknown[0], KEYS)}; correct it or remove it")
+    return settings
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return f"{what} {name} is unknown ({advice})"

@@ -1,0 +1,136 @@
+"""The result of an ADD, in the shape of each CNI version, and the comparison that CHECK makes with it.
+
+    0.1.0, 0.2.0     ip4 / ip6 {ip, gateway, routes}, dns
+    0.3.0 - 0.4.0    interfaces, ips[].version, routes, dns
+    1.0.0            the same without ips[].version
+    1.1.0            and interfaces[].mtu
+
+Mesos reads only ``ip4``, ``ip6`` and ``dns`` and ignores what it does not know. With a pure result of 0.3.0
+or later it sees a plugin that succeeded without an address, and the task dies ten seconds later. So a call
+that comes from Mesos gets ``ip4`` and ``ip6`` on top of the shape that its configuration names: right for
+Mesos, and still a valid result for whoever takes the version by its word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, ip_interface
+from typing import Any
+
+import msgspec
+
+from isolator.model import Endpoint, IPAddress
+from netmodules.cni.config import (
+    Config,
+    Dns,
+    PreviousInterface,
+    PreviousIp,
+    PreviousResult,
+    RuntimeDns,
+    version_at_least,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateways:
+    """The next hops inside a container, constants of the driver."""
+
+    v4: str
+    v6: str
+
+    def of(self, ip: IPAddress) -> str:
+        """The gateway of an address's family."""
+        return self.v4 if isinstance(ip, IPv4Address) else self.v6
+
+
+def render_result(endpoint: Endpoint, config: Config, gateways: Gateways) -> bytes:
+    """The JSON to print after an ADD that succeeded."""
+    version = config.version
+    body: dict[str, Any] = {"cniVersion": version}
+    modern = version_at_least(version, "0.3.0")
+    if modern:
+        body |= _modern(endpoint, version, gateways, config.prev_result or PreviousResult())
+    if not modern or config.network_info is not None:
+        body |= {f"ip{ip.version}": _old_ip(ip, gateways) for ip in endpoint.ips}
+    body["dns"] = dns_of(config, endpoint)
+    return msgspec.json.encode(body)
+
+
+def dns_of(config: Config, endpoint: Endpoint) -> Dns:
+    """Field by field: the runtime's, else the configuration's, else the network's."""
+    runtime = config.runtime.dns or RuntimeDns()
+    own = config.dns or Dns()
+    return Dns(
+        nameservers=runtime.servers or own.nameservers or list(endpoint.nameservers) or None,
+        domain=own.domain or None,
+        search=runtime.searches or own.search or list(endpoint.search) or None,
+        options=runtime.options or own.options or None,
+    )
+
+
+def differences(endpoint: Endpoint, previous: PreviousResult) -> list[str]:
+    """Sentences, one per difference between the result that the runtime kept and the endpoint."""
+    interfaces = previous.interfaces or []
+    at = [n for n, interface in enumerate(interfaces) if _is_ours(interface, endpoint)]
+    found = []
+    if interfaces and not at:
+        found.append(f"prevResult has no interface {endpoint.key.ifname} in a sandbox")
+    for interface in (interfaces[n] for n in at):
+        if interface.mac and interface.mac.lower() != endpoint.mac.lower():
+            found.append(f"prevResult has MAC {interface.mac}, the endpoint {endpoint.mac}")
+    carried = {str(ip) for ip in endpoint.ips}
+    kept = {_host(ip) for ip in previous.ips or [] if ip.interface is None or ip.interface in at}
+    found += [f"prevResult lacks {ip}, which the endpoint has" for ip in sorted(carried - kept)]
+    found += [f"prevResult has {ip}, which the endpoint lacks" for ip in sorted(kept - carried)]
+    return found
+
+
+def _modern(endpoint: Endpoint, version: str, gateways: Gateways, previous: PreviousResult) -> dict[str, Any]:
+    """Our interfaces, addresses and routes, after those of the plugins before us in a chain."""
+    mtu = endpoint.mtu if version_at_least(version, "1.1.0") else None
+    before = previous.interfaces or []
+    interfaces = [
+        *before,
+        PreviousInterface(name=endpoint.host_ifname, mtu=mtu),
+        PreviousInterface(name=endpoint.key.ifname, mac=endpoint.mac, mtu=mtu, sandbox=endpoint.netns),
+    ]
+    with_family = not version_at_least(version, "1.0.0")
+    ips = [
+        PreviousIp(
+            address=_with_length(ip),
+            version=str(ip.version) if with_family else None,
+            gateway=gateways.of(ip),
+            interface=len(before) + 1,
+        )
+        for ip in endpoint.ips
+    ]
+    return {
+        "interfaces": interfaces,
+        "ips": [*(previous.ips or []), *ips],
+        "routes": [*(previous.routes or []), *_routes(endpoint.ips, gateways)],
+    }
+
+
+def _old_ip(ip: IPAddress, gateways: Gateways) -> dict[str, Any]:
+    return {"ip": _with_length(ip), "gateway": gateways.of(ip), "routes": _routes([ip], gateways)}
+
+
+def _routes(ips: Sequence[IPAddress], gateways: Gateways) -> list[dict[str, str]]:
+    return [{"dst": "0.0.0.0/0" if ip.version == 4 else "::/0", "gw": gateways.of(ip)} for ip in ips]
+
+
+def _with_length(ip: IPAddress) -> str:
+    return f"{ip}/{ip.max_prefixlen}"
+
+
+def _is_ours(interface: PreviousInterface, endpoint: Endpoint) -> bool:
+    return interface.name == endpoint.key.ifname and bool(interface.sandbox)
+
+
+def _host(ip: PreviousIp) -> str:
+    """The address without its prefix length, in canonical spelling."""
+    try:
+        return str(ip_interface(ip.address).ip)
+    except ValueError:
+        return ip.address

@@ -1,0 +1,117 @@
+"""From a parsed CNI call to what the isolator is asked: pure, and the only place that knows who wins.
+
+labels                  NetworkInfo.labels, then args.cni.labels; all are recorded as given
+addresses               labels, NetworkInfo.ip_addresses, args.cni.ips, runtimeConfig.ips must agree;
+                        CNI_ARGS IP= counts only where none of them names the family (args.cni beats it)
+netgroups               NetworkInfo.groups and label moorage.netgroups together
+MAC                     label, runtimeConfig.mac, args.cni.mac, then CNI_ARGS MAC=
+"""
+
+from __future__ import annotations
+
+from ipam.errors import InvalidInput
+from ipam.records import Label
+from isolator.model import AttachSpec, IPAddress
+from netmodules.cni.config import Config
+from netmodules.cni.environment import Environment
+from netmodules.labels import Requested, read_address, read_labels, read_mac, read_name, read_netgroups
+from netmodules.request import Request
+
+PORT_RANGE = range(1, 65536)
+PROTOCOLS = ("tcp", "udp", "sctp")
+
+
+def attach_spec(config: Config, environment: Environment, request: Request) -> AttachSpec:
+    """What an ADD asks for. Raises InvalidInput naming the field."""
+    labels = _labels(config)
+    requested = read_labels(labels)
+    info = config.network_info
+    groups = read_netgroups("NetworkInfo.groups", (info.groups or ()) if info else ())
+    _check_port_mappings(config)
+    return AttachSpec(
+        key=environment.key,
+        request_id=request.request_id,
+        asked=request.asked,
+        engine="cni" if info is None else "mesos",
+        network=network_of(config),
+        netns=environment.netns,
+        ips=_ips(config, environment, requested),
+        reservation=requested.reservation,
+        netgroups=read_netgroups("groups and labels", (*groups, *requested.netgroups)),
+        labels=tuple(labels),
+        mac=_mac(config, environment, requested),
+        pool=requested.pool,
+        default_route=requested.default_route,
+        mtu=config.mtu,
+    )
+
+
+def network_of(config: Config) -> str:
+    """The network's name. Raises InvalidInput when none is given or it cannot be one."""
+    if not config.network_name:
+        raise InvalidInput('the CNI configuration names no network; set "name" or "network"')
+    return read_name("the network's name", config.network_name)
+
+
+def unenforced(config: Config, spec: AttachSpec) -> list[str]:
+    """What is accepted and recorded but has no effect yet, as words for a warning."""
+    info = config.network_info
+    found = []
+    if (info and info.port_mappings) or config.runtime.port_mappings:
+        found.append("port mappings")
+    if read_labels(spec.labels).bandwidth:
+        found.append("bandwidth limits")
+    return found
+
+
+def _labels(config: Config) -> list[Label]:
+    info = config.network_info
+    return [*(info.all_labels() if info else ()), *(config.cni_args.labels or ())]
+
+
+def _ips(config: Config, environment: Environment, requested: Requested) -> tuple[IPAddress, ...]:
+    """At most one address a family, IPv4 first."""
+    info = config.network_info
+    asked = [("label moorage.ip", str(requested.ip or "")), ("label moorage.ip6", str(requested.ip6 or ""))]
+    asked += [("NetworkInfo.ip_addresses", ip) for ip in (info.addresses() if info else ())]
+    asked += [("args.cni.ips", ip) for ip in config.cni_args.ips or ()]
+    asked += [("runtimeConfig.ips", ip) for ip in config.runtime.ips or ()]
+    chosen: dict[type[IPAddress], tuple[IPAddress, str]] = {}
+    for source, text in asked:
+        if text:
+            address = read_address(f"an address in {source}", text)
+            first, first_source = chosen.setdefault(type(address), (address, source))
+            if first != address:
+                raise InvalidInput(
+                    f"{source} asks for {address}, but {first_source} for {first}; ask for one a family"
+                )
+    for text in filter(None, environment.args.get("IP", "").split(",")):
+        address = read_address("IP in CNI_ARGS", text.strip())
+        chosen.setdefault(type(address), (address, "CNI_ARGS"))
+    return tuple(address for address, _ in sorted(chosen.values(), key=lambda found: found[0].version))
+
+
+def _mac(config: Config, environment: Environment, requested: Requested) -> str | None:
+    if requested.mac:
+        return requested.mac
+    for source, text in (
+        ("runtimeConfig.mac", config.runtime.mac),
+        ("args.cni.mac", config.cni_args.mac),
+        ("MAC in CNI_ARGS", environment.args.get("MAC")),
+    ):
+        if text:
+            return read_mac(source, text)
+    return None
+
+
+def _check_port_mappings(config: Config) -> None:
+    info = config.network_info
+    for mapping in [*((info.port_mappings or ()) if info else ()), *(config.runtime.port_mappings or ())]:
+        if mapping.host_port not in PORT_RANGE or mapping.container_port not in PORT_RANGE:
+            raise InvalidInput(
+                f"port mapping {mapping.host_port} -> {mapping.container_port}: ports are from 1 to 65535"
+            )
+        if (mapping.protocol or "tcp").lower() not in PROTOCOLS:
+            raise InvalidInput(
+                f"port mapping protocol {mapping.protocol!r:.40} is none of {', '.join(PROTOCOLS)}"
+            )

@@ -1,0 +1,135 @@
+"""From a CNI call to an AttachSpec: who wins, and what is refused."""
+
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+from ipam.errors import InvalidInput
+from ipam.records import Label
+from isolator.model import AttachSpec
+from netmodules.cni.config import parse_config
+from netmodules.cni.environment import read_environment
+from netmodules.cni.spec import attach_spec, unenforced
+from tests.netmodules.fakes import cni_env, cni_request, labels_config, mesos_config
+
+
+def spec_of(config: dict[str, Any], **env: str) -> AttachSpec:
+    request = cni_request("ADD", config, cni_env("ADD", **env))
+    return attach_spec(
+        parse_config(request.stdin), read_environment(request.env, netns_required=True), request
+    )
+
+
+def ips_of(config: dict[str, Any], **env: str) -> list[str]:
+    return [str(ip) for ip in spec_of(config, **env).ips]
+
+
+def test_a_plain_call_asks_for_nothing_special() -> None:
+    spec = spec_of({"name": "web"})
+    assert (spec.engine, spec.network, spec.netns) == ("cni", "web", "/run/netns/c0ffee")
+    assert (spec.ips, spec.netgroups, spec.labels, spec.mac, spec.mtu) == ((), (), (), None, None)
+
+
+def test_mesos_is_known_by_its_args_even_empty_ones() -> None:
+    assert spec_of({"name": "web", "args": {"org.apache.mesos": {}}}).engine == "mesos"
+
+
+def test_a_static_address_is_trusted_and_its_protocol_is_not() -> None:
+    entries = [{"protocol": "IPv4", "ip_address": "fd00::5"}, {"protocol": "IPv6"}, {"protocol": "IPv4"}]
+    assert ips_of(mesos_config({"name": "web", "ip_addresses": entries})) == ["fd00::5"]
+
+
+def test_addresses_of_all_sources_come_ipv4_first() -> None:
+    config = labels_config(("moorage.ip6", "fd00::5"), runtimeConfig={"ips": ["10.1.0.5/24"]})
+    assert ips_of(config) == ["10.1.0.5", "fd00::5"]
+
+
+def test_one_address_said_twice_is_one() -> None:
+    config = mesos_config(
+        {
+            "name": "web",
+            "ip_addresses": [{"ip_address": "10.1.0.5"}],
+            "labels": {"labels": [{"key": "moorage.ip", "value": "10.1.0.5"}]},
+        }
+    )
+    assert ips_of(config) == ["10.1.0.5"]
+
+
+def test_two_addresses_of_a_family_are_refused_naming_both_places() -> None:
+    config = mesos_config(
+        {
+            "name": "web",
+            "ip_addresses": [{"ip_address": "10.1.0.6"}],
+            "labels": {"labels": [{"key": "moorage.ip", "value": "10.1.0.5"}]},
+        }
+    )
+    with pytest.raises(
+        InvalidInput, match=r"NetworkInfo\.ip_addresses asks for 10\.1\.0\.6, but label moorage\.ip for"
+    ):
+        spec_of(config)
+
+
+def test_args_cni_beats_cni_args_in_its_family_only() -> None:
+    config = {"name": "web", "args": {"cni": {"ips": ["10.1.0.5"], "mac": "02:00:00:00:00:01"}}}
+    spec = spec_of(config, CNI_ARGS="IP=10.1.0.9,fd00::9;MAC=02:00:00:00:00:02")
+    assert spec.ips == (ip_address("10.1.0.5"), ip_address("fd00::9"))
+    assert spec.mac == "02:00:00:00:00:01"
+
+
+def test_the_mac_comes_from_the_label_before_the_runtime_before_cni_args() -> None:
+    env = {"CNI_ARGS": "MAC=02:00:00:00:00:03"}
+    runtime = {"runtimeConfig": {"mac": "02:00:00:00:00:02"}}
+    assert (
+        spec_of(labels_config(("moorage.mac", "02:00:00:00:00:01"), **runtime), **env).mac
+        == "02:00:00:00:00:01"
+    )
+    assert spec_of({"name": "web", **runtime}, **env).mac == "02:00:00:00:00:02"
+    assert spec_of({"name": "web"}, **env).mac == "02:00:00:00:00:03"
+
+
+def test_groups_and_the_netgroups_label_are_united() -> None:
+    labels = {"labels": [{"key": "moorage.netgroups", "value": "db,web"}]}
+    spec = spec_of(mesos_config({"name": "web", "groups": ["web", "ops"], "labels": labels}))
+    assert spec.netgroups == ("web", "ops", "db")
+
+
+def test_a_group_that_is_no_name_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"NetworkInfo\.groups"):
+        spec_of(mesos_config({"name": "web", "groups": ["; flush ruleset"]}))
+
+
+def test_labels_are_recorded_as_given() -> None:
+    given = [
+        ("dup", "1"),
+        ("dup", "2"),
+        ("empty", ""),
+        ("none", None),
+        ("ünï ☃", "<é>\n"),
+        ("moorage.pool", "p"),
+    ]
+    config = labels_config(*given)
+    config["args"]["cni"] = {"labels": [{"key": "k", "value": "v"}]}
+    assert spec_of(config).labels == (*(Label(key, value) for key, value in given), Label("k", "v"))
+
+
+def test_port_mappings_and_bandwidth_are_accepted_and_known_to_have_no_effect() -> None:
+    config = labels_config(
+        ("moorage.bandwidth.ingress", "10M"),
+        runtimeConfig={"portMappings": [{"hostPort": 80, "containerPort": 8080}]},
+    )
+    request = cni_request("ADD", config)
+    assert unenforced(parse_config(request.stdin), spec_of(config)) == ["port mappings", "bandwidth limits"]
+
+
+@pytest.mark.parametrize("mapping", [{"host_port": 0}, {"container_port": 65536}, {"protocol": "icmp"}])
+def test_impossible_port_mappings_are_refused(mapping: dict[str, Any]) -> None:
+    mappings = [{"host_port": 80, "container_port": 80, "protocol": "tcp", **mapping}]
+    with pytest.raises(InvalidInput, match="port"):
+        spec_of(mesos_config({"name": "web", "port_mappings": mappings}))
+
+
+@pytest.mark.parametrize("config", [{}, {"name": ""}, {"name": "a b"}, {"network": "x" * 64}])
+def test_a_network_needs_a_name_that_can_be_one(config: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="network"):
+        spec_of({"type": "moorage-cni", **config})
