@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ipam.allocator import BlockSpace
@@ -173,20 +173,16 @@ class Shelf:
         elif waiter.granted.done() and not waiter.granted.cancelled() and not waiter.granted.exception():
             self.put_back(waiter.granted.result())
 
-    def fail_waiters(self, error: MoorageError, network: str | None = None, family: Family | None = None) -> None:
-        """Nobody needs to wait any longer: there is nothing to come."""
-        for waiter in list(self._waiters):
-            if network in (None, waiter.network) and family in (None, waiter.family):
+    def fail_waiters(self, error: MoorageError, waiters: Sequence[Waiter] | None = None) -> None:
+        """There is nothing to come for ``waiters``, or for anybody."""
+        for waiter in list(self._waiters) if waiters is None else waiters:
+            if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)
 
     def waiters(self, network: str, family: Family) -> list[Waiter]:
         return [w for w in self._waiters if (w.network, w.family) == (network, family)]
-
-    def wanted(self) -> set[tuple[str, Family]]:
-        """(network, family) of everybody who waits."""
-        return {(w.network, w.family) for w in self._waiters}
 
     def warm_count(self, network: str, family: Family) -> int:
         return len(self._warm[network, family])

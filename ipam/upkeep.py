@@ -28,7 +28,7 @@ from ipam.keys import Family, IPNetwork
 from ipam.networks import pool_usage
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Block, Network, Pool
-from ipam.shelf import Held
+from ipam.shelf import Held, Waiter
 from ipam.store.base import Store, absent, none_between
 from ipam.writer import GROUP, Outcome, Write, Writer
 
@@ -145,11 +145,15 @@ class Upkeep:
                 self._shelf.want(held, None)
 
     def _drop_unwanted(self) -> None:
-        """Warm addresses of pools that were disabled or deleted, or that were reserved since, go back."""
+        """Warm addresses of pools that were disabled or deleted, that were reserved since, or that are more
+        than anybody will need soon, go back."""
         for name in self._holdings.used:
+            network = self._network(name)
+            most = network.warm * HIGH_WATER if network else 0
             for family in _FAMILIES:
-                for held in self._shelf.queued(name, family):
-                    if not self._may_be_warm(held):
+                queue = self._shelf.queued(name, family)
+                for place, held in enumerate(queue):
+                    if place >= most or not self._may_be_warm(held):
                         self._shelf.want(held, None)
 
     def _may_be_warm(self, held: Held) -> bool:
@@ -200,8 +204,10 @@ class Upkeep:
                 else:
                     claims.append(self._claim(pool, block))
                     need = 0
-        if waiters and not claims and not self._shelf.coming(network.name, family):
-            await self._give_up(network, family, pools, dry)
+        dry |= {p.name for p in pools if p.disabled}
+        hopeless = [w for w in waiters if w.pool in dry or (w.pool is None and dry >= {p.name for p in pools})]
+        if hopeless and not self._shelf.coming(network.name, family):
+            await self._give_up(hopeless, network, family, pools)
         return claims
 
     def _ask(self, network: Network, pool: Geometry, count: int) -> int:
@@ -249,7 +255,7 @@ class Upkeep:
         return Change(Write(keys.block_key(block), record.encode(), 0), block=BlockRow(block, pool.name, 0))
 
     async def _give_up(
-        self, network: Network, family: Family, pools: Sequence[Geometry], dry: set[str]
+        self, waiters: Sequence[Waiter], network: Network, family: Family, pools: Sequence[Geometry]
     ) -> None:
         """Nothing is left for those who wait, unless a cooldown is over soon enough."""
         soonest = self._shelf.soonest(network.name, family)
@@ -261,15 +267,12 @@ class Upkeep:
             if record is not None:
                 used.append(f"{pool.cidr}: {await pool_usage(self._store, Pool.decode(record.key, record.value))}")
         disabled = [str(p.cidr) for p in pools if p.disabled]
-        self._shelf.fail_waiters(
-            Exhausted(
-                f"network {network.name} has no free IPv{family} address left ({'; '.join(used)}"
-                + (f"; disabled: {', '.join(disabled)}" if disabled else "")
-                + "); end containers or add a pool"
-            ),
-            network.name,
-            family,
+        error = Exhausted(
+            f"network {network.name} has no free IPv{family} address left ({'; '.join(used)}"
+            + (f"; disabled: {', '.join(disabled)}" if disabled else "")
+            + "); end containers or add a pool"
         )
+        self._shelf.fail_waiters(error, waiters)
 
     # -- giving blocks back
 

@@ -7,7 +7,7 @@ setting ``all`` would change links that are not ours; the strict source check is
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from isolator.errors import KernelRefused
 
@@ -17,20 +17,25 @@ _ROOT = "/proc/sys/"
 def read(name: str) -> str | None:
     """The value of ``net/ipv4/ip_forward``, say; None if there is no such setting."""
     try:
-        with open(_ROOT + name, encoding="ascii") as file:
-            return file.read().strip()
+        fd = os.open(_ROOT + name, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    try:
+        return os.read(fd, 256).decode("ascii").strip()
+    finally:
+        os.close(fd)
 
 
 def ensure(name: str, value: str) -> bool:
     """Give a setting a value; True if it had another before. Raises KernelRefused."""
     try:
-        with open(_ROOT + name, "r+", encoding="ascii") as file:
-            if file.read().strip() == value:
+        fd = os.open(_ROOT + name, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.read(fd, 256).decode("ascii").strip() == value:
                 return False
-            file.seek(0)
-            file.write(value)
+            os.pwrite(fd, value.encode("ascii"), 0)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise KernelRefused(
             f"could not set {name.replace('/', '.')} to {value}: {error.strerror}", errno=error.errno or 0
@@ -47,8 +52,8 @@ def enable_forwarding() -> None:
     ensure("net/ipv4/ip_forward", "1")
     if read("net/ipv6/conf/all/forwarding") in (None, "1"):
         return
-    for path in Path(_ROOT, "net/ipv6/conf").iterdir():
-        setting = f"net/ipv6/conf/{path.name}"
-        if path.name not in ("all", "lo") and read(f"{setting}/accept_ra") == "1":
+    for name in os.listdir(_ROOT + "net/ipv6/conf"):
+        setting = f"net/ipv6/conf/{name}"
+        if name not in ("all", "lo") and read(f"{setting}/accept_ra") == "1":
             ensure(f"{setting}/accept_ra", "2")
     ensure("net/ipv6/conf/all/forwarding", "1")

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ipam.errors import InvalidInput
+from moorage.log import masked
 
 DEFAULT_FILE = Path("/etc/moorage/agent.toml")
 DEFAULT_STORE = "sqlite:///var/lib/moorage/store.db"
@@ -84,7 +85,7 @@ def _node(text: str) -> str:
 def _store(text: str) -> str:
     try:
         url = urlsplit(text)
-        secret = url.password is not None
+        secret = "@" in url.netloc
     except ValueError as error:
         raise _Wrong(f"a store URL such as {DEFAULT_STORE} ({error})") from None
     if url.scheme not in STORE_SCHEMES:
@@ -183,7 +184,7 @@ def _parse(setting: Setting, place: str, text: Any) -> Any:
         return setting.parse(text)
     except _Wrong as wrong:
         hint = "; name the node with --node or MOORAGE_NODE" if place == "the default of node" else ""
-        raise InvalidInput(f"{place}: expected {wrong}, not {text!r}{hint}") from None
+        raise InvalidInput(f"{place}: expected {wrong}, not {masked(repr(text))}{hint}") from None
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:

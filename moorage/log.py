@@ -68,5 +68,10 @@ def hide_secrets(logger: object, method: str, event: MutableMapping[str, Any]) -
         if SECRET_NAME.search(name):
             event[name] = HIDDEN
         elif isinstance(value, str) and "@" in value:
-            event[name] = SECRET_IN_URL.sub(HIDDEN, value)
+            event[name] = masked(value)
     return event
+
+
+def masked(text: str) -> str:
+    """``text`` without the user and password of URLs in it."""
+    return SECRET_IN_URL.sub(HIDDEN, text)

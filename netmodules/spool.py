@@ -21,6 +21,7 @@ from pathlib import Path
 
 import structlog
 
+from ipam.errors import MoorageError
 from isolator.model import EndpointKey
 from netmodules import frame
 from netmodules.cni.environment import read_key
@@ -75,12 +76,12 @@ class Spool:
             return self._read(path)
         except FileNotFoundError:
             return None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MoorageError) as error:
             self._move_aside(path, str(error))
             return None
 
     def _read(self, path: Path) -> Entry:
-        """Raises ValueError or OSError saying why the file cannot be believed."""
+        """Raises ValueError, OSError or MoorageError saying why the file cannot be believed."""
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             facts = os.fstat(descriptor)

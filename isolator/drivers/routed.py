@@ -80,11 +80,7 @@ class Routed:
 
     def withdraw(self, wiring: Wiring) -> None:
         """See Driver.withdraw."""
-        with contextlib.suppress(OSError):
-            index = socket.if_nametoindex(wiring.host_ifname)
-            self._node.route.execute(
-                [messages.delete_host_route(index, wiring.host_ifname, ip) for ip in wiring.ips]
-            )
+        self._node.route.execute([messages.link_down(wiring.host_ifname)])
 
     def remove(self, wirings: Sequence[Wiring]) -> None:
         """See Driver.remove."""

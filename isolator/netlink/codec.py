@@ -13,13 +13,14 @@ of one attach cost 0.05 ms here and about 1 ms through a general message library
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple, TypeAlias
 
 HEADER = Struct("=IHHII")
 ATTRIBUTE = Struct("=HH")
-U16, U32, S32 = Struct("=H"), Struct("=I"), Struct("=i")
+U32, S32 = Struct("=I"), Struct("=i")
 
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
@@ -106,14 +107,21 @@ def messages(buffer: bytes) -> Iterator[Message]:
 
 def attributes(view: memoryview, offset: int = 0) -> Attributes:
     """The attributes from offset on, by type; of a repeated type the last one."""
-    found: Attributes = {}
+    return dict(_attributes(view, offset))
+
+
+def each(view: memoryview) -> Iterator[memoryview]:
+    """The members of a list, whose type says nothing."""
+    return (value for _, value in _attributes(view, 0))
+
+
+def _attributes(view: memoryview, offset: int) -> Iterator[tuple[int, memoryview]]:
     while offset + 4 <= len(view):
         length, kind = ATTRIBUTE.unpack_from(view, offset)
         if length < 4:
-            break
-        found[kind & _TYPE_MASK] = view[offset + 4 : offset + length]
+            return
+        yield kind & _TYPE_MASK, view[offset + 4 : offset + length]
         offset += length + (-length & 3)
-    return found
 
 
 def as_text(value: memoryview | None) -> str:
@@ -123,7 +131,4 @@ def as_text(value: memoryview | None) -> str:
 
 def as_u32(value: memoryview | None, default: int = 0) -> int:
     """A number attribute; default if it is missing."""
-    return int.from_bytes(value, "little" if _LITTLE else "big") if value is not None else default
-
-
-_LITTLE = U16.pack(1) == b"\1\0"
+    return int.from_bytes(value, sys.byteorder) if value is not None else default

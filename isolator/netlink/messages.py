@@ -114,10 +114,15 @@ def delete_group(group: int) -> Request:
     return Request(RTM_DELLINK, 0, body, f"delete the links of group {group:#x}", (errno.ENODEV,))
 
 
-def link_up(index: int, name: str, *, up: bool = True) -> Request:
-    """Bring a link up or down."""
-    doing = f"bring {name} {'up' if up else 'down'}"
-    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP if up else 0, IFF_UP), doing)
+def link_up(index: int, name: str) -> Request:
+    """Bring a link up."""
+    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP, IFF_UP), f"bring {name} up")
+
+
+def link_down(name: str) -> Request:
+    """Bring a link down; its routes and neighbours go with that."""
+    body = LINK.pack(0, 0, 0, 0, IFF_UP) + text(IFLA_IFNAME, name)
+    return Request(RTM_SETLINK, 0, body, f"bring {name} down", (errno.ENODEV,))
 
 
 def set_mac(index: int, name: str, mac: str) -> Request:
@@ -188,12 +193,6 @@ def add_host_route(index: int, name: str, ip: IPAddress) -> Request:
         _host_route(index, ip, SCOPE_LINK if ip.version == 4 else SCOPE_UNIVERSE),
         f"add the route to {ip} via {name}",
     )
-
-
-def delete_host_route(index: int, name: str, ip: IPAddress) -> Request:
-    """Only the route through this very link: the address may be another endpoint's by now."""
-    body = _host_route(index, ip, SCOPE_NOWHERE)
-    return Request(RTM_DELROUTE, 0, body, f"delete the route to {ip} via {name}", (errno.ESRCH, errno.ENODEV))
 
 
 def delete_route(destination: IPNetwork, table: int, index: int, kind: int) -> Request:

@@ -77,10 +77,10 @@ def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[
 @click.option(
     "--mtu",
     metavar="BYTES",
-    type=click.IntRange(min=0),
+    type=int,
     default=0,
-    show_default="0: the underlay's",
-    help="Bytes.",
+    show_default=False,
+    help="Largest packet of containers.  [default: as the underlay allows]",
 )
 @click.option("--nat/--no-nat", default=True, help="Masquerade traffic that leaves all pools.")
 @click.option("--dns", metavar="IP", type=IP, multiple=True, help="Name server for containers; repeatable.")
@@ -88,7 +88,7 @@ def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[
 @click.option(
     "--warm",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=int,
     default=8,
     help="Addresses per family that a node keeps ready.",
 )

@@ -61,7 +61,7 @@ def _container_id_problem(value: str) -> str:
     if len(value) > LONGEST_CONTAINER_ID:
         return f"CNI_CONTAINERID is longer than {LONGEST_CONTAINER_ID} characters"
     if _CONTAINER_ID.fullmatch(value) is None:
-        return f"CNI_CONTAINERID {value!r:.100} must be letters, digits, '_', '.', '-', and no sign first"
+        return f"CNI_CONTAINERID {value!r:.100} must be letters, digits, '_', '.', '-', no sign first"
     return ""
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import Protocol
 
 import structlog
@@ -97,8 +96,12 @@ class CniHandler:
         return Reply(0, stdout)
 
     async def undo(self, request: Request) -> None:
-        """Take back an ADD whose caller is gone: a DEL that is asked for now, in the boot of the ADD."""
-        asked = replace(request.asked, at=clock_gettime_ns(CLOCK_BOOTTIME))
+        """Take back an ADD whose caller is gone.
+
+        It is a DEL asked for just after the ADD, not now: the engine may have deleted and added the same
+        endpoint again since, and a later ADD is not this one's to undo.
+        """
+        asked = replace(request.asked, at=request.asked.at + 1)
         await self._isolator.detach(read_key(request.env), asked)
 
     def _command(self, request: Request) -> Callable[[Request], Awaitable[bytes]]:

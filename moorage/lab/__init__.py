@@ -1,0 +1,12 @@
+"""The lab: real nodes and containers in network namespaces of this machine, for the demo and the tests.
+
+Everything it makes carries the ``mrg`` prefix, lives in namespaces and temporary directories of its own,
+and is gone when its context ends, also when that is an error or an interrupt. It never touches the
+machine's own networking, nor an agent that is installed beside it.
+"""
+
+from moorage.lab.container import Answer, Container
+from moorage.lab.namespace import Namespace, unique
+from moorage.lab.node import LabNode
+
+__all__ = ["Answer", "Container", "LabNode", "Namespace", "unique"]

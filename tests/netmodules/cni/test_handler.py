@@ -1,0 +1,173 @@
+"""CNI calls through the handler, with an isolator that only remembers."""
+
+import json
+from typing import Any
+
+import pytest
+
+from ipam.errors import Exhausted, InvalidInput, StoreUnavailable
+from isolator.errors import JournalUnwritable, NamespaceGone
+from isolator.model import EndpointKey
+from netmodules.request import Reply
+from tests.netmodules.fakes import (
+    ASKED,
+    MAC,
+    FakeIsolator,
+    assert_cni_error,
+    body,
+    cni_env,
+    cni_request,
+    handler_for,
+    labels_config,
+    mesos_config,
+)
+
+KEY = EndpointKey("c0ffee", "eth0")
+
+
+@pytest.fixture
+def isolator() -> FakeIsolator:
+    return FakeIsolator()
+
+
+async def call(isolator: FakeIsolator, command: str, config: Any = None, **env: str | None) -> Reply:
+    return await handler_for(isolator)(cni_request(command, config, cni_env(command, **env)))
+
+
+async def test_add_answers_the_result(isolator: FakeIsolator) -> None:
+    reply = await call(isolator, "ADD", {"name": "web", "cniVersion": "1.0.0"})
+    assert (reply.exit, body(reply)["interfaces"][1]["mac"]) == (0, MAC)
+
+
+async def test_add_names_all_missing_variables_before_it_looks_at_stdin(isolator: FakeIsolator) -> None:
+    reply = await call(isolator, "ADD", b"garbage", CNI_CONTAINERID=None, CNI_NETNS=None)
+    assert_cni_error(reply, 4, "CNI_CONTAINERID", "CNI_NETNS")
+
+
+@pytest.mark.parametrize("command", ["", "VERSION", "GC", "add"])
+async def test_an_unknown_command_is_an_error_of_the_environment(
+    isolator: FakeIsolator, command: str
+) -> None:
+    assert_cni_error(await call(isolator, command), 4, "CNI_COMMAND")
+
+
+async def test_errors_of_the_isolator_keep_their_code_words_and_details(isolator: FakeIsolator) -> None:
+    isolator.failure = Exhausted("no address is left in web", details="node1: 62 assigned")
+    reply = await call(isolator, "ADD", {"name": "web", "cniVersion": "0.4.0"})
+    assert body(reply) == {
+        "cniVersion": "0.4.0",
+        "code": 11,
+        "msg": "no address is left in web",
+        "details": "node1: 62 assigned",
+    }
+    isolator.failure = NamespaceGone("gone")
+    assert_cni_error(await call(isolator, "ADD"), 3, "gone")
+
+
+async def test_an_unknown_network_lists_the_known_ones(isolator: FakeIsolator) -> None:
+    reply = await call(isolator, "ADD", {"name": "wbe"})
+    assert_cni_error(reply, 7, "wbe")
+    assert body(reply)["details"] == "known networks: dual, web"
+
+
+async def test_an_unexpected_failure_is_one_sentence(isolator: FakeIsolator) -> None:
+    isolator.failure = ZeroDivisionError("secret")
+    for command in ("ADD", "DEL"):
+        reply = await call(isolator, command)
+        assert_cni_error(reply, 100, "the agent's log")
+        assert b"secret" not in reply.stdout
+
+
+async def test_del_answers_nothing_for_what_is_there_and_what_is_not(isolator: FakeIsolator) -> None:
+    await call(isolator, "ADD")
+    for _ in range(2):
+        assert await call(isolator, "DEL", CNI_NETNS=None) == Reply(0, b"")
+    assert isolator.detached == [(KEY, ASKED)] * 2
+
+
+@pytest.mark.parametrize("stdin", [b"\xff", b"[" * 100_000, b"{}", b"x" * (1 << 21), b'{"cniVersion":"9"}'])
+async def test_del_works_by_its_key_whatever_stdin_holds(isolator: FakeIsolator, stdin: bytes) -> None:
+    assert await call(isolator, "DEL", stdin) == Reply(0, b"")
+
+
+async def test_the_spooled_dels_of_a_key_go_before_its_add(isolator: FakeIsolator) -> None:
+    seen: list[tuple[EndpointKey, int]] = []
+
+    async def drain(key: EndpointKey) -> None:
+        seen.append((key, len(isolator.specs)))
+
+    handler = handler_for(isolator, drain=drain)
+    await handler(cni_request("ADD"))
+    await handler(cni_request("DEL"))
+    assert seen == [(KEY, 0)]
+
+
+async def test_undo_is_a_del_asked_for_between_the_add_and_any_later_one(isolator: FakeIsolator) -> None:
+    request = cni_request("ADD")
+    await handler_for(isolator).undo(request)
+    [(key, asked)] = isolator.detached
+    assert (key, asked.boot_id, asked.at) == (KEY, request.asked.boot_id, request.asked.at + 1)
+
+
+async def test_check_compares_with_what_add_returned(isolator: FakeIsolator) -> None:
+    config = {"name": "web", "cniVersion": "0.4.0"}
+    previous = body(await call(isolator, "ADD", config))
+    assert await call(isolator, "CHECK", {**config, "prevResult": previous}) == Reply(0, b"")
+    previous["ips"][0]["address"] = "10.1.0.200/32"
+    reply = await call(isolator, "CHECK", {**config, "prevResult": previous})
+    assert_cni_error(reply, 104, "10.1.0.200, which the endpoint lacks")
+
+
+async def test_check_needs_prev_result_and_a_version_that_has_it(isolator: FakeIsolator) -> None:
+    assert_cni_error(await call(isolator, "CHECK", {"name": "web", "cniVersion": "0.4.0"}), 7, "prevResult")
+    assert_cni_error(await call(isolator, "CHECK", {"name": "web", "cniVersion": "0.3.1"}), 1, "0.4.0")
+
+
+async def test_check_of_an_unknown_endpoint_fails(isolator: FakeIsolator) -> None:
+    config = {"name": "web", "cniVersion": "1.0.0", "prevResult": {}}
+    assert_cni_error(await call(isolator, "CHECK", config), 104, "c0ffee/eth0 is not attached")
+
+
+async def test_status_says_50_and_why_while_add_cannot_work(isolator: FakeIsolator) -> None:
+    config = {"name": "web", "cniVersion": "1.1.0"}
+    env: dict[str, str | None] = {"CNI_CONTAINERID": None, "CNI_IFNAME": None, "CNI_NETNS": None}
+    assert await call(isolator, "STATUS", config, **env) == Reply(0, b"")
+    for error in (StoreUnavailable("etcd is down"), JournalUnwritable("the disk is full")):
+        isolator.failure = error
+        assert_cni_error(await call(isolator, "STATUS", config, **env), 50, str(error))
+
+
+async def test_what_has_no_effect_is_warned_of_once_per_network(
+    isolator: FakeIsolator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapping = {"host_port": 31001, "container_port": 80, "protocol": "tcp"}
+    handler = handler_for(isolator)
+    for network in ("web", "web", "dual"):
+        config = mesos_config({"name": network, "port_mappings": [mapping]})
+        assert (await handler(cni_request("ADD", config))).exit == 0
+    assert capsys.readouterr().out.count("without effect") == 2
+
+
+async def test_label_errors_reach_the_user(isolator: FakeIsolator) -> None:
+    reply = await call(isolator, "ADD", labels_config(("moorage.netgroup", "x")))
+    assert_cni_error(reply, 7, "did you mean moorage.netgroups?")
+
+
+async def test_messages_with_undecodable_bytes_are_still_json(isolator: FakeIsolator) -> None:
+    isolator.failure = InvalidInput("bad \udcff path")
+    assert body(await call(isolator, "ADD"))["msg"] == "bad \\udcff path"
+    assert_cni_error(await call(isolator, "ADD", CNI_NETNS="/x\udcff"), 4, "CNI_NETNS")
+
+
+async def test_no_error_is_longer_than_a_screen(isolator: FakeIsolator) -> None:
+    long = "x" * 5000
+    for config in (
+        {"name": long},
+        {"name": "web", "cniVersion": long},
+        labels_config(("moorage." + long, "")),
+        labels_config(("moorage.pool", long)),
+        labels_config(("moorage.ip", long)),
+    ):
+        reply = await call(isolator, "ADD", config)
+        assert reply.exit == 1
+        assert len(json.loads(reply.stdout)["msg"]) < 500
