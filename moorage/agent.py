@@ -53,7 +53,10 @@ async def _serve(config: AgentConfig) -> None:
         try:
             isolator = Isolator(
                 Settings(
-                    node=config.node, state_dir=config.state_dir, version=__version__, underlay=config.underlay
+                    node=config.node,
+                    state_dir=config.state_dir,
+                    version=__version__,
+                    underlay=config.underlay,
                 ),
                 store,
             )
@@ -80,7 +83,10 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
     admin = AdminHandler(isolator, spool)
     server = Server(config.socket, {"cni": cni, "admin": admin}, cni.undo)
     try:
-        await watcher.drain()
+        try:
+            await watcher.drain()
+        except MoorageError as error:
+            log.warning("a spooled DEL is left for later", why=str(error))
         await watcher.start()
         await server.start()
         log.info("agent serves", node=config.node, socket=str(config.socket), instance=isolator.instance)
@@ -120,7 +126,9 @@ class AdminHandler:
             raise InvalidInput(f"the request is no JSON object ({error})") from error
         call = self._calls.get(str(arguments.get("call")))
         if call is None:
-            raise InvalidInput(f"the agent answers {', '.join(sorted(self._calls))}, not {arguments.get('call')!r}")
+            raise InvalidInput(
+                f"the agent answers {', '.join(sorted(self._calls))}, not {arguments.get('call')!r}"
+            )
         return call(arguments)
 
     def _status(self, _: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ Contract, checked by one test suite for every implementation (tests/ipam/store/)
 - A transaction is atomic; all keys it writes get the same ``mod_revision``, ``result.revision``. A
   transaction that writes nothing does not raise the revision.
 - A nested ``Txn`` among ``then``/``orelse`` has a verdict of its own: a failed nested compare undoes
-  nothing outside it.
+  nothing outside it. All compares, nested ones too, see the state before the transaction; a Get sees what
+  the operations before it wrote.
 - A key is written at most once per transaction, nested ones included: ``ValueError`` otherwise, as etcd
-  refuses it. At most MAX_OPS operations, nested ones counted: ``ValueError``.
+  refuses it. At most MAX_OPS operations, nested ones counted: ``ValueError``. Both exactly: rules.py.
 - ``txn`` raises ``Ambiguous`` when the outcome is unknown, ``StoreUnavailable`` when it is known not to
   have been applied. Implementations never retry a transaction by themselves.
 - Keys on a lease vanish when the lease expires or is revoked, as one revision.

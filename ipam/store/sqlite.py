@@ -33,7 +33,7 @@ from ipam.store.sqlite_mvcc import Clock
 
 T = TypeVar("T")
 
-BEAT = 0.04
+BEAT = 0.05
 """Seconds between two looks for other processes' writes. Watches promise 100 ms; a look on a thread of its
 own costs 0.1 ms of an idle processor (on the event loop it would be three times that)."""
 
@@ -295,8 +295,11 @@ class _Pulse:
     def _run(self) -> None:
         while not self._stopped.is_set():
             # Watches meet a store's error in their own reads; here is nobody to tell.
-            with contextlib.suppress(StoreError), contextlib.closing(Database(self._path)) as database:
-                self._beat(database)
+            try:
+                with contextlib.suppress(StoreError), contextlib.closing(Database(self._path)) as database:
+                    self._beat(database)
+            except RuntimeError:  # the event loop ended and nobody closed the store
+                return
             self._stopped.wait(RETRY)
 
     def _beat(self, database: Database) -> None:

@@ -1,19 +1,8 @@
 """The ``routed`` driver: a veth pair and host routes; no bridge, no ARP, no neighbour discovery.
 
-      container                                        node
-      eth0  10.0.0.5/32, fd00::5/128   <--- veth --->  mrgk2j…   no address, MAC ee:ee:ee:ee:ee:ee
-      default via 169.254.1.1 onlink                   10.0.0.5 dev mrgk2j… proto 157 scope link
-      default via fe80::1     onlink                   fd00::5  dev mrgk2j… proto 157
-      169.254.1.1 -> ee:ee:ee:ee:ee:ee permanent       10.0.0.5 -> the container's MAC, permanent
-      fe80::1     -> ee:ee:ee:ee:ee:ee permanent       fd00::5  -> the container's MAC, permanent
-
-The gateways exist nowhere: the container only needs a next hop to build an Ethernet header from, and the
-permanent neighbour entries answer for them. So no proxy_arp is needed, and no packet can fool either side.
-
-A container may join several networks. Each interface has a routing table of its own, and a rule sends
-packets *from* its address there; otherwise answers would leave by whichever interface holds the main
-default route and be dropped by the strict source check. Which one holds it is decided by metrics that
-follow from the names (``naming.route_metric``), not by the order in which parallel ADDs finish.
+What is laid out at both ends, and why, is told in routed_layout.py; here it is carried out: the pair is
+created straight into the container's namespace, each end is configured in one netlink batch, and a setup
+that fails anywhere is undone in one place.
 """
 
 from __future__ import annotations
@@ -24,27 +13,26 @@ import random
 import socket
 from collections import defaultdict
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address
 
 from isolator import sysctl
 from isolator.drivers.base import Wiring
-from isolator.drivers.naming import route_metric, route_table
+from isolator.drivers.naming import route_table
 from isolator.drivers.routed_check import differences
+from isolator.drivers.routed_layout import (
+    GATEWAY4,
+    GATEWAY6,
+    HOST_MAC,
+    RULE_PRIORITY,
+    container_requests,
+    host_requests,
+)
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
-from isolator.model import IPAddress
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
-from isolator.netlink.inventory import delete_links, read_link
+from isolator.netlink.inventory import delete_links, link_by_name
 from isolator.netlink.node import Namespace, Node
 from isolator.netlink.socket import NetlinkSocket
 
-GATEWAY4 = IPv4Address("169.254.1.1")
-GATEWAY6 = IPv6Address("fe80::1")
-HOST_MAC = "ee:ee:ee:ee:ee:ee"
-RULE_PRIORITY = 15700
-"""Between the local table (0) and the main one (32766)."""
-
-_LOOPBACK = 1  # index of ``lo`` in every namespace
 _ATTEMPTS = 3
 
 
@@ -140,7 +128,7 @@ class Routed:
     def _verify_mac(self, wiring: Wiring, index: int) -> None:
         """udev may set a new link's MAC behind our back, and setting it can silently fail: read it back."""
         for _ in range(_ATTEMPTS):
-            link = read_link(self._node, wiring.host_ifname)
+            link = link_by_name(self._node.route, wiring.host_ifname)
             if link is None:
                 raise KernelRefused(f"the link {wiring.host_ifname} vanished while it was set up; try again")
             if link.mac == HOST_MAC:
@@ -156,39 +144,6 @@ class Routed:
             self._node.route.execute([messages.delete_link(wiring.host_ifname)])
         with contextlib.suppress(KernelRefused):
             _delete_rules(container, [wiring])
-
-
-def host_requests(wiring: Wiring, index: int) -> list[Request]:
-    """What makes the node's end: up first, since only a link that is up takes routes."""
-    name = wiring.host_ifname
-    requests = [messages.link_up(index, name)]
-    for ip in wiring.ips:
-        requests.append(messages.add_neighbour(index, name, ip, wiring.mac))
-        requests.append(messages.add_host_route(index, name, ip))
-    return requests
-
-
-def container_requests(wiring: Wiring, index: int) -> list[Request]:
-    """What makes the container's end. Bringing it up, which lets traffic flow, comes as late as it can."""
-    name = wiring.ifname
-    table = route_table(name)
-    metric = route_metric(name, default_route=wiring.default_route)
-    requests = [messages.link_up(_LOOPBACK, "lo"), messages.no_link_local(index, name)]
-    for ip in wiring.ips:
-        requests.append(messages.add_address(index, name, ip))
-        requests.append(messages.add_neighbour(index, name, gateway_for(ip), HOST_MAC))
-        requests.append(messages.add_source_rule(ip, table, RULE_PRIORITY))
-    requests.append(messages.link_up(index, name))
-    for ip in wiring.ips:
-        gateway = gateway_for(ip)
-        requests.append(messages.add_default_route(index, name, gateway, table=table))
-        requests.append(messages.add_default_route(index, name, gateway, metric=metric))
-    return requests
-
-
-def gateway_for(ip: IPAddress) -> IPAddress:
-    """The next hop of an address's family."""
-    return GATEWAY4 if ip.version == 4 else GATEWAY6
 
 
 def _has_ipv6(wiring: Wiring) -> bool:

@@ -1,1 +1,148 @@
-def differences(node, wiring): return []
+"""What a ``routed`` endpoint's two ends hold in the kernel, against what they should: desired minus actual.
+
+Facts are short phrases ("the route to 10.0.0.5 via mrgk2j…"), so a difference reads as a sentence. What
+is there beyond them is not our concern: a container may add routes and addresses of its own.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+from isolator.drivers.base import Wiring
+from isolator.drivers.naming import route_metric, route_table
+from isolator.drivers.routed_layout import HOST_MAC, RULE_PRIORITY, gateway_for
+from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
+from isolator.model import IPAddress
+from isolator.netlink import codec, messages
+from isolator.netlink.inventory import HostLink, link_by_name, parse_route, parse_rule
+from isolator.netlink.messages import TABLE_MAIN
+from isolator.netlink.node import Node
+from isolator.netlink.socket import NetlinkSocket
+
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+def differences(node: Node, wiring: Wiring) -> list[str]:
+    """Sentences, one per difference; empty if all is well."""
+    found = list(_host_differences(node.route, wiring))
+    if wiring.netns is None:
+        return [*found, "the container's network namespace is not known"]
+    try:
+        with node.open_namespace(wiring.netns) as container, container.inside(), NetlinkSocket() as route:
+            return found + list(_container_differences(route, wiring))
+    except (NamespaceGone, NotANamespace, KernelRefused) as error:
+        return [*found, str(error)]
+
+
+def _host_differences(route: NetlinkSocket, wiring: Wiring) -> Iterator[str]:
+    name = wiring.host_ifname
+    link = link_by_name(route, name)
+    yield from _link_differences("the node", name, link, HOST_MAC, wiring.mtu)
+    if link is not None:
+        desired = {fact for ip in wiring.ips for fact in (_route(ip, name), _neighbour(ip, wiring.mac, name))}
+        yield from _missing("the node", desired - _host_facts(route, link, wiring))
+
+
+def _host_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> set[str]:
+    facts: set[str] = set()
+    for family in _families(wiring):
+        dump = messages.dump_routes(family, table=TABLE_MAIN, index=link.index)
+        for found in map(parse_route, route.dump(dump)):
+            if found.index == link.index and found.destination.num_addresses == 1:
+                facts.add(_route(found.destination.network_address, link.name))
+    return facts | _neighbours(route, link, wiring)
+
+
+def _container_differences(route: NetlinkSocket, wiring: Wiring) -> Iterator[str]:
+    name = wiring.ifname
+    link = link_by_name(route, name)
+    yield from _link_differences("the container", name, link, wiring.mac, wiring.mtu)
+    if link is None:
+        return
+    table = route_table(name)
+    metric = route_metric(name, default_route=wiring.default_route)
+    desired: set[str] = set()
+    for ip in wiring.ips:
+        gateway = gateway_for(ip)
+        desired |= {
+            _address(ip, name),
+            _rule(ip, table),
+            _neighbour(gateway, HOST_MAC, name),
+            _default(gateway, table, name),
+            f"{_default(gateway, TABLE_MAIN, name)} with metric {metric}",
+        }
+    yield from _missing("the container", desired - _container_facts(route, link, wiring))
+
+
+def _container_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> set[str]:
+    facts = _neighbours(route, link, wiring)
+    for message in route.dump(messages.dump_addresses(index=link.index)):
+        values = codec.attributes(message.body, messages.ADDRESS.size)
+        packed = values.get(messages.IFA_LOCAL, values.get(messages.IFA_ADDRESS))
+        if packed is not None:
+            facts.add(_address(ip_address(bytes(packed)), link.name))
+    for family in _families(wiring):
+        for message in route.dump(messages.dump_rules(family)):
+            rule = parse_rule(message)
+            if rule is not None and rule.source is not None and rule.priority == RULE_PRIORITY:
+                facts.add(_rule(rule.source.network_address, rule.table))
+        for message in route.dump(messages.dump_routes(family, index=link.index)):
+            found = parse_route(message)
+            if found.index == link.index and found.gateway is not None and found.destination.prefixlen == 0:
+                fact = _default(found.gateway, found.table, link.name)
+                facts |= {fact, f"{fact} with metric {found.metric}"}
+    return facts
+
+
+def _neighbours(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> set[str]:
+    facts: set[str] = set()
+    for family in _families(wiring):
+        for message in route.dump(messages.dump_neighbours(family, link.index)):
+            _, index, state, _, _ = messages.NEIGHBOUR.unpack_from(message.body)
+            values = codec.attributes(message.body, messages.NEIGHBOUR.size)
+            if index == link.index and state == messages.NUD_PERMANENT and messages.NDA_LLADDR in values:
+                ip = ip_address(bytes(values[messages.NDA_DST]))
+                facts.add(_neighbour(ip, bytes(values[messages.NDA_LLADDR]).hex(":"), link.name))
+    return facts
+
+
+def _link_differences(where: str, name: str, link: HostLink | None, mac: str, mtu: int) -> Iterator[str]:
+    if link is None:
+        yield f"{where} has no link {name}"
+        return
+    if not link.up:
+        yield f"{where}'s link {name} is down"
+    if link.mac != mac:
+        yield f"{where}'s link {name} has the MAC {link.mac}, not {mac}"
+    if link.mtu != mtu:
+        yield f"{where}'s link {name} has an MTU of {link.mtu}, not {mtu}"
+
+
+def _missing(where: str, facts: set[str]) -> list[str]:
+    return [f"{where} lacks {fact}" for fact in sorted(facts)]
+
+
+def _families(wiring: Wiring) -> list[int]:
+    return [_FAMILIES[version] for version in sorted({ip.version for ip in wiring.ips})]
+
+
+def _route(ip: IPAddress, name: str) -> str:
+    return f"the route to {ip} via {name}"
+
+
+def _address(ip: IPAddress, name: str) -> str:
+    return f"the address {ip} on {name}"
+
+
+def _rule(ip: IPAddress, table: int) -> str:
+    return f"the rule that packets from {ip} use table {table}"
+
+
+def _neighbour(ip: IPAddress, mac: str, name: str) -> str:
+    return f"the permanent neighbour {ip} at {mac} on {name}"
+
+
+def _default(gateway: IPAddress, table: int, name: str) -> str:
+    return f"the default route via {gateway} on {name} in table {table}"

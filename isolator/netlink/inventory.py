@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
+from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, IPNetwork
 from isolator.netlink.node import Node
+from isolator.netlink.socket import NetlinkSocket
 
 _DOOMED = 0x6D7267FF  # the link group that is deleted as one; links only ever join it to go
 
@@ -30,12 +32,14 @@ class HostLink:
 
 @dataclass(frozen=True, slots=True)
 class HostRoute:
-    """One of our routes. index: of its link; 0 if it has none. kind: RTN_UNICAST, RTN_BLACKHOLE, …"""
+    """A route. index: of its link; 0 if it has none. kind: RTN_UNICAST, RTN_BLACKHOLE, …"""
 
     destination: IPNetwork
     table: int
     index: int
     kind: int
+    metric: int = 0
+    gateway: IPAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,9 @@ class HostRule:
     source: IPNetwork | None
 
 
-def read_link(node: Node, name: str) -> HostLink | None:
-    """One link by name; None if there is none."""
-    message = node.route.get(messages.get_link(name))
+def link_by_name(route: NetlinkSocket, name: str) -> HostLink | None:
+    """One link, in the namespace of the socket; None if there is none."""
+    message = route.get(messages.get_link(name))
     return parse_link(message) if message is not None else None
 
 
@@ -117,11 +121,14 @@ def parse_route(message: Message) -> HostRoute:
     """A route from RTM_NEWROUTE."""
     family, dst_len, _, _, table, _, _, kind, _ = messages.ROUTE.unpack_from(message.body)
     found = codec.attributes(message.body, messages.ROUTE.size)
+    gateway = found.get(messages.RTA_GATEWAY)
     return HostRoute(
         destination=_network(family, found.get(messages.RTA_DST), dst_len),
         table=codec.as_u32(found.get(messages.RTA_TABLE), table),
         index=codec.as_u32(found.get(messages.RTA_OIF)),
         kind=kind,
+        metric=codec.as_u32(found.get(messages.RTA_PRIORITY)),
+        gateway=ip_address(bytes(gateway)) if gateway is not None else None,
     )
 
 

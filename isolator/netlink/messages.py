@@ -33,6 +33,7 @@ LINK = Struct("=BxHiII")  # family, device type, index, flags, which flags chang
 ADDRESS = Struct("=BBBBI")  # family, prefix length, flags, scope, index
 NEIGHBOUR = Struct("=BxxxiHBB")  # family, index, state, flags, type
 ROUTE = Struct("=BBBBBBBBI")  # family, dst length, src length, tos, table, protocol, scope, type, flags
+NEXT_HOP = Struct("=Hxxi")  # length, index
 RULE = Struct("=BBBBBxxBI")  # family, dst length, src length, tos, table, action, flags
 
 IFF_UP = 0x1
@@ -47,7 +48,7 @@ IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 6, 9, 15
 RTN_UNICAST = 1
 RTNH_F_ONLINK = 4
 SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
@@ -251,6 +252,17 @@ def dump_routes(family: int, *, protocol: int = 0, table: int = 0, index: int = 
 def dump_rules(family: int) -> Request:
     """Rules of a family."""
     return Request(RTM_GETRULE, 0, RULE.pack(family, 0, 0, 0, 0, 0, 0), "list the rules", (errno.EAFNOSUPPORT,))
+
+
+def next_hop_links(multipath: memoryview | None) -> list[int]:
+    """Link indexes of a multipath route's next hops."""
+    indexes: list[int] = []
+    offset = 0
+    while multipath is not None and offset + NEXT_HOP.size <= len(multipath):
+        length, index = NEXT_HOP.unpack_from(multipath, offset)
+        indexes.append(index)
+        offset += max(length + (-length & 3), NEXT_HOP.size)
+    return indexes
 
 
 _NDA_IFINDEX = 8

@@ -99,21 +99,25 @@ class NetlinkSocket:
         )
 
     def _dump(self, request: Request) -> list[Message] | None:
+        found: list[Message] = []
+        for datagram in self.stream(request):
+            for message in codec.messages(datagram):
+                if message.flags & codec.NLM_F_DUMP_INTR:
+                    self._drain()
+                    return None
+                if message.kind != codec.NLMSG_DONE:
+                    found.append(message)
+        return found
+
+    def stream(self, request: Request) -> Iterator[bytes]:
+        """The datagrams of a dump as they come, for who finds parsing all of it too slow; read to the end.
+
+        Raises KernelRefused; an errno that the request declares fine ends it.
+        """
         self._seq += 1
         self._send(request.encode(codec.NLM_F_REQUEST | codec.NLM_F_DUMP, self._seq), request)
-        found: list[Message] = []
-        interrupted = False
         while True:
-            for message in codec.messages(self._socket.recv(65536)):
-                if message.seq != self._seq:
-                    continue
-                interrupted |= bool(message.flags & codec.NLM_F_DUMP_INTR)
-                if message.kind in (codec.NLMSG_ERROR, codec.NLMSG_DONE):
-                    number = -codec.S32.unpack_from(message.body)[0] if len(message.body) >= 4 else 0
-                    if number and number not in request.fine:
-                        raise _refusal(request, number, message)
-                    return None if interrupted else found
-                found.append(message)
+            ...
 
     def get(self, request: Request) -> Message | None:
         """The one object the request names; None if the kernel's answer is an errno declared fine."""

@@ -286,10 +286,6 @@ def print_report(report: CheckReport, left: list[Finding], repair: bool) -> None
         click.echo(f"repaired: {finding.subject}: {words(finding.repair or finding.problem)}")
     for note in report.notes:
         click.echo(f"note: {words(note)}")
-    if report.nodes_silent:
-        click.echo(
-            f"note: no agent answered for {', '.join(report.nodes_silent)}; what they hold was not looked at"
-        )
     advice = "" if repair or not left else "; `moorage ip check --repair` does what is provably safe"
     click.echo(
         f"{report.addresses} addresses, {report.nodes_asked} nodes asked: "

@@ -24,6 +24,8 @@ CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 IPV4_BITS = 32
 """A block of IPv4 is never longer than this and one of IPv6 never shorter, so N alone says which is meant."""
 
+EVERYTHING = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
+
 
 @click.group(short_help="Networks that apps join.")
 def network() -> None:
@@ -176,23 +178,17 @@ def pool_specs(
 
 def owner(text: str, cidrs: Sequence[str]) -> str:
     """The pool that a range belongs to. Raises InvalidInput when it is in none, or is no range."""
-    parsed = []
+    family = 6 if ":" in text else 4
+    parse_range(text, EVERYTHING[family])
     for cidr in cidrs:
         try:
-            parsed.append((cidr, ip_network(cidr)))
+            parse_range(text, ip_network(cidr))
+        except InvalidInput:
+            continue
         except ValueError:
-            # Creating the network says what is wrong with it.
-            return cidrs[0]
-    same_family = [pool for cidr, pool in parsed if (":" in text) == (pool.version == 6)]
-    for cidr, pool in parsed:
-        if pool in same_family:
-            try:
-                parse_range(text, pool)
-            except InvalidInput:
-                if len(same_family) == 1:
-                    raise
-            else:
-                return cidr
+            # Creating the network says what is wrong with this pool.
+            return cidr
+        return cidr
     raise InvalidInput(f"the range {text} is inside none of the pools {', '.join(cidrs)}; correct it")
 
 

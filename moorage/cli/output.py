@@ -107,7 +107,9 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def words(value: Any) -> str:
     """A plain value as a person would write it; an empty one as a dash."""
     match value:
-        case None | "" | [] | {}:
+        case None | "":
+            return "-"
+        case Mapping() | list() | tuple() if not value:
             return "-"
         case bool():
             return "yes" if value else "no"

@@ -57,5 +57,3 @@ class Namespace:
         """Whether ``ip`` answers an echo request from here within ``wait`` seconds."""
         result = self.run("ping", "-n", "-q", "-c", str(count), "-W", str(wait), ip, check=False)
         return result.returncode == 0
-
-

@@ -29,7 +29,9 @@ class LabNode:
     name: the node's. agent: the command line that runs the agent, less its options.
     """
 
-    def __init__(self, name: str = "node", *, agent: Sequence[str] = (*MOORAGE, "agent"), store: str = "") -> None:
+    def __init__(
+        self, name: str = "node", *, agent: Sequence[str] = (*MOORAGE, "agent"), store: str = ""
+    ) -> None:
         self.name = name
         self.namespace = Namespace(unique(name))
         self._agent_command = tuple(agent)
@@ -97,7 +99,9 @@ class LabNode:
         deadline = time.monotonic() + READY_WITHIN
         while not self.answers():
             if not self.is_running or time.monotonic() > deadline:
-                raise RuntimeError(f"the agent of {self.name} does not serve:\n{self.log.read_text()[-4000:]}")
+                raise RuntimeError(
+                    f"the agent of {self.name} does not serve:\n{self.log.read_text()[-4000:]}"
+                )
             time.sleep(0.02)
 
     def answers(self) -> bool:

@@ -1,0 +1,77 @@
+"""Forgetting connections: no flow of an address's old owner may continue to its new one.
+
+One dump of the table per batch, however many addresses: its datagrams are searched as bytes for the
+addresses, and only what hits is parsed and deleted, by its tuple and id. (Filtered deletion inside the
+kernel takes a pass per address and direction, 5 ms each whatever the table holds, and needs Linux 6.8.)
+
+Take the addresses out of the policy first: then no new entry can appear behind the dump's back.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+from collections.abc import Iterable, Iterator
+
+from isolator.model import IPAddress
+from isolator.netlink import codec
+from isolator.netlink.codec import Request, attribute
+from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
+
+_SUBSYSTEM = 1 << 8
+_GET, _DELETE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
+
+_TUPLE_ORIG, _TUPLE_REPLY, _ID, _ZONE = 1, 2, 12, 18
+_TUPLE_IP = 1
+_SOURCE_AND_DESTINATION = {4: (1, 2), 6: (3, 4)}  # CTA_IP_*
+
+
+def flush_conntrack(ips: Iterable[IPAddress]) -> None:
+    """Delete every entry that names one of the addresses: in either direction, as source or destination.
+
+    In the namespace of the calling thread, over a socket of its own. Takes about 3 ms, and 3 ms more per
+    1,000 entries in the table. Raises KernelRefused; a kernel without connection tracking has nothing to forget.
+    """
+    wanted = frozenset(ips)
+    if not wanted:
+        return
+    families = {ip.version for ip in wanted}
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[families.pop()] if len(families) == 1 else socket.AF_UNSPEC
+    listing = Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
+    with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+        needles = _needles(wanted)
+        packed = frozenset(ip.packed for ip in wanted)
+        doomed = [
+            request
+            for datagram in netfilter.stream(listing)
+            if needles.search(datagram)
+            for request in _deletions(datagram, packed)
+        ]
+        netfilter.execute(doomed)
+
+
+def _needles(ips: Iterable[IPAddress]) -> re.Pattern[bytes]:
+    """The addresses as they stand in a tuple: an attribute's header, then the address."""
+    found = (
+        re.escape(attribute(kind, ip.packed)) for ip in ips for kind in _SOURCE_AND_DESTINATION[ip.version]
+    )
+    return re.compile(b"|".join(found), re.DOTALL)
+
+
+def _deletions(datagram: bytes, packed: frozenset[bytes]) -> Iterator[Request]:
+    for message in codec.messages(datagram):
+        found = codec.attributes(message.body, 4)
+        if not any(_addresses(found[kind]) & packed for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in found):
+            continue
+        body = bytes(message.body[:1]) + bytes(3)
+        for kind in (_TUPLE_ORIG, _ID, _ZONE):
+            if kind in found:
+                nested = codec.NLA_F_NESTED if kind == _TUPLE_ORIG else 0
+                body += attribute(kind | nested, bytes(found[kind]))
+        yield Request(_DELETE, 0, body, "forget a tracked connection", (errno.ENOENT,))
+
+
+def _addresses(entry: memoryview) -> set[bytes]:
+    ip = codec.attributes(entry).get(_TUPLE_IP)
+    return {bytes(value) for value in codec.attributes(ip).values()} if ip is not None else set()

@@ -1,0 +1,182 @@
+"""`make demo`: moorage on one node, with three real containers, in about ten seconds.
+
+The node is a namespace of its own with an agent in it; the hook is executed as a Mesos agent executes it.
+Nothing of the machine's own networking, nor of an agent that runs on it, is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moorage.lab.container import Answer, Container
+from moorage.lab.node import LabNode
+
+STATIC_IP = "10.64.0.77"
+
+SERVER = """
+import http.server, socket
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+class Hello(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"hello from the container")
+    def log_message(self, *_): pass
+Server(("::", 8080), Hello).serve_forever()
+"""
+
+FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
+
+
+class Failed(Exception):
+    """A step did not show what it promises."""
+
+
+@contextlib.contextmanager
+def step(text: str) -> Iterator[None]:
+    """A tick for a step that works, a cross and the reason for one that does not."""
+    begun = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        print(f"  \033[31m✗\033[0m {text}\n    {error}", flush=True)
+        raise
+    print(f"  \033[32m✓\033[0m {text}  ({(time.monotonic() - begun) * 1000:.0f} ms)", flush=True)
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Failed(otherwise)
+
+
+def succeed(answer: Answer) -> Answer:
+    expect(answer.exit == 0, f"the hook answered {answer.exit}: {answer.stdout or answer.stderr}")
+    return answer
+
+
+def show(title: str, text: str) -> None:
+    print(f"\n{title}\n{text.rstrip()}\n", flush=True)
+
+
+def eventually(holds: Callable[[], bool], otherwise: str, within: float = 10.0) -> None:
+    deadline = time.monotonic() + within
+    while not holds():
+        expect(time.monotonic() < deadline, otherwise)
+        time.sleep(0.05)
+
+
+def fetch(namespace: Callable[..., list[str]], url: str) -> None:
+    """GET ``url`` from a namespace and compare what comes."""
+    result = subprocess.run(
+        namespace(sys.executable, "-c", FETCH, url), text=True, capture_output=True, check=False
+    )
+    expect("hello from the container" in result.stdout, f"no answer from {url}: {result.stderr[-300:]}")
+
+
+def main() -> int:
+    """Run the demo; 0 if every step holds."""
+    if os.geteuid() != 0:
+        print("network namespaces need root: sudo make demo", file=sys.stderr)
+        return 1
+    # An interrupt unwinds like an error, so that everything is cleaned up.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(130))
+    try:
+        with contextlib.ExitStack() as stack:
+            _demo(stack)
+        with step("nothing is left on this machine"):
+            _expect_nothing_left()
+    except (Failed, subprocess.SubprocessError, RuntimeError, OSError) as error:
+        print(f"\ndemo failed: {error}", file=sys.stderr)
+        return 1
+    print('\nThat was moorage on one machine. Next: README.md, "On a Mesos agent".')
+    return 0
+
+
+def _demo(stack: contextlib.ExitStack) -> None:
+    print("\nmoorage: every container its own IP, on a node in a namespace of its own\n")
+    with step("a node, with the embedded store and an agent"):
+        node = stack.enter_context(LabNode("demo"))
+        node.start()
+    with step("a dual-stack network: moorage network create web --pool 10.64.0.0/16 --pool fd64::/64"):
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
+
+    web, client, static = (stack.enter_context(node.container(name)) for name in ("web", "client", "static"))
+    with step("a container 'web', its hook called as Mesos calls it"):
+        ips = succeed(web.add("web", labels={"role": "frontend"})).ips
+    with step("a container 'client'"):
+        succeed(client.add("web"))
+    with step(f"a container 'static' that asks for {STATIC_IP} by label"):
+        given = succeed(static.add("web", labels={"moorage.ip": STATIC_IP})).ips
+        expect(given[4] == STATIC_IP, f"got {given[4]}")
+    with step(f"HTTP from client to web at {ips[4]} and [{ips[6]}], and from the node"):
+        server = web.namespace.start(sys.executable, "-c", SERVER)
+        stack.callback(server.wait)
+        stack.callback(server.kill)
+        eventually(lambda: _serves(web), "the server in the container did not start")
+        for place in (client.namespace.command, node.namespace.command):
+            fetch(place, f"http://{ips[4]}:8080/")
+            fetch(place, f"http://[{ips[6]}]:8080/")
+
+    show("$ moorage ip list --state assigned", node.cli("ip", "list", "--state", "assigned").stdout)
+    show("$ moorage endpoint list", node.cli("endpoint", "list").stdout)
+
+    with step("the agent is killed (kill -9) in the middle of an ADD; its hook waits for the next agent"):
+        late = stack.enter_context(node.container("late"))
+        late_ips = _add_across_a_kill(node, late)
+        expect(client.namespace.pings(late_ips[4]), f"{late_ips[4]} does not answer")
+        expect(client.namespace.pings(late_ips[6]), f"{late_ips[6]} does not answer")
+    with step("a wrong request is refused in one sentence"):
+        refused = stack.enter_context(node.container("refused")).add("web", labels={"moorage.ip": STATIC_IP})
+        expect(refused.exit != 0 and static.id in refused.stdout, refused.stdout)
+    print(f"    {refused.json['msg']}")
+
+    with step("all four containers are deleted"):
+        for container in (web, client, static, late):
+            answer = container.delete("web")
+            expect((answer.exit, answer.stdout) == (0, ""), answer.stdout)
+        eventually(lambda: not node.ask("endpoint", "list"), "endpoints are left")
+        eventually(lambda: not _links(node), f"interfaces are left: {_links(node)}")
+        eventually(lambda: not node.ask("ip", "list", "--state", "assigned"), "addresses are left")
+    with step("moorage ip check finds nothing"):
+        node.cli("ip", "check")
+    with step("the agent ends in order"):
+        expect(node.stop() == 0, "the agent did not end with 0")
+
+
+def _add_across_a_kill(node: LabNode, container: Container) -> dict[int, str]:
+    """Kill the agent after the hook has sent its ADD, and start another."""
+    call = container.start_call("ADD", container.config("web"))
+    killer = threading.Timer(0.012, node.kill)
+    killer.start()
+    killer.join()
+    node.start()
+    return succeed(container.finish_call(call)).ips
+
+
+def _serves(container: Container) -> bool:
+    return container.namespace.run("ss", "-Hltn", "sport = :8080").stdout.strip() != ""
+
+
+def _links(node: LabNode) -> list[str]:
+    links = node.namespace.run("ip", "-o", "link").stdout.splitlines()
+    return [line.split(":")[1].strip() for line in links if ": mrg" in line]
+
+
+def _expect_nothing_left() -> None:
+    mine = f"{os.getpid()}"
+    left = [path.name for path in Path("/run/netns").glob("mrg-demo-*")]
+    expect(not left, f"namespaces are left: {left}")
+    children = Path(f"/proc/{mine}/task/{mine}/children").read_text().split()
+    expect(not children, f"processes are left: {children}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""``moorage network`` on a real store."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+
+import pytest
+
+from ipam import keys
+from ipam.records import Address, AddressState
+from ipam.store import Put, Store, Txn
+from tests.moorage.conftest import CommandLine
+
+
+def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) -> None:
+    created = moorage.json(
+        "network", "create", "db",
+        "--pool", "10.65.0.0/24", "--pool", "fd00:65::/64",
+        "--block-size", "28", "--block-size", "/124",
+        "--static", "10.65.0.10-10.65.0.19", "--static", "fd00:65::100/120",
+        "--exclude", "10.65.0.1", "--mtu", "1400", "--no-nat",
+        "--dns", "10.0.0.2", "--dns", "fd00::2", "--search", "db.example.org",
+        "--warm", "4", "--preload",
+    )  # fmt: skip
+    assert created == {
+        "name": "db",
+        "pools": [
+            {
+                "name": "10.65.0.0-24",
+                "cidr": "10.65.0.0/24",
+                "network": "db",
+                "block_size": 28,
+                "static": ["10.65.0.10-10.65.0.19"],
+                "excluded": ["10.65.0.1"],
+                "disabled": False,
+            },
+            {
+                "name": "fd00:65::-64",
+                "cidr": "fd00:65::/64",
+                "network": "db",
+                "block_size": 124,
+                "static": ["fd00:65::100/120"],
+                "excluded": [],
+                "disabled": False,
+            },
+        ],
+        "driver": "routed",
+        "mtu": 1400,
+        "nat": False,
+        "dns": ["10.0.0.2", "fd00::2"],
+        "search": ["db.example.org"],
+        "warm": 4,
+        "preload": True,
+    }
+    assert moorage.json("network", "list") == [created]
+
+
+def test_defaults(moorage: CommandLine) -> None:
+    created = moorage.json("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd00:64::/64")
+    assert [pool["block_size"] for pool in created["pools"]] == [26, 122]
+    assert (created["nat"], created["mtu"], created["warm"], created["preload"]) == (True, 0, 8, False)
+
+
+def test_the_table_names_the_pools(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd00:64::/64")
+    assert moorage.ok("network", "list").splitlines() == [
+        "NAME  POOLS                       DRIVER  NAT  MTU         WARM",
+        "web   10.64.0.0/16, fd00:64::/64  routed  yes  underlay's  8",
+    ]
+
+
+def test_creating_says_what_comes_next(moorage: CommandLine) -> None:
+    said = moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16")
+    assert "network web created with 10.64.0.0/16" in said
+    assert "moorage network cni-config web" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--pool", "10.64.0.0/16", "--block-size", "122"],
+            "--block-size 122 is for IPv6 pools, and there is none",
+        ),
+        (
+            ["--pool", "fd00::/64", "--block-size", "26"],
+            "--block-size 26 is for IPv4 pools, and there is none",
+        ),
+        (
+            ["--pool", "10.64.0.0/16", "--block-size", "26", "--block-size", "27"],
+            "--block-size is given twice for IPv4: 26 and 27; keep one",
+        ),
+        (["--pool", "10.64.0.0/16", "--static", "10.65.0.1"], "is inside none of the pools 10.64.0.0/16"),
+        (
+            ["--pool", "10.64.0.0/24", "--pool", "10.65.0.0/24", "--exclude", "ten"],
+            "'ten' is no address range",
+        ),
+        (["--pool", "10.64.0.0/24", "--exclude", "10.64.0.9-10.64.0.1"], "runs backwards"),
+        (["--pool", "10.64.0.0/33", "--static", "10.64.0.1"], "the pool '10.64.0.0/33' is no CIDR"),
+        (["--pool", "10.64.0.0/16", "--mtu", "-1"], "the MTU -1 is not between"),
+        (["--pool", "10.64.0.0/16", "--warm", "-1"], "warm -1 is not between"),
+    ],
+)
+def test_nonsense_is_refused_in_one_sentence(
+    moorage: CommandLine, arguments: list[str], sentence: str
+) -> None:
+    assert sentence in moorage.fails("network", "create", "web", *arguments)
+    assert moorage.json("network", "list") == []
+
+
+@pytest.mark.parametrize("size", ["0", "129", "-1", "x", "²"])
+def test_a_block_size_that_is_no_prefix_length_is_exit_2(moorage: CommandLine, size: str) -> None:
+    said = moorage.fails("network", "create", "web", "--pool", "10.64.0.0/16", f"--block-size={size}", code=2)
+    assert "is no prefix length" in said
+
+
+def test_a_network_without_pool_is_exit_2(moorage: CommandLine) -> None:
+    assert "'--pool'" in moorage.fails("network", "create", "web", code=2)
+
+
+def test_an_overlapping_pool_names_the_other(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16")
+    said = moorage.fails("network", "create", "db", "--pool", "10.64.3.0/24")
+    assert "overlaps 10.64.0.0/16 of network web" in said
+
+
+def test_an_unknown_network_names_the_known(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16")
+    for command in ("show", "delete", "cni-config"):
+        assert "there is no network 'wbe' (known: web)" in moorage.fails("network", command, "wbe")
+
+
+async def two_addresses(store: Store) -> None:
+    for ip, state in (("10.64.0.5", AddressState.ASSIGNED), ("10.64.0.6", AddressState.WARM)):
+        record = Address(pool="10.64.0.0-24", state=state, node="a", network="web")
+        await store.txn(Txn(then=(Put(keys.address_key(ip_address(ip)), record.encode()),)))
+
+
+def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    moorage.on_store(two_addresses)
+    assert moorage.json("network", "show", "web")["pools"][0]["usage"] == {
+        "usable": 254,
+        "assigned": 1,
+        "warm": 1,
+        "cooling": 0,
+        "free": 252,
+        "by_node": {"a": {"assigned": 1, "warm": 1}},
+    }
+    table = moorage.ok("network", "show", "web")
+    assert table.splitlines()[0] == "name     web"
+    assert table.splitlines()[-2:] == [
+        "NODE  CIDR          ASSIGNED  WARM  COOLING",
+        "a     10.64.0.0/24  1         1     0",
+    ]
+
+
+def test_a_network_in_use_is_not_deleted(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    moorage.on_store(two_addresses)
+    assert "the network web is in use" in moorage.fails("network", "delete", "web")
+
+
+def test_a_network_nobody_uses_is_deleted(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    assert moorage.ok("network", "delete", "web") == "network web deleted\n"
+    assert moorage.json("network", "list") == []
+
+
+def test_the_cni_config_is_what_mesos_needs_and_names_a_socket_of_its_own(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    assert json.loads(moorage.ok("network", "cni-config", "web")) == {
+        "cniVersion": "0.2.0",
+        "name": "web",
+        "type": "moorage-cni",
+        "socket": str(moorage.socket),
+    }
+
+
+def test_the_default_socket_is_left_out_of_the_cni_config(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    shown = json.loads(
+        moorage.ok(
+            "network", "cni-config", "web", "--cni-version", "1.0.0", "--socket", "/run/moorage/agent.sock"
+        )
+    )
+    assert shown == {"cniVersion": "1.0.0", "name": "web", "type": "moorage-cni"}
