@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 
 from isolator.errors import KernelRefused
+from isolator.netlink.node import Node
+from isolator.underlay import default_links
 
 _ROOT = "/proc/sys/"
 
@@ -43,17 +45,16 @@ def ensure(name: str, value: str) -> bool:
     return True
 
 
-def enable_forwarding() -> None:
+def enable_forwarding(node: Node) -> None:
     """Let the node forward IPv4, and IPv6 if its kernel has it.
 
     A node that forwards IPv6 stops listening to router advertisements, and with them loses its own default
-    route, unless accept_ra is 2. So every link that listens to them now is told to go on first.
+    route, unless accept_ra is 2. So links that lead out of the node are told to go on listening first.
     """
     ensure("net/ipv4/ip_forward", "1")
     if read("net/ipv6/conf/all/forwarding") in (None, "1"):
         return
-    for name in os.listdir(_ROOT + "net/ipv6/conf"):
-        setting = f"net/ipv6/conf/{name}"
-        if name not in ("all", "lo") and read(f"{setting}/accept_ra") == "1":
-            ensure(f"{setting}/accept_ra", "2")
+    for link in default_links(node):
+        if read(f"net/ipv6/conf/{link}/accept_ra") == "1":
+            ensure(f"net/ipv6/conf/{link}/accept_ra", "2")
     ensure("net/ipv6/conf/all/forwarding", "1")

@@ -36,13 +36,22 @@ def underlay(node: Node) -> Underlay:
     """
     indexes = _default_links(node, socket.AF_INET) or _default_links(node, socket.AF_INET6)
     links = [
-        link for message in node.route.dump(messages.dump_links()) if (link := parse_link(message)).index in indexes
+        link
+        for message in node.route.dump(messages.dump_links())
+        if (link := parse_link(message)).index in indexes
     ]
     return Underlay(
         links=tuple(sorted(link.name for link in links)),
         mtu=min((link.mtu for link in links), default=DEFAULT_MTU),
         addresses=tuple(ip for index in sorted(indexes) for ip in _addresses(node, index)),
     )
+
+
+def default_links(node: Node) -> set[str]:
+    """Names of the links that the default routes of either family lead through."""
+    indexes = _default_links(node, socket.AF_INET) | _default_links(node, socket.AF_INET6)
+    links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
+    return {link.name for link in links if link.index in indexes}
 
 
 def underlay_mtu(node: Node) -> int:

@@ -49,7 +49,9 @@ class Routed:
     def setup(self, wiring: Wiring) -> None:
         """See Driver.setup."""
         if wiring.netns is None:
-            raise NamespaceGone(f"the network namespace of {wiring.ifname} is not known; the container has ended")
+            raise NamespaceGone(
+                f"the network namespace of {wiring.ifname} is not known; the container has ended"
+            )
         with self._node.open_namespace(wiring.netns) as container:
             index = self._create(wiring, container)
             try:
@@ -135,7 +137,8 @@ class Routed:
                 return
             self._node.route.execute([messages.set_mac(index, wiring.host_ifname, HOST_MAC)])
         raise KernelRefused(
-            f"something on the node keeps changing the MAC of {wiring.host_ifname}; exclude mrg* from udev's MACAddressPolicy"
+            "something on the node keeps changing the MAC of {wiring.host_ifname}; "
+            "exclude mrg* from udev's MACAddressPolicy"
         )
 
     def _undo(self, wiring: Wiring, container: Namespace) -> None:

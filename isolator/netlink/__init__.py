@@ -1,0 +1,34 @@
+"""Netlink: messages as bytes, a socket that sends them in batches, namespaces, and what the kernel holds."""
+
+from isolator.netlink.conntrack import flush_conntrack
+from isolator.netlink.inventory import (
+    HostLink,
+    HostRoute,
+    HostRule,
+    delete_links,
+    delete_routes,
+    endpoint_links,
+    our_routes,
+    our_rules,
+)
+from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, IPNetwork
+from isolator.netlink.monitor import LinkMonitor
+from isolator.netlink.node import Namespace, Node
+
+__all__ = [
+    "ENDPOINT_PREFIX",
+    "ROUTE_PROTOCOL",
+    "HostLink",
+    "HostRoute",
+    "HostRule",
+    "IPNetwork",
+    "LinkMonitor",
+    "Namespace",
+    "Node",
+    "delete_links",
+    "delete_routes",
+    "endpoint_links",
+    "flush_conntrack",
+    "our_routes",
+    "our_rules",
+]

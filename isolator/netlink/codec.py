@@ -105,6 +105,17 @@ def messages(buffer: bytes) -> Iterator[Message]:
         offset += length + (-length & 3)
 
 
+def last_message(buffer: bytes) -> Message:
+    """The last message of a datagram: the end of a dump, and any error, can only stand there."""
+    offset = 0
+    while True:
+        length, kind, flags, seq, _ = HEADER.unpack_from(buffer, offset)
+        following = offset + length + (-length & 3)
+        if length < HEADER.size or following + HEADER.size > len(buffer):
+            return Message(kind, flags, seq, memoryview(buffer)[offset + HEADER.size : offset + length])
+        offset = following
+
+
 def attributes(view: memoryview, offset: int = 0) -> Attributes:
     """The attributes from offset on, by type; of a repeated type the last one."""
     return dict(_attributes(view, offset))

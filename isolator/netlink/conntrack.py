@@ -37,7 +37,9 @@ def flush_conntrack(ips: Iterable[IPAddress]) -> None:
     if not wanted:
         return
     families = {ip.version for ip in wanted}
-    family = {4: socket.AF_INET, 6: socket.AF_INET6}[families.pop()] if len(families) == 1 else socket.AF_UNSPEC
+    family = (
+        {4: socket.AF_INET, 6: socket.AF_INET6}[families.pop()] if len(families) == 1 else socket.AF_UNSPEC
+    )
     listing = Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
         needles = _needles(wanted)

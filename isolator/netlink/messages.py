@@ -13,7 +13,16 @@ from struct import Struct
 from typing import TypeAlias
 
 from isolator.model import IPAddress
-from isolator.netlink.codec import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Request, attribute, nested, text, u32
+from isolator.netlink.codec import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Request,
+    attribute,
+    nested,
+    text,
+    u32,
+)
 
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
@@ -229,7 +238,9 @@ def dump_links() -> Request:
 
 def dump_addresses(family: int = 0, index: int = 0) -> Request:
     """Addresses, of one link if an index is given."""
-    return Request(RTM_GETADDR, 0, ADDRESS.pack(family, 0, 0, 0, index), "list the addresses", (errno.ENODEV,))
+    return Request(
+        RTM_GETADDR, 0, ADDRESS.pack(family, 0, 0, 0, index), "list the addresses", (errno.ENODEV,)
+    )
 
 
 def dump_neighbours(family: int, index: int) -> Request:
@@ -251,7 +262,9 @@ def dump_routes(family: int, *, protocol: int = 0, table: int = 0, index: int = 
 
 def dump_rules(family: int) -> Request:
     """Rules of a family."""
-    return Request(RTM_GETRULE, 0, RULE.pack(family, 0, 0, 0, 0, 0, 0), "list the rules", (errno.EAFNOSUPPORT,))
+    return Request(
+        RTM_GETRULE, 0, RULE.pack(family, 0, 0, 0, 0, 0, 0), "list the rules", (errno.EAFNOSUPPORT,)
+    )
 
 
 def next_hop_links(multipath: memoryview | None) -> list[int]:
@@ -292,5 +305,3 @@ def _source_rule(ip: IPAddress, table: int, priority: int) -> bytes:
         + u32(FRA_TABLE, table)
         + attribute(FRA_PROTOCOL, bytes([ROUTE_PROTOCOL]))
     )
-
-

@@ -22,9 +22,7 @@ class LinkMonitor:
     Made in the network namespace that the calling thread is in.
     """
 
-    def __init__(
-        self, on_vanished: Callable[[frozenset[str]], None], on_resync: Callable[[], None]
-    ) -> None:
+    def __init__(self, on_vanished: Callable[[frozenset[str]], None], on_resync: Callable[[], None]) -> None:
         self._on_vanished = on_vanished
         self._on_resync = on_resync
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -92,7 +92,9 @@ class Node:
                     f"the network namespace {path} does not exist (any more); the container has ended"
                 ) from error
             number = error.errno or 0
-            raise KernelRefused(f"could not open the network namespace {path}: {error.strerror}", errno=number) from error
+            raise KernelRefused(
+                f"could not open the network namespace {path}: {error.strerror}", errno=number
+            ) from error
         try:
             self._verify(path, fd)
         except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from isolator.errors import KernelRefused
@@ -99,25 +99,32 @@ class NetlinkSocket:
         )
 
     def _dump(self, request: Request) -> list[Message] | None:
-        found: list[Message] = []
-        for datagram in self.stream(request):
-            for message in codec.messages(datagram):
-                if message.flags & codec.NLM_F_DUMP_INTR:
-                    self._drain()
-                    return None
-                if message.kind != codec.NLMSG_DONE:
-                    found.append(message)
-        return found
+        found = [message for datagram in self.stream(request) for message in codec.messages(datagram)]
+        if any(message.flags & codec.NLM_F_DUMP_INTR for message in found):
+            return None
+        return [message for message in found if message.kind != codec.NLMSG_DONE]
 
     def stream(self, request: Request) -> Iterator[bytes]:
-        """The datagrams of a dump as they come, for who finds parsing all of it too slow; read to the end.
+        """The datagrams of a dump as they come, for who cannot afford to parse them all; read it to its end.
 
         Raises KernelRefused; an errno that the request declares fine ends it.
         """
         self._seq += 1
         self._send(request.encode(codec.NLM_F_REQUEST | codec.NLM_F_DUMP, self._seq), request)
         while True:
-            ...
+            datagram = self._socket.recv(65536)
+            last = codec.last_message(datagram)
+            if last.seq != self._seq:
+                continue
+            if last.kind not in (codec.NLMSG_ERROR, codec.NLMSG_DONE):
+                yield datagram
+                continue
+            number = -codec.S32.unpack_from(last.body)[0] if len(last.body) >= 4 else 0
+            if number and number not in request.fine:
+                raise _refusal(request, number, last)
+            if last.kind == codec.NLMSG_DONE:
+                yield datagram
+            return
 
     def get(self, request: Request) -> Message | None:
         """The one object the request names; None if the kernel's answer is an errno declared fine."""

@@ -1,0 +1,210 @@
+"""Calls while the agent is down, and what a restart makes of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moorage.lab import LabNode
+from tests.system.conftest import assert_nothing_left, eventually, links, routes
+
+pytestmark = pytest.mark.kernel
+
+
+def spooled(node: LabNode) -> list[str]:
+    return [path.name for path in (node.socket.parent / "spool").glob("*.del")]
+
+
+def test_a_del_without_an_agent_returns_at_once_and_is_done_when_it_is_back(node: LabNode) -> None:
+    with node.container() as container:
+        container.add("web")
+        node.kill()
+        begun = time.monotonic()
+        answer = container.delete("web")
+        assert (answer.exit, answer.stdout) == (0, "")
+        assert time.monotonic() - begun < 2.0
+        assert len(spooled(node)) == 1
+        node.start()
+        assert_nothing_left(node)
+        assert spooled(node) == []
+
+
+def test_a_namespace_deleted_before_its_del_is_no_obstacle(node: LabNode) -> None:
+    with node.container() as container:
+        container.add("web")
+        node.kill()
+    assert container.delete("web").exit == 0
+    node.start()
+    assert_nothing_left(node)
+    assert container.delete("web").exit == 0
+
+
+def test_a_spooled_del_leaves_a_newer_endpoint_of_the_same_name_alone(node: LabNode) -> None:
+    with node.container() as container:
+        container.add("web")
+        node.kill()
+        container.delete("web")
+        add = container.start_call("ADD", container.config("web"))
+        time.sleep(0.2)
+        node.start()
+        ips = container.finish_call(add).ips
+        assert node.namespace.pings(ips[4])
+        eventually(lambda: spooled(node) == [])
+        assert [e["state"] for e in node.ask("endpoint", "list")] == ["attached"]
+        container.delete("web")
+
+
+def test_running_containers_keep_talking_while_the_agent_is_down_and_restarted(node: LabNode) -> None:
+    with node.container() as a, node.container() as b:
+        a.add("web")
+        ips = b.add("web").ips
+        before = (links(node), routes(node))
+        ping = a.namespace.start(
+            "ping", "-n", "-i", "0.01", "-c", "150", "-W", "1", ips[4], stdout=subprocess.PIPE
+        )
+        node.kill()
+        node.start()
+        stdout, _ = ping.communicate(timeout=30)
+        assert b" 0% packet loss" in stdout, stdout.decode()
+        assert (links(node), routes(node)) == before
+        assert len(node.ask("endpoint", "list")) == 2
+        for each in (a, b):
+            each.delete("web")
+
+
+def test_a_lost_journal_is_rebuilt_from_kernel_and_store(node: LabNode) -> None:
+    with node.container() as container:
+        ips = container.add("web").ips
+        eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
+        node.kill()
+        for file in node.state_dir.glob("journal.db*"):
+            file.unlink()
+        node.start()
+        assert [e["container_id"] for e in node.ask("endpoint", "list")] == [container.id]
+        assert node.namespace.pings(ips[4])
+        container.delete("web")
+        assert_nothing_left(node)
+
+
+def test_a_corrupt_journal_is_kept_aside_and_rebuilt(node: LabNode) -> None:
+    with node.container() as container:
+        ips = container.add("web").ips
+        eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
+        node.kill()
+        journal = node.state_dir / "journal.db"
+        Path(f"{journal}-wal").unlink(missing_ok=True)
+        journal.write_bytes(b"this is no database" * 500)
+        node.start()
+        assert "journal was unreadable" in node.log.read_text()
+        assert list(node.state_dir.glob("journal.db.corrupt-*"))
+        assert node.namespace.pings(ips[4])
+        assert [e["container_id"] for e in node.ask("endpoint", "list")] == [container.id]
+        container.delete("web")
+        assert_nothing_left(node)
+
+
+def test_a_corrupt_store_is_refused_with_the_remedy_and_not_emptied(node: LabNode) -> None:
+    node.stop()
+    store = Path(node.store.removeprefix("sqlite://"))
+    for suffix in ("-wal", "-shm"):
+        Path(f"{store}{suffix}").unlink(missing_ok=True)
+    store.write_bytes(b"this is no database" * 500)
+    node.launch()
+    eventually(lambda: not node.is_running)
+    assert str(store) in node.log.read_text()
+    assert store.read_bytes().startswith(b"this is no database")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "mrg-small", str(tmp_path)], check=True)
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_with_a_full_disk_add_is_refused_and_del_still_works(small_disk: Path) -> None:
+    with LabNode("full") as node:
+        state = node.state_dir
+        state.symlink_to(small_disk)
+        node.start()
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/16")
+        with node.container() as first, node.container() as second:
+            first.add("web")
+            filler = small_disk / "filler"
+            with filler.open("wb", buffering=0) as file:
+                try:
+                    while file.write(os.urandom(4096)):
+                        pass
+                except OSError:
+                    pass
+            answers = []
+            # The journal's log has room of its own for a few commits.
+            for _ in range(200):
+                answers.append(second.add("web"))
+                if answers[-1].exit:
+                    break
+                assert second.delete("web").exit == 0
+            assert answers[-1].json["code"] == 11
+            assert "journal" in answers[-1].json["msg"]
+            assert first.delete("web").exit == 0
+            eventually(lambda: links(node) == [])
+            filler.unlink()
+            assert second.add("web").exit == 0
+            second.delete("web")
+            assert_nothing_left(node)
+
+
+def test_sigterm_ends_the_agent_with_0_and_leaves_containers_running(node: LabNode) -> None:
+    with node.container() as container:
+        ips = container.add("web").ips
+        assert node.stop() == 0
+        assert node.namespace.pings(ips[4])
+        assert not node.socket.exists()
+        node.start()
+        container.delete("web")
+        assert_nothing_left(node)
+
+
+def test_an_address_is_released_only_when_nobody_carries_it_unless_forced(node: LabNode) -> None:
+    with node.container() as container:
+        ip = container.add("web").ips[4]
+        eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
+        refused = node.cli("ip", "release", ip, check=False)
+        assert refused.returncode == 1
+        assert container.id in refused.stdout + refused.stderr
+        assert node.namespace.pings(ip)
+        node.cli("ip", "release", ip, "--force")
+        assert_nothing_left(node)
+
+
+def test_check_finds_and_repairs_what_was_planted(node: LabNode) -> None:
+    with node.container() as container:
+        container.add("web")
+        node.namespace.run("ip", "route", "add", "10.64.200.1/32", "dev", "lo", "proto", "157")
+        node.namespace.run("ip", "link", "add", "mrgplanted", "type", "bridge")
+        found = node.cli("ip", "check", check=False)
+        assert found.returncode == 1
+        assert "10.64.200.1" in found.stdout
+        assert "mrgplanted" in found.stdout
+        node.cli("ip", "check", "--repair", check=False)
+        assert node.cli("ip", "check").returncode == 0
+        container.delete("web")
+
+
+def test_the_firewall_is_restored_after_somebody_flushed_it(node: LabNode) -> None:
+    with node.container() as a, node.container() as b:
+        a.add("web")
+        ips = b.add("web").ips
+        node.namespace.run("nft", "flush", "ruleset")
+        eventually(lambda: "mrg" in node.namespace.run("nft", "list", "ruleset").stdout, within=5)
+        assert a.namespace.pings(ips[4])
+        for each in (a, b):
+            each.delete("web")
+        assert_nothing_left(node)

@@ -1,0 +1,155 @@
+"""Many containers at once, and an agent that dies all the time: nothing lost, nothing given twice."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from isolator import steps
+from moorage.lab import Answer, Container, LabNode
+from tests.system.conftest import assert_nothing_left, eventually, links
+
+pytestmark = [pytest.mark.kernel, pytest.mark.slow]
+
+AT_ONCE = 16
+CRASHING_AGENT = Path(__file__).parent / "crashing_agent.py"
+
+
+@contextlib.contextmanager
+def containers(node: LabNode, count: int) -> Iterator[list[Container]]:
+    made = [node.container("burst") for _ in range(count)]
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda c: c.namespace.create(), made))
+        yield made
+    finally:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda c: c.namespace.delete(), made))
+
+
+def all_at_once(call: Callable[[Container], Answer], everyone: Sequence[Container]) -> list[Answer]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(call, everyone))
+
+
+def assert_all_distinct(answers: Sequence[Answer]) -> None:
+    refused = [answer for answer in answers if answer.exit != 0]
+    assert not refused, f"{len(refused)} ADDs failed, the first: {refused[0].stdout}"
+    for family in (4, 6):
+        ips = [answer.ips[family] for answer in answers]
+        assert len(set(ips)) == len(ips)
+
+
+def assert_all_deleted(answers: Sequence[Answer]) -> None:
+    assert [a for a in answers if (a.exit, a.stdout) != (0, "")] == []
+
+
+def add_and_delete(node: LabNode, count: int) -> None:
+    with containers(node, count) as everyone:
+        added = all_at_once(lambda c: c.add("web"), everyone)
+        assert_all_distinct(added)
+        eventually(node.answers)
+        assert len({row["address"] for row in node.ask("ip", "list", "--state", "assigned")}) == 2 * count
+        for container, answer in random.sample(list(zip(everyone, added, strict=True)), 10):
+            eventually(lambda a=answer: node.namespace.pings(a.ips[4]) and node.namespace.pings(a.ips[6]))
+            assert container.namespace.run("ip", "-4", "addr", "show", "eth0").stdout
+        assert_all_deleted(all_at_once(lambda c: c.delete("web"), everyone))
+        eventually(node.answers)
+        assert_nothing_left(node)
+
+
+def test_200_adds_and_dels_with_8_warm_all_succeed_with_distinct_addresses(node: LabNode) -> None:
+    add_and_delete(node, 200)
+    assert node.cli("ip", "check").returncode == 0
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[tuple[LabNode, Path]]:
+    """A node whose agent dies where ``tmp_path`` says, and is started again at once."""
+    with LabNode("mortal", agent=(sys.executable, str(CRASHING_AGENT), str(tmp_path), "agent")) as node:
+        node.start()
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
+        ending = threading.Event()
+
+        def restart() -> None:
+            while not ending.wait(0.02):
+                if not node.is_running:
+                    node.launch()
+
+        restarter = threading.Thread(target=restart)
+        restarter.start()
+        try:
+            yield node, tmp_path
+        finally:
+            ending.set()
+            restarter.join()
+
+
+def kills(directory: Path) -> list[tuple[str, int]]:
+    """(where, requests under way) of every death."""
+    file = directory / "kills"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+
+def test_kill_9_at_random_moments_of_a_burst_changes_nothing(
+    mortal: tuple[LabNode, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    node, directory = mortal
+    seed = random.randrange(1 << 32)
+    random.seed(seed)
+    (directory / "interval").write_text("0.005 0.12")
+    rounds = 0
+    while sum(count > 0 for _, count in kills(directory)) < 30:
+        rounds += 1
+        assert rounds <= 6, f"too few kills inside a request after {rounds} rounds: {kills(directory)}"
+        add_and_delete(node, 200 if rounds == 1 else 100)
+    inside = sum(count > 0 for _, count in kills(directory))
+    (directory / "interval").unlink()
+    eventually(node.answers)
+    with capsys.disabled():
+        print(f"\n  {len(kills(directory))} kills, {inside} of them inside a request, seed {seed}")
+    assert inside >= 30
+
+
+@pytest.mark.parametrize("step", steps.ATTACH)
+def test_an_agent_killed_at_any_step_of_add_completes_it_when_it_is_back(
+    mortal: tuple[LabNode, Path], step: str
+) -> None:
+    node, directory = mortal
+    (directory / "step").write_text(step)
+    with node.container() as container, node.container() as peer:
+        ips = container.add("web").ips
+        assert kills(directory) == [(step, 1)]
+        peer.add("web")
+        assert peer.namespace.pings(ips[4])
+        assert peer.namespace.pings(ips[6])
+        for each in (container, peer):
+            assert each.delete("web").exit == 0
+        assert_nothing_left(node)
+    node.cli("ip", "check")
+
+
+@pytest.mark.parametrize("step", steps.DETACH)
+def test_an_agent_killed_at_any_step_of_del_completes_it_when_it_is_back(
+    mortal: tuple[LabNode, Path], step: str
+) -> None:
+    node, directory = mortal
+    with node.container() as container:
+        container.add("web")
+        (directory / "step").write_text(step)
+        answer = container.delete("web")
+        assert (answer.exit, answer.stdout) == (0, "")
+        eventually(lambda: kills(directory))
+        assert kills(directory)[0][0] == step
+        eventually(node.answers)
+        assert_nothing_left(node)
+        assert links(node) == []
+    node.cli("ip", "check")
