@@ -28,7 +28,6 @@ setup(
         "click>=8.1,<9",
         "msgspec>=0.19,<1",
         "pip-nftables>=1.0.2.post1,<2",
-        "pyroute2>=0.9.1,<0.10",
         "rich>=13.7,<16",
         "structlog>=24.1,<27",
         "tenacity>=9,<10",

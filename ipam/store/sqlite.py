@@ -267,7 +267,7 @@ class _Expiry:
         if self._clock.now() < self._not_before:
             return False
         try:
-            with database.writing(wait=0) as db:
+            with database.writing(patient=False) as db:
                 return mvcc.expire(db, self._clock)
         except StoreUnavailable:
             self._not_before = self._clock.now() + RETRY

@@ -112,21 +112,16 @@ class Database:
                 self._roll_back()
 
     @contextlib.contextmanager
-    def writing(self, wait: float = BUSY_TIMEOUT) -> Iterator[sqlite3.Connection]:
+    def writing(self, *, patient: bool = True) -> Iterator[sqlite3.Connection]:
         """One transaction: all that is written inside stands on the disk afterwards, or nothing.
 
+        Another writer is waited for, up to BUSY_TIMEOUT, only by the patient.
         Raises StoreUnavailable if it certainly was not applied, Ambiguous if the disk failed during the
         commit itself: the log may hold it, and recovery after a crash would then bring it back.
         """
         self._check_identity()
         with translated(self.path):
-            if wait != BUSY_TIMEOUT:
-                self._set_busy_timeout(wait)
-            try:
-                self.connection.execute("BEGIN IMMEDIATE")
-            finally:
-                if wait != BUSY_TIMEOUT:
-                    self._set_busy_timeout(BUSY_TIMEOUT)
+            self._begin(patient)
             try:
                 yield self.connection
             except BaseException:
@@ -150,8 +145,15 @@ class Database:
         version: int = self.connection.execute("PRAGMA data_version").fetchone()[0]
         return version
 
-    def _set_busy_timeout(self, seconds: float) -> None:
-        self.connection.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+    def _begin(self, patient: bool) -> None:
+        if patient:
+            self.connection.execute("BEGIN IMMEDIATE")
+            return
+        self.connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+        finally:
+            self.connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
     def _roll_back(self) -> None:
         # SQLite ends the transaction by itself on some errors (a full disk, for one).

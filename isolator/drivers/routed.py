@@ -137,7 +137,7 @@ class Routed:
                 return
             self._node.route.execute([messages.set_mac(index, wiring.host_ifname, HOST_MAC)])
         raise KernelRefused(
-            "something on the node keeps changing the MAC of {wiring.host_ifname}; "
+            f"something on the node keeps changing the MAC of {wiring.host_ifname}; "
             "exclude mrg* from udev's MACAddressPolicy"
         )
 

@@ -19,6 +19,9 @@ from moorage.lab.container import Container
 from moorage.lab.namespace import Namespace, unique
 
 MOORAGE = (sys.executable, "-m", "moorage")
+ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
+"""What a node of its own, without an underlay, calls itself (benchmarking range, RFC 2544)."""
+
 READY_WITHIN = 20.0
 """Seconds an agent has to serve."""
 
@@ -44,6 +47,8 @@ class LabNode:
             # A short path: unix sockets have room for 107 bytes.
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrg-")))
             stack.enter_context(self.namespace)
+            for address in ADDRESSES:
+                self.namespace.run("ip", "address", "add", address, "dev", "lo")
             stack.callback(self.kill)
             self._resources = stack.pop_all()
         return self

@@ -69,6 +69,6 @@ def _replay(
     assert record["container_id"] == container, where
     assert record["network"] == expected["network"], where
     recorded = [(label["key"], label.get("value")) for label in record["labels"]]
-    assert recorded == [(label["key"], label.get("value")) for label in expected["labels"]], where
+    assert recorded == [tuple(label) for label in expected["labels"]], where
     if expected["netgroups"]:
         assert record["netgroups"] == expected["netgroups"], where

@@ -115,8 +115,9 @@ async def test_a_key_moved_to_another_lease_follows_that_one(store: Store) -> No
     assert await store.get("a") is None
 
 
-async def test_a_lease_that_somebody_else_ended_is_known_to_be_dead(backend: Backend) -> None:
-    """Assumed at the latest when the time is up, though the store cannot be asked."""
+async def test_a_lease_is_taken_for_dead_when_its_time_is_up_and_nobody_can_be_asked(
+    backend: Backend,
+) -> None:
     store = await backend.open()
     lease = await store.lease(backend.shortest_ttl)
     assert lease.alive

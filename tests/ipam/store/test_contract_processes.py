@@ -54,7 +54,9 @@ async def test_concurrent_increments_lose_nothing(backend: Backend, spawn: Spawn
     total = (processes + handles) * times
     assert int((await stores[0].get("counter")).value) == total
     # Nobody wrote in vain either: each increment is one revision.
-    assert (await stores[0].txn(Txn())).revision - (await stores[0].get("counter")).create_revision == total - 1
+    assert (await stores[0].txn(Txn())).revision - (
+        await stores[0].get("counter")
+    ).create_revision == total - 1
 
 
 async def test_a_watch_hears_other_processes_within_100_ms(
