@@ -83,8 +83,12 @@ def committed_files() -> list[Path]:
         names = [Path(name) for name in listed.decode().split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
         names = [p.relative_to(ROOT) for p in ROOT.rglob("*")]
-    hidden = {".venv", ".git", "__pycache__", "build"}
-    return [ROOT / name for name in names if (ROOT / name).is_file() and not hidden & set(name.parts)]
+    made = re.compile(r"\.git|\.venv|\.\w+_cache|\.hypothesis|__pycache__|build|.*\.egg-info")
+    return [
+        ROOT / name
+        for name in names
+        if (ROOT / name).is_file() and not any(made.fullmatch(part) for part in name.parts)
+    ]
 
 
 def test_no_file_names_a_place_on_a_build_machine() -> None:

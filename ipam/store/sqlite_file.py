@@ -98,7 +98,8 @@ class Database:
         with translated(self.path):
             found = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise _damaged(self.path, str(found))
+            # SQLite's answer opens with a line that only says which database.
+            raise _damaged(self.path, str(found).splitlines()[-1])
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -253,12 +254,13 @@ def _explained(error: sqlite3.Error, path: Path, committing: bool) -> StoreError
 
 
 def _damaged(path: Path, what: str) -> StoreError:
+    # Not `sqlite3 ... .recover`, which would be the natural advice: Debian 12's fails on every file.
     aside = path.parent / "damaged"
     return StoreError(
         f"the store {path} is damaged or is no moorage store ({what}), and was left as it is; "
-        f"stop moorage on this node, put it aside with: mkdir {aside} && mv {path}* {aside}/ , "
-        f"then restore your backup to {path}, or save what can still be read with: "
-        f"sqlite3 {aside / path.name} .recover | sqlite3 {path}"
+        f"stop moorage on this node, put it aside with: mkdir {aside} && mv {path}* {aside}/ , and copy your "
+        f"latest backup to {path}, or start without one: the agent then asserts the addresses it holds anew, "
+        "and you create networks, pools and reservations again"
     )
 
 
@@ -273,6 +275,8 @@ def _fill(path: Path) -> None:
     connection = _connect(path)
     try:
         _set_up(connection)
+        # Nobody knows this file yet: it is synced once, when it is whole.
+        connection.execute("PRAGMA synchronous = OFF")
         connection.executescript(f"BEGIN; {TABLES}; INSERT INTO meta VALUES ('schema', {SCHEMA}); COMMIT;")
     finally:
         connection.close()

@@ -21,7 +21,7 @@ def host_ifname(key: EndpointKey) -> str:
     """The node's end of an endpoint: ``mrg`` and 60 bits of a hash of its key, 15 characters.
 
     >>> host_ifname(EndpointKey("c1", "eth0"))
-    'mrgdrfp57n6qogj'
+    'mrguyuciqay44b5'
     """
     digest = hashlib.blake2s(f"{key.container_id}\0{key.ifname}".encode(), digest_size=10).digest()
     return ENDPOINT_PREFIX + base64.b32encode(digest)[:12].decode().lower()

@@ -53,8 +53,8 @@ class Routed:
                 f"the network namespace of {wiring.ifname} is not known; the container has ended"
             )
         with self._node.open_namespace(wiring.netns) as container:
-            index = self._create(wiring, container)
             try:
+                index = self._create(wiring, container)
                 if _has_ipv6(wiring):
                     sysctl.ensure(f"net/ipv6/conf/{wiring.host_ifname}/disable_ipv6", "0")
                 self._node.route.execute(host_requests(wiring, index))

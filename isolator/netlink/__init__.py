@@ -11,7 +11,7 @@ from isolator.netlink.inventory import (
     our_routes,
     our_rules,
 )
-from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, IPNetwork
+from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
 from isolator.netlink.node import Namespace, Node
 
@@ -21,7 +21,6 @@ __all__ = [
     "HostLink",
     "HostRoute",
     "HostRule",
-    "IPNetwork",
     "LinkMonitor",
     "Namespace",
     "Node",

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
-from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, IPNetwork
+from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
 

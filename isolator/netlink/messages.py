@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import errno
 import socket
-from ipaddress import IPv4Network, IPv6Network
 from struct import Struct
-from typing import TypeAlias
 
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink.codec import (
     NLM_F_CREATE,
@@ -23,8 +22,6 @@ from isolator.netlink.codec import (
     text,
     u32,
 )
-
-IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
 ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""

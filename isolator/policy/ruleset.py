@@ -27,8 +27,8 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from string import Template
 
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
-from isolator.netlink.messages import IPNetwork
 
 TABLE = "moorage"
 

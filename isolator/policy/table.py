@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
-from isolator.netlink.messages import IPNetwork
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import kernel, ruleset
 from isolator.policy.nft import Nft

@@ -49,7 +49,9 @@ class Reaper:
         shortest, longest = map(float, (self.directory / "interval").read_text().split())
         time.sleep(random.uniform(shortest, longest))
         with self.lock:
-            self.die("random")
+            self.armed = False
+            if (self.directory / "interval").exists():
+                self.die("random")
 
     def die(self, where: str) -> None:
         with (self.directory / "kills").open("a") as kills:

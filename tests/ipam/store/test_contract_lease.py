@@ -6,10 +6,10 @@ import asyncio
 import time
 
 import pytest
-from tests.ipam.store.conftest import Backend
 
 from ipam.errors import StoreError
 from ipam.store import Put, Store, Txn
+from tests.ipam.store.conftest import Backend
 
 
 async def put_on(store: Store, lease: int, *keys: str) -> int:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.ipam.store.conftest import Backend, Spawn
 
 from ipam.store import Put, Txn, absent, unchanged
+from tests.ipam.store.conftest import Backend, Spawn
 
 
 async def line(process: subprocess.Popen[str]) -> str:
@@ -31,7 +31,7 @@ def chance() -> Iterator[random.Random]:
 
 
 async def test_concurrent_increments_lose_nothing(backend: Backend, spawn: Spawn) -> None:
-    processes, handles, times = 4, 3, 40
+    processes, handles, times = 4, 3, 30
     stores = [await backend.open() for _ in range(handles)]
     workers = [spawn(backend.url, "increment", "counter", times) for _ in range(processes)]
     for worker in workers:
@@ -62,7 +62,7 @@ async def test_concurrent_increments_lose_nothing(backend: Backend, spawn: Spawn
 async def test_a_watch_hears_other_processes_within_100_ms(
     backend: Backend, spawn: Spawn, chance: random.Random
 ) -> None:
-    times = 40
+    times = 30
     store = await backend.open()
     worker = spawn(backend.url, "stamp", "k/", times, chance.randrange(2**32))
     assert await line(worker) == "ready"

@@ -6,10 +6,10 @@ import asyncio
 import random
 
 import pytest
-from tests.ipam.store.conftest import Backend
 
 from ipam.errors import Compacted, StoreError
 from ipam.store import Delete, Put, Store, Txn, read_prefix, read_range
+from tests.ipam.store.conftest import Backend
 
 
 async def fill(store: Store, keys: list[str], value: bytes = b"") -> int:

@@ -8,10 +8,10 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.ipam.store.conftest import Backend
 
 from ipam.errors import Compacted
 from ipam.store import Delete, Event, KeyValue, Put, Store, Txn, WatchBatch
+from tests.ipam.store.conftest import Backend
 
 
 async def put(store: Store, key: str, value: bytes = b"") -> int:

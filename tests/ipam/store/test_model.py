@@ -137,7 +137,7 @@ examples = itertools.count()
 
 
 @settings(
-    max_examples=80,
+    max_examples=60,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

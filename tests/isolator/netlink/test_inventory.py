@@ -1,0 +1,73 @@
+"""What the kernel holds for us: found, and removed."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+
+from isolator.netlink import delete_links, delete_routes, endpoint_links, our_routes, our_rules
+from tests.isolator.rooms import NOTHING, Machine, Room
+
+pytestmark = pytest.mark.kernel
+
+
+def test_endpoints_links_and_routes_are_found(machine: Machine, container: Room) -> None:
+    names = [machine.attach(container, f"eth{i}", f"10.0.0.{i}", f"fd00::{i}").host_ifname for i in (1, 2)]
+    links = machine.do(endpoint_links, machine.node)
+    assert sorted(links) == sorted(names)
+    first = links[names[0]]
+    assert (first.up, first.mac, first.mtu) == (True, "ee:ee:ee:ee:ee:ee", 1450)
+    routes = {(route.destination, route.index, route.table) for route in machine.do(our_routes, machine.node)}
+    assert routes == {
+        (ip_network(f"{prefix}{i}"), links[name].index, 254)
+        for prefix in ("10.0.0.", "fd00::")
+        for i, name in enumerate(names, 1)
+    }
+
+
+def test_routes_of_every_table_and_kind_are_found_and_deleted(machine: Machine) -> None:
+    machine.sh(
+        "ip route add 10.9.0.0/24 dev uplink proto 157 table 4711\n"
+        "ip route add blackhole 10.9.1.0/24 proto 157\n"
+        "ip route add 10.9.2.0/24 via 192.0.2.2 proto 157 metric 5\n"
+        "ip -6 route add blackhole fd09::/64 proto 157\n"
+        "ip route add 10.9.3.0/24 dev uplink\n"
+    )
+    routes = machine.do(our_routes, machine.node)
+    assert [(str(route.destination), route.table, bool(route.index)) for route in routes] == [
+        ("10.9.1.0/24", 254, False),
+        ("10.9.2.0/24", 254, True),
+        ("10.9.0.0/24", 4711, True),
+        ("fd09::/64", 254, True),
+    ]
+    for _ in range(2):
+        machine.do(delete_routes, machine.node, routes)
+        assert machine.do(our_routes, machine.node) == []
+    assert "10.9.3.0/24" in machine.sh("ip route")
+
+
+def test_our_rules_are_found(machine: Machine) -> None:
+    machine.sh("ip rule add from 10.9.0.1 lookup 4711 prio 99 proto 157; ip rule add from 10.9.0.2 lookup 4711")
+    machine.sh("ip -6 rule add from fd09::/64 lookup 4711 prio 98 proto 157")
+    rules = machine.do(our_rules, machine.node)
+    assert [(rule.family, rule.priority, rule.table, str(rule.source)) for rule in rules] == [
+        (4, 99, 4711, "10.9.0.1/32"),
+        (6, 98, 4711, "fd09::/64"),
+    ]
+
+
+def test_only_endpoints_links_are_ever_deleted(machine: Machine, container: Room) -> None:
+    names = [machine.attach(container, f"eth{i}", f"10.0.0.{i}").host_ifname for i in range(3)]
+    machine.do(delete_links, machine.node, ["uplink"])
+    machine.do(delete_links, machine.node, [*names, "uplink", "mrgnothing"])
+    assert "uplink" in machine.sh("ip link")
+    assert machine.holds()["links"] == []
+
+
+def test_nothing_to_delete_is_fine(machine: Machine) -> None:
+    machine.do(delete_links, machine.node, [])
+    machine.do(delete_links, machine.node, ["mrgnothing"])
+    machine.do(delete_links, machine.node, ["mrgnothing", "mrgnothing2"])
+    machine.do(delete_routes, machine.node, [])
+    assert machine.holds() == NOTHING

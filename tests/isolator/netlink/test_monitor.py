@@ -1,0 +1,85 @@
+"""Noticing that links vanish."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from isolator.netlink import LinkMonitor
+from tests.isolator.rooms import Room
+
+pytestmark = pytest.mark.kernel
+
+
+class Seen:
+    """What a monitor called back with."""
+
+    def __init__(self) -> None:
+        self.vanished: set[str] = set()
+        self.resyncs = 0
+
+    def on_vanished(self, names: frozenset[str]) -> None:
+        self.vanished |= names
+
+    def on_resync(self) -> None:
+        self.resyncs += 1
+
+    async def until(self, *names: str) -> None:
+        """Wait until exactly these names vanished."""
+        async with asyncio.timeout(5):
+            while not self.vanished >= set(names):
+                await asyncio.sleep(0.01)
+        assert self.vanished == set(names)
+
+
+async def test_vanished_endpoint_links_are_told_and_no_others(container: Room) -> None:
+    seen = Seen()
+    monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
+    monitor.start(asyncio.get_running_loop())
+    try:
+        container.sh(
+            "for name in mrga mrgb other; do ip link add $name type veth peer name peer-$name; done\n"
+            "ip link set mrga up; ip link set mrga mtu 1400; ip link del other; ip link del mrga; ip link del mrgb"
+        )
+        await seen.until("mrga", "mrgb")
+    finally:
+        monitor.stop()
+    assert seen.resyncs == 0
+
+
+async def test_a_dying_namespace_takes_its_link_and_is_noticed(container: Room, make_container) -> None:  # type: ignore[no-untyped-def]
+    seen = Seen()
+    monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
+    dying = make_container()
+    container.sh(f"ip link add mrga type veth peer name eth0 netns {dying.name}")
+    monitor.start(asyncio.get_running_loop())
+    dying.__exit__(None, None, None)
+    await seen.until("mrga")
+    monitor.stop()
+
+
+async def test_leaving_a_bridge_is_not_vanishing(container: Room) -> None:
+    seen = Seen()
+    monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
+    monitor.start(asyncio.get_running_loop())
+    container.sh(
+        "ip link add br0 type bridge; ip link add mrga type veth peer name peer; ip link set mrga master br0\n"
+        "ip link set mrga nomaster; ip link add mrgb type veth peer name peer2; ip link del mrgb"
+    )
+    await seen.until("mrgb")
+    monitor.stop()
+
+
+async def test_lost_events_ask_for_a_resync(container: Room) -> None:
+    seen = Seen()
+    monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
+    monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    container.sh("for i in $(seq 20); do ip link add mrg$i type veth peer name p$i; ip link del mrg$i; done")
+    monitor.start(asyncio.get_running_loop())
+    async with asyncio.timeout(5):
+        while not seen.resyncs:
+            await asyncio.sleep(0.01)
+    monitor.stop()
+    monitor.stop()
