@@ -9,8 +9,8 @@ rarely look at the same block.
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from collections.abc import Collection
+from itertools import islice
 
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import Geometry
@@ -22,30 +22,34 @@ class BlockSpace:
     def __init__(self, pool: Geometry, block: IPNetwork, held: Collection[IPAddress]) -> None:
         self.pool = pool
         self.block = block
-        self._free = deque(ip for ip in pool.dynamic_in(block) if ip not in held)
+        # A dictionary is a queue in which any member is found at once.
+        self._free = dict.fromkeys(ip for ip in pool.dynamic_in(block) if ip not in held)
 
     def __len__(self) -> int:
         return len(self._free)
 
     def take(self, count: int, reserved: Collection[IPAddress]) -> list[IPAddress]:
         """Up to ``count`` addresses, none of them reserved for somebody."""
-        taken: list[IPAddress] = []
-        kept: list[IPAddress] = []
-        while self._free and len(taken) < count:
-            ip = self._free.popleft()
-            (kept if ip in reserved else taken).append(ip)
-        self._free.extendleft(reversed(kept))
+        taken = list(islice((ip for ip in self._free if ip not in reserved), max(count, 0)))
+        for ip in taken:
+            del self._free[ip]
         return taken
 
     def remove(self, ip: IPAddress) -> None:
         """Somebody holds it now."""
-        if ip in self._free:
-            self._free.remove(ip)
+        self._free.pop(ip, None)
 
     def give_back(self, ip: IPAddress) -> None:
         """Nobody holds it any more: it is reused last."""
-        if self.pool.dynamic(ip) and ip not in self._free:
-            self._free.append(ip)
+        if self.pool.dynamic(ip):
+            self._free.setdefault(ip)
+
+    def reshaped(self, pool: Geometry, held: Collection[IPAddress]) -> BlockSpace:
+        """The same block after its pool was changed; what was released longest ago still comes first."""
+        space = BlockSpace(pool, self.block, held)
+        known = [ip for ip in self._free if ip in space._free]
+        space._free = dict.fromkeys(known) | space._free
+        return space
 
 
 def first_block(node: str, pool: Geometry) -> int:

@@ -8,6 +8,7 @@ store before it is refused: operators create a network and start an app in the s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,10 @@ from ipam.store.base import KeyValue, Store, read_prefix
 log = structlog.get_logger(__name__)
 
 FOLLOWED = (keys.NETWORKS, keys.POOLS, keys.RESERVATIONS)
+
+
+class _Rewound(Exception):
+    """The watches run ahead of the store."""
 
 
 class CatalogueCache(Protocol):
@@ -55,7 +60,10 @@ class Catalogue:
         self._pools: dict[str, Geometry] = {}
         self._reserved: dict[IPAddress, Reserved] = {}
         self._revisions: dict[str, int] = {}
+        # How far each prefix was heard. A snapshot that a watch has overtaken says nothing new.
+        self._heard: dict[str, int] = {}
         self._refreshing = asyncio.Lock()
+        self._rewound = asyncio.Event()
 
     def load(self) -> None:
         """Start from what the journal remembers."""
@@ -65,46 +73,64 @@ class Catalogue:
     async def refresh(self) -> int:
         """Read everything anew; returns the revision it was read at. Raises StoreUnavailable."""
         async with self._refreshing:
-            seen: list[KeyValue] = []
-            revision = 0
+            changed: list[KeyValue] = []
+            gone: list[str] = []
+            revisions = []
             for prefix in FOLLOWED:
                 items, at = await read_prefix(self._store, prefix)
-                # Watching starts from the oldest of the three, so nothing between them is missed.
-                revision = at if revision == 0 else min(revision, at)
-                seen.extend(items)
-            fresh = {kv.key for kv in seen}
-            gone = [key for key in self._revisions if key not in fresh]
-            changed = [kv for kv in seen if self._revisions.get(kv.key) != kv.mod_revision]
+                revisions.append(at)
+                if at >= self._heard.get(prefix, 0):
+                    self._heard[prefix] = at
+                    fresh = {kv.key for kv in items}
+                    gone += [key for key in self._revisions if key.startswith(prefix) and key not in fresh]
+                    changed += [kv for kv in items if self._revisions.get(kv.key) != kv.mod_revision]
             self._apply(changed, gone)
-            return revision
+            # Watching starts from the oldest of the three, so nothing between them is missed.
+            return min(revisions)
+
+    async def start_over(self) -> None:
+        """The store went back in time: believe it, and follow it from there. Raises StoreUnavailable."""
+        self._heard.clear()
+        await self.refresh()
+        self._rewound.set()
 
     async def follow(self) -> None:
         """Follow the store until cancelled. Raises StoreError when it fails; the caller runs it again."""
         while True:
+            self._rewound.clear()
             revision = await self.refresh()
+            trouble: list[Exception] = []
             try:
                 async with asyncio.TaskGroup() as group:
                     for prefix in FOLLOWED:
                         group.create_task(self._follow(prefix, revision + 1))
-            except* Compacted:
-                log.info("catalogue is read anew", why="the store compacted what it was to follow")
+                    group.create_task(self._end_when_rewound())
+            except* (Compacted, _Rewound) as again:
+                log.info("catalogue is read anew", why=str(again.exceptions[0]))
             except* StoreError as errors:
-                raise errors.exceptions[0] from None
+                # An exception raised in here would arrive in a group of its own.
+                trouble += errors.exceptions
+            if trouble:
+                raise trouble[0]
+
+    async def _end_when_rewound(self) -> None:
+        await self._rewound.wait()
+        raise _Rewound("the store went back in time")
 
     async def _follow(self, prefix: str, revision: int) -> None:
         async for batch in self._store.watch(prefix, revision):
-            changed = [e.kv for e in batch.events if e.kv is not None]
-            gone = [e.key for e in batch.events if e.kv is None]
-            self._apply(changed, gone)
+            # The newest of each key, beyond what a refresh has heard meanwhile.
+            newest = {e.key: e.kv for e in batch.events if e.revision > self._heard.get(prefix, 0)}
+            self._heard[prefix] = max(self._heard.get(prefix, 0), batch.revision)
+            changed = [kv for kv in newest.values() if kv is not None]
+            self._apply(changed, [key for key, kv in newest.items() if kv is None])
         raise StoreError("the store closed while the catalogue followed it; restart the agent")
 
     def _apply(self, changed: Iterable[KeyValue], gone: Iterable[str]) -> None:
         rows = []
         for kv in changed:
-            # Batches overlap after a refresh; an older version never replaces a newer one.
-            if self._revisions.get(kv.key, 0) < kv.mod_revision:
-                self._set(kv.key, kv.value, kv.mod_revision)
-                rows.append((kv.key, kv.value, kv.mod_revision))
+            self._set(kv.key, kv.value, kv.mod_revision)
+            rows.append((kv.key, kv.value, kv.mod_revision))
         removed = [key for key in gone if self._drop(key)]
         if not rows and not removed:
             return
@@ -137,20 +163,36 @@ class Catalogue:
         elif key.startswith(keys.POOLS):
             self._pools.pop(key.removeprefix(keys.POOLS), None)
         else:
-            self._reserved.pop(keys.ip_of(key), None)
+            with contextlib.suppress(StoreError):  # one that could not be read was never there
+                self._reserved.pop(keys.ip_of(key), None)
         return True
 
     async def network(self, name: str) -> Network:
-        """The network called ``name``. Raises NotFound naming the known ones."""
-        if name not in self._networks:
-            try:
-                await self.refresh()
-            except StoreError as error:
-                log.warning("catalogue not refreshed", why=str(error))
+        """The network called ``name``, when its pools are known too. Raises NotFound naming the known ones,
+        StoreError when one of its pools cannot be read."""
+        if not self._knows(name):
+            await self.look_again()
+        network = self._networks.get(name)
+        if network is None:
+            raise NotFound(unknown_network(name, self.names()))
+        if not self._knows(name):
+            missing = [pool for pool in network.pools if pool not in self._pools]
+            raise StoreError(
+                f"the network {name} has pools that cannot be read: {', '.join(missing)}; "
+                "see the agent's log, and restore them from a dump"
+            )
+        return network
+
+    def _knows(self, name: str) -> bool:
+        network = self._networks.get(name)
+        return network is not None and all(pool in self._pools for pool in network.pools)
+
+    async def look_again(self) -> None:
+        """Read the store once more if it answers: something is asked for that may just have been created."""
         try:
-            return self._networks[name]
-        except KeyError:
-            raise NotFound(unknown_network(name, self.names())) from None
+            await self.refresh()
+        except StoreError as error:
+            log.warning("catalogue not refreshed", why=str(error))
 
     def names(self) -> list[str]:
         return sorted(self._networks)

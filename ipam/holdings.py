@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from ipam.allocator import BlockSpace
 from ipam.catalogue import Catalogue
-from ipam.errors import MoorageError
+from ipam.errors import AddressTaken, MoorageError, TryAgain
 from ipam.journal import AddressRow, BlockRow, Journal
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import Geometry
@@ -54,7 +54,15 @@ def held_by(ip: IPAddress, record: Address) -> str:
 
 
 class Holdings:
-    """See the module's docstring. on_conflict is told of each Conflict, after the address was dropped."""
+    """See the module's docstring. on_conflict is told of each Conflict, after the address was dropped.
+
+    used: networks that had an ADD here; warm addresses are kept ready for them.
+    asking: who waits for one certain address to become warm.
+    serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
+    not when another agent writes for this node; then only after the next sync.
+    problem: why only warm addresses can be given out, "" if all is well.
+    no_new_until: event loop's clock; before it nothing new is taken from the store.
+    """
 
     def __init__(
         self,
@@ -68,26 +76,40 @@ class Holdings:
         self.catalogue = catalogue
         self.journal = journal
         self.cooldown = cooldown
-        self.shelf = Shelf()
+        self.shelf = Shelf(self.may_be_warm)
         self.blocks: dict[IPNetwork, BlockRow] = {}
         self.used: set[str] = set()
         self.asking: dict[IPAddress, asyncio.Future[Held]] = {}
         self.wake = asyncio.Event()
+        self.serving = False
         self.problem = "not in sync with the store yet"
         self.no_new_until = 0.0
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
+        self._foreign: dict[IPNetwork, set[IPAddress]] = {}
 
     def load(self) -> None:
         """Start from the journal. What is warm there is served in the boot that wrote it, and only there."""
-        self.blocks = {row.block: row for row in self.journal.load_blocks()}
+        self.serving = self.journal.is_of_this_boot
+        # Revision 0: claimed or given back, and the store had not confirmed it.
+        self.blocks = {row.block: row for row in self.journal.load_blocks() if row.revision}
         for row in self.journal.load_addresses():
             held = Held(row.ip, row.record, row.revision, row.dirty, journalled=True)
             self.shelf.add(held)
             self.used.add(row.record.network)
-            if held.state is AddressState.WARM and not held.dirty and self.journal.is_of_this_boot:
+            if held.state is AddressState.WARM and not held.dirty and self.serving:
                 self.shelf.offer(held)
         self.open_spaces()
+
+    def may_be_warm(self, held: Held) -> bool:
+        """Whether an address may be given to who did not ask for it by name."""
+        pool = self.catalogue.pool_of(held.ip)
+        return (
+            pool is not None
+            and not pool.disabled
+            and pool.dynamic(held.ip)
+            and self.catalogue.reserved(held.ip) is None
+        )
 
     def open_spaces(self) -> None:
         """Make the free addresses of own blocks available, as the pools are defined now."""
@@ -97,8 +119,15 @@ class Holdings:
             known = self.shelf.spaces.get(block)
             if pool is None:
                 self.shelf.spaces.pop(block, None)
-            elif known is None or known.pool != pool:
+            elif known is None:
                 self.shelf.spaces[block] = BlockSpace(pool, block, self.shelf.held)
+            elif known.pool != pool:
+                self.shelf.spaces[block] = known.reshaped(pool, self.shelf.held)
+
+    def close_space(self, block: IPNetwork) -> None:
+        """The block is not ours any more."""
+        self.shelf.spaces.pop(block, None)
+        self._foreign.pop(block, None)
 
     def ask_for(self, ip: IPAddress, network: str, pool: Geometry) -> Held:
         """A new entry for an address that shall become warm; the store decides."""
@@ -114,18 +143,30 @@ class Holdings:
             asked = self.asking.pop(held.ip, None)
             if asked is not None and not asked.done():
                 asked.set_result(held)
-            elif not held.lent:
+            else:
                 self.shelf.offer(held)
+            self.shelf.announce(held.ip)
+
+    def refuse(self, ip: IPAddress, error: MoorageError) -> None:
+        """Who asked for that address by name does not get it."""
+        asked = self.asking.pop(ip, None)
+        if asked is not None and not asked.done():
+            asked.set_exception(error)
 
     def lose(self, held: Held, holder: Address) -> None:
         """The store wins: the address is somebody else's."""
         assigned = held.state is AddressState.ASSIGNED
+        self.refuse(held.ip, AddressTaken(held_by(held.ip, holder)))
         self.drop(held, reusable=False)
+        self.foreign(held.ip)
         if assigned:
             self._on_conflict(Conflict(held.ip, holder))
 
     def drop(self, held: Held, *, reusable: bool) -> None:
         """It is not held any more."""
+        if self.shelf.held.get(held.ip) is not held:
+            return
+        self.refuse(held.ip, TryAgain(f"{held.ip} changed hands just now; try again"))
         self.shelf.drop(held, reusable=reusable)
         self._unsaved.pop(held.ip, None)
         if held.journalled:
@@ -140,12 +181,72 @@ class Holdings:
         for block, space in self.shelf.spaces.items():
             if ip.version == block.version and ip in block:
                 space.remove(ip)
+                self._foreign.setdefault(block, set()).add(ip)
+
+    def foreign_in(self, pool: Geometry) -> list[tuple[BlockSpace, set[IPAddress]]]:
+        """Own blocks of ``pool`` and the addresses in them that were somebody else's when last heard of."""
+        return [
+            (space, self._foreign[block])
+            for block, space in self.shelf.spaces.items()
+            if space.pool.name == pool.name and self._foreign.get(block)
+        ]
+
+    # -- the journal
+
+    def forget(self, leaving: Sequence[Held]) -> bool:
+        """Before addresses are given away: from now on no start serves them. Returns whether that stands.
+
+        Their rows stay until the store has confirmed, so that a start after a crash knows of them.
+        """
+        rows = [
+            AddressRow(held.ip, cooling(held.leaving), held.revision, True)
+            for held in leaving
+            if held.leaving is not None
+        ]
+        try:
+            self.journal.save_addresses(rows)
+        except MoorageError as error:
+            log.warning("addresses are not given back yet", count=len(rows), why=str(error))
+            return False
+        for held in leaving:
+            held.forgotten = True
+        return True
+
+    def doubt(self, block: IPNetwork, pool: str) -> bool:
+        """Before a block is claimed or given back: the next start looks in the store whose it is.
+
+        Returns whether that stands in the journal.
+        """
+        try:
+            self.journal.save_block(BlockRow(block, pool, 0))
+        except MoorageError as error:
+            log.warning("block is neither claimed nor given back yet", block=str(block), why=str(error))
+            return False
+        return True
+
+    def keep_block(self, row: BlockRow) -> None:
+        """The store has confirmed that the block is ours."""
+        self.blocks[row.block] = row
+        try:
+            self.journal.save_block(row)
+        except MoorageError as error:
+            log.warning("journal keeps a block in doubt", block=str(row.block), why=str(error))
+
+    def drop_block(self, block: IPNetwork) -> None:
+        """The store has confirmed that the block is not ours."""
+        self.blocks.pop(block, None)
+        self.close_space(block)
+        try:
+            self.journal.drop_block(block)
+        except MoorageError as error:
+            log.warning("journal keeps a block that is gone", block=str(block), why=str(error))
 
     def save(self, entries: Iterable[Held], seq: int | None = None) -> None:
         """Write entries to the journal; what cannot be written now is written with the next."""
         for held in entries:
-            if self.shelf.held.get(held.ip) is held:
+            if held.record is not None and self.shelf.held.get(held.ip) is held:
                 self._unsaved[held.ip] = held
+        self._unsaved = {ip: held for ip, held in self._unsaved.items() if held.record is not None}
         rows = [
             AddressRow(held.ip, held.record, held.revision, held.dirty)
             for held in self._unsaved.values()

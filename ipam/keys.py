@@ -17,8 +17,11 @@ The hex is of fixed width (8 or 32 digits), so key order is address order and a 
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal, TypeAlias
+
+from ipam.errors import StoreError
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
@@ -38,6 +41,8 @@ INTENTS = "intents/"
 
 WIDTH = {4: 8, 6: 32}
 """Hex digits of an address, by family."""
+
+_OF_AN_IP = re.compile(r"[a-z]+/(?:4/([0-9a-f]{8})|6/([0-9a-f]{32}))")
 
 
 def hex_of(value: int, family: int) -> str:
@@ -75,9 +80,12 @@ def _range(prefix: str, network: IPNetwork) -> tuple[str, str]:
 
 
 def ip_of(key: str) -> IPAddress:
-    """The IP that an address, block or reservation key stands for."""
-    _, family, digits = key.split("/")
-    return IPv4Address(int(digits, 16)) if family == "4" else IPv6Address(int(digits, 16))
+    """The IP that an address, block or reservation key stands for. Raises StoreError for any other key."""
+    parts = _OF_AN_IP.fullmatch(key)
+    if parts is None:
+        raise StoreError(f"the store's key {key} stands for no IP address; delete it, moorage did not write it")
+    four, six = parts.groups()
+    return IPv4Address(int(four, 16)) if four else IPv6Address(int(six, 16))
 
 
 def node_of_intent(key: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 
-from ipam.errors import InvalidInput
+from ipam.errors import InvalidInput, StoreError
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.records import Pool
 
@@ -26,6 +26,17 @@ MAX_BLOCK_BITS = 12
 
 SMALLEST_POOL = {4: 32, 6: 128}
 LARGEST_POOL = {4: 8, 6: 32}
+
+UNROUTABLE: tuple[tuple[str, IPNetwork], ...] = (
+    ("'this network' (RFC 791)", IPv4Network("0.0.0.0/8")),
+    ("loopback", IPv4Network("127.0.0.0/8")),
+    ("link-local", IPv4Network("169.254.0.0/16")),
+    ("multicast", IPv4Network("224.0.0.0/4")),
+    ("reserved by the IETF", IPv4Network("240.0.0.0/4")),
+    ("link-local", IPv6Network("fe80::/10")),
+    ("multicast", IPv6Network("ff00::/8")),
+)
+"""What no pool may share an address with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,19 @@ class Geometry:
             if not any(value in r for r in taken):
                 yield kind(value)
 
+    def next_block_with_dynamic(self, index: int) -> int | None:
+        """The first block from ``index`` on that has an address for anybody; None if there is none.
+
+        Jumps over static and excluded ranges: an IPv6 pool has more blocks than can be walked.
+        """
+        at = self.first + index * self.block_length
+        while at <= self.last:
+            covering = [r.last for r in (*self.static, *self.excluded) if at in r]
+            if not covering:
+                return (at - self.first) // self.block_length
+            at = max(covering) + 1
+        return None
+
     def usable_count(self) -> int:
         """How many addresses may be given to somebody, asked for by name or not."""
         return self.last - self.first + 1 - _covered(self.excluded, self.first, self.last)
@@ -133,6 +157,8 @@ def _geometry(
     disabled: bool,
 ) -> Geometry:
     parsed = ip_network(cidr)
+    if not parsed.prefixlen <= block_size <= BITS[parsed.version]:
+        raise ValueError(f"blocks of /{block_size} in {cidr}")
     return Geometry(
         name=name,
         network=network,
@@ -145,16 +171,21 @@ def _geometry(
 
 
 def geometry(pool: Pool) -> Geometry:
-    """The geometry of a stored pool."""
-    return _geometry(
-        pool.name,
-        pool.network,
-        pool.cidr,
-        pool.block_size,
-        tuple(pool.static),
-        tuple(pool.excluded),
-        pool.disabled,
-    )
+    """The geometry of a stored pool. Raises StoreError when the record makes no sense."""
+    try:
+        return _geometry(
+            pool.name,
+            pool.network,
+            pool.cidr,
+            pool.block_size,
+            tuple(pool.static),
+            tuple(pool.excluded),
+            pool.disabled,
+        )
+    except (ValueError, InvalidInput) as error:
+        raise StoreError(
+            f"the store's pool {pool.name} makes no sense ({error}); restore its record from a dump"
+        ) from error
 
 
 def _unusable(cidr: IPNetwork) -> tuple[Range, ...]:
@@ -187,11 +218,6 @@ def parse_range(text: str, pool: IPNetwork) -> Range:
     return Range(int(left), int(right))
 
 
-def in_pool(text: str, pool: IPNetwork) -> bool:
-    """Whether a range text starts with an address of the pool's family; used to tell ranges apart."""
-    return (":" in text) == (pool.version == 6)
-
-
 def parse_pool(
     cidr: str,
     *,
@@ -211,17 +237,14 @@ def parse_pool(
             f"the pool {cidr} has a prefix of /{parsed.prefixlen}; "
             f"between /{LARGEST_POOL[family]} and /{SMALLEST_POOL[family]} is possible"
         )
-    for what, wrong in (
-        ("loopback", parsed.is_loopback),
-        ("multicast", parsed.is_multicast),
-        ("link-local", parsed.is_link_local),
-        ("reserved by the IETF", parsed.is_reserved),
-        ("unspecified", parsed.network_address.is_unspecified),
-    ):
-        if wrong:
-            raise InvalidInput(
-                f"the pool {cidr} is {what}; containers need routable addresses, for example 10.64.0.0/16"
-            )
+    what = next((what for what, range_ in UNROUTABLE if _overlap(parsed, range_)), None)
+    if what is None and parsed.is_reserved:
+        what = "reserved by the IETF"
+    if what is not None:
+        raise InvalidInput(
+            f"the pool {cidr} is {what}, or has such addresses; containers need routable ones, "
+            "for example 10.64.0.0/16"
+        )
     size = max(DEFAULT_BLOCK[family] if block_size is None else block_size, parsed.prefixlen)
     if block_size is not None and not parsed.prefixlen <= block_size <= BITS[family]:
         raise InvalidInput(
@@ -235,7 +258,7 @@ def parse_pool(
         )
     for text in (*static, *excluded):
         parse_range(text, parsed)
-    return Pool(
+    pool = Pool(
         name=cidr_name(parsed),
         cidr=str(parsed),
         network=network,
@@ -243,6 +266,9 @@ def parse_pool(
         static=list(static),
         excluded=list(excluded),
     )
+    if geometry(pool).usable_count() == 0:
+        raise InvalidInput(f"the pool {cidr} has every address excluded; exclude fewer, or leave the pool out")
+    return pool
 
 
 def cidr_name(cidr: IPNetwork) -> str:
@@ -252,18 +278,17 @@ def cidr_name(cidr: IPNetwork) -> str:
 
 def overlapping(cidr: IPNetwork, others: Sequence[Pool]) -> Pool | None:
     """The first of ``others`` that shares an address with ``cidr``."""
-    return next((p for p in others if _overlap(cidr, ip_network(p.cidr))), None)
+    return next((p for p in others if _overlap(cidr, geometry(p).cidr)), None)
 
 
 def _overlap(a: IPNetwork, b: IPNetwork) -> bool:
     # The families are told apart first: ipaddress raises TypeError on mixed ones.
-    return a.version == b.version and (
-        a.network_address in b or b.network_address in a
-    )
-
-
+    return a.version == b.version and (a.network_address in b or b.network_address in a)
 
 
 def block_at(base: IPAddress, size: int) -> IPNetwork:
-    """The block of prefix length ``size`` that starts at ``base``."""
-    return IPv4Network((int(base), size)) if isinstance(base, IPv4Address) else IPv6Network((int(base), size))
+    """The block of prefix length ``size`` that starts at ``base``. Raises StoreError if none does."""
+    try:
+        return IPv4Network((int(base), size)) if isinstance(base, IPv4Address) else IPv6Network((int(base), size))
+    except ValueError as error:
+        raise StoreError(f"no block of prefix length {size} starts at {base} ({error}); delete its key") from error

@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from ipam.allocator import BlockSpace
 from ipam.errors import MoorageError
@@ -30,9 +31,11 @@ class Held:
     """One address of this node.
 
     record: what should stand in the store; None means nothing.
+    leaving: when that is None, the record before it.
     revision: the mod_revision known to stand there, 0 if nothing is.
     dirty: the two differ.
     journalled: the journal has it. One that is not is only being asked for.
+    forgotten: the journal has it as an address that nobody may use, because it is being given away.
     lent: an ADD is about to use it.
     ready_at: for cooling ones, when the cooldown is over (event loop's clock); None until confirmed.
     """
@@ -42,6 +45,8 @@ class Held:
     revision: int = 0
     dirty: bool = False
     journalled: bool = False
+    forgotten: bool = False
+    leaving: Address | None = None
     lent: bool = False
     ready_at: float | None = None
 
@@ -74,14 +79,20 @@ class Waiter:
 
 
 class Shelf:
-    """See the module's docstring."""
+    """See the module's docstring. An address that leaves the shelf while it is lent can be put back in
+    vain: every call checks that it still is the one that is held.
 
-    def __init__(self) -> None:
+    may_be_warm: whether an address may be given to whoever comes; others are given back to their pool.
+    """
+
+    def __init__(self, may_be_warm: Callable[[Held], bool] = lambda _: True) -> None:
+        self._may_be_warm = may_be_warm
         self.held: dict[IPAddress, Held] = {}
         self.spaces: dict[IPNetwork, BlockSpace] = {}
         self._warm: dict[tuple[str, Family], deque[Held]] = defaultdict(deque)
         self._waiters: deque[Waiter] = deque()
         self._cooling: list[tuple[float, int, Held]] = []
+        self._tie = count()
         self._dirty: dict[IPAddress, Held] = {}
         self._gone: dict[IPAddress, asyncio.Event] = {}
 
@@ -96,7 +107,9 @@ class Shelf:
 
     def drop(self, held: Held, *, reusable: bool) -> None:
         """It is not ours any more; ``reusable`` if it is known to be free."""
-        self.held.pop(held.ip, None)
+        if self.held.get(held.ip) is not held:
+            return
+        del self.held[held.ip]
         self._dirty.pop(held.ip, None)
         self._unqueue(held)
         if reusable:
@@ -108,14 +121,17 @@ class Shelf:
         return (space for block, space in self.spaces.items() if block.version == ip.version and ip in block)
 
     def want(self, held: Held, record: Address | None) -> None:
-        """Something else should stand in the store from now on."""
+        """Something else should stand in the store from now on, or has to be written once more."""
+        self._unqueue(held)
+        if record is None:
+            held.leaving = held.record or held.leaving
+        else:
+            held.forgotten = False
         held.record = record
         held.dirty = True
         held.ready_at = None
         self._dirty.pop(held.ip, None)
         self._dirty[held.ip] = held
-        if held.state is not AddressState.WARM:
-            self._unqueue(held)
 
     def confirm(self, held: Held, revision: int, sent: Address | None) -> bool:
         """``sent`` now stands in the store; returns whether that is what should."""
@@ -126,6 +142,11 @@ class Shelf:
         self._dirty.pop(held.ip, None)
         return True
 
+    def rest(self, held: Held) -> None:
+        """Nothing more is written for it until something else should stand there."""
+        held.dirty = False
+        self._dirty.pop(held.ip, None)
+
     def dirty(self) -> list[Held]:
         """The outbox, oldest first."""
         return list(self._dirty.values())
@@ -135,19 +156,27 @@ class Shelf:
     def offer(self, held: Held) -> None:
         """A warm address: for who waits longest, else into the queue."""
         record = held.record
-        assert record is not None
+        if record is None or held.lent or self.held.get(held.ip) is not held:
+            return
+        if not self._may_be_warm(held):
+            self.want(held, None)
+            return
+        queue = self._warm[record.network, held.ip.version]
+        if held in queue:
+            return
         for waiter in self._waiters:
             if waiter.accepts(record, held.ip.version):
                 self._waiters.remove(waiter)
                 held.lent = True
                 waiter.granted.set_result(held)
                 return
-        self._warm[record.network, held.ip.version].append(held)
+        queue.append(held)
 
     def lend(self, network: str, family: Family, pool: str | None) -> Held | None:
         """The warm address that was released longest ago, if there is one."""
         for held in self._warm[network, family]:
-            if pool is None or (held.record is not None and held.record.pool == pool):
+            fits = pool is None or (held.record is not None and held.record.pool == pool)
+            if fits and self._may_be_warm(held):
                 return self.lend_this(held)
         return None
 
@@ -159,8 +188,10 @@ class Shelf:
     def put_back(self, held: Held) -> None:
         """An ADD did not use it after all."""
         held.lent = False
-        if held.state is AddressState.WARM:
+        if held.state is AddressState.WARM and not held.dirty:
             self.offer(held)
+        elif held.state is AddressState.COOLING and held.ready_at is not None:
+            self._let_cool(held, held.ready_at)
         self.announce(held.ip)
 
     def wait(self, waiter: Waiter) -> None:
@@ -187,15 +218,17 @@ class Shelf:
     def warm_count(self, network: str, family: Family) -> int:
         return len(self._warm[network, family])
 
-    def queued(self, network: str, family: Family) -> list[Held]:
-        return list(self._warm[network, family])
+    def queues(self) -> list[tuple[str, list[Held]]]:
+        """(network, warm addresses of one family) of every queue, longest unused first."""
+        return [(network, list(queue)) for (network, _), queue in self._warm.items()]
 
     def coming(self, network: str, family: Family) -> int:
-        """How many addresses are on their way from free to warm."""
+        """How many addresses are on their way from free to warm, for anybody."""
         return sum(
             1
             for held in self._dirty.values()
             if held.state is AddressState.WARM
+            and not held.lent
             and held.ip.version == family
             and held.record is not None
             and held.record.network == network
@@ -212,16 +245,22 @@ class Shelf:
     def cool(self, held: Held, ready_at: float) -> None:
         """The store has confirmed the release; the cooldown runs."""
         held.ready_at = ready_at
-        heapq.heappush(self._cooling, (ready_at, id(held), held))
+        self._let_cool(held, ready_at)
         self.announce(held.ip)
+
+    def _let_cool(self, held: Held, ready_at: float) -> None:
+        # One that was lent before its cooldown was over may or may not have left the heap meanwhile.
+        if not any(entry is held and at == ready_at for at, _, entry in self._cooling):
+            heapq.heappush(self._cooling, (ready_at, next(self._tie), held))
 
     def cooled(self, now: float) -> list[Held]:
         """Those whose cooldown is over; each is returned once."""
         ready = []
         while self._cooling and self._cooling[0][0] <= now:
             at, _, held = heapq.heappop(self._cooling)
-            # It may have been taken early by its reservation, and released anew.
-            if held.ready_at == at and held.state is AddressState.COOLING and not held.lent:
+            # It may have been taken early by its reservation, and released anew, or lost.
+            still = self.held.get(held.ip) is held and held.ready_at == at
+            if still and held.state is AddressState.COOLING and not held.lent:
                 ready.append(held)
         return ready
 
@@ -235,6 +274,7 @@ class Shelf:
             at
             for at, _, held in self._cooling
             if held.ready_at == at
+            and self.held.get(held.ip) is held
             and held.ip.version == family
             and held.record is not None
             and held.record.network == network

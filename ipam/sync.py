@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import structlog
 
 from ipam import keys
+from ipam.errors import StoreError
 from ipam.holdings import Holdings, cooling
 from ipam.journal import BlockRow
 from ipam.keys import IPAddress, IPNetwork
@@ -34,15 +36,19 @@ REWIND_GRACE = 30.0
 
 IsLive = Callable[[IPAddress, Address], bool]
 
+Stored: TypeAlias = dict[IPAddress, tuple[Address | None, int]]
+"""Record and mod_revision by IP; None stands for a record that cannot be read."""
+
 
 @dataclass(slots=True)
 class SyncReport:
-    """What a sync brought to light."""
+    """What a sync brought to light. unreadable: keys whose records are left as they are, and why."""
 
     adopted: list[IPAddress] = field(default_factory=list)
     released: list[IPAddress] = field(default_factory=list)
     asserted: list[IPAddress] = field(default_factory=list)
     lost: list[IPAddress] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 async def sync(store: Store, writer: Writer, holdings: Holdings, is_live: IsLive) -> SyncReport:
@@ -51,45 +57,57 @@ async def sync(store: Store, writer: Writer, holdings: Holdings, is_live: IsLive
     is_live: whether an endpoint here carries an address that the journal does not know.
     Raises Fenced, StoreUnavailable; ``holdings.problem`` stays as it was then.
     """
-    fresh = await writer.claim(holdings.journal.confirmed_seq)
-    full = not fresh or not (holdings.blocks or holdings.shelf.held)
-    if not fresh:
+    fresh = await writer.claim(max(holdings.journal.confirmed_seq, writer.seq))
+    report = SyncReport()
+    if fresh:
+        await holdings.catalogue.refresh()
+    else:
         log.warning("store is older than the journal; what this node holds is asserted anew")
-        holdings.no_new_until = asyncio.get_running_loop().time() + REWIND_GRACE
-    await holdings.catalogue.refresh()
-    await _sync_blocks(store, holdings, full=full)
-    stored = await _stored_addresses(store, holdings, full=full)
-    report = merge(holdings, stored, is_live)
+        grace = max(REWIND_GRACE, holdings.cooldown)
+        holdings.no_new_until = asyncio.get_running_loop().time() + grace
+        await holdings.catalogue.start_over()
+    journalled = set(holdings.blocks) | {row.block for row in holdings.journal.load_blocks()}
+    full = not fresh or not (journalled or holdings.shelf.held)
+    await _sync_blocks(store, holdings, report, journalled, full=full)
+    stored = await _stored_addresses(store, holdings, report, full=full)
+    merge(holdings, stored, is_live, report)
     holdings.open_spaces()
     holdings.save(holdings.shelf.held.values(), writer.seq)
+    for key, why in report.unreadable.items():
+        log.error("record is left as it is", key=key, why=why)
     holdings.problem = ""
+    holdings.serving = True
     holdings.wake.set()
     return report
 
 
-async def _sync_blocks(store: Store, holdings: Holdings, *, full: bool) -> None:
+async def _sync_blocks(
+    store: Store, holdings: Holdings, report: SyncReport, journalled: set[IPNetwork], *, full: bool
+) -> None:
     if full:
         items, _ = await read_prefix(store, keys.BLOCKS)
     else:
-        items = [kv for b in holdings.blocks if (kv := await store.get(keys.block_key(b)))]
+        items = [kv for b in journalled if (kv := await store.get(keys.block_key(b)))]
     found: dict[IPNetwork, BlockRow] = {}
     for kv in items:
-        record = Block.decode(kv.key, kv.value)
-        if record.node == holdings.node:
+        try:
+            record = Block.decode(kv.key, kv.value)
             block = block_at(keys.ip_of(kv.key), record.size)
+        except StoreError as error:
+            report.unreadable[kv.key] = str(error)
+            continue
+        if record.node == holdings.node:
             found[block] = BlockRow(block, record.pool, kv.mod_revision)
     with holdings.journal.transaction():
-        for block in set(holdings.blocks) - set(found):
-            holdings.journal.drop_block(block)
-            holdings.shelf.spaces.pop(block, None)
+        for block in journalled - set(found):
+            holdings.drop_block(block)
         for row in found.values():
-            holdings.journal.save_block(row)
-    holdings.blocks = found
+            holdings.keep_block(row)
 
 
 async def _stored_addresses(
-    store: Store, holdings: Holdings, *, full: bool
-) -> dict[IPAddress, tuple[Address, int]]:
+    store: Store, holdings: Holdings, report: SyncReport, *, full: bool
+) -> Stored:
     items: list[KeyValue] = []
     if full:
         items.extend((await read_prefix(store, keys.ADDRESSES))[0])
@@ -99,54 +117,84 @@ async def _stored_addresses(
         read = {kv.key for kv in items}
         strays = [ip for ip in holdings.shelf.held if keys.address_key(ip) not in read]
         items.extend([kv for ip in strays if (kv := await store.get(keys.address_key(ip)))])
-    return {keys.ip_of(kv.key): (Address.decode(kv.key, kv.value), kv.mod_revision) for kv in items}
+    return {ip: read for kv in items if (ip := _ip(kv, report)) and (read := _address(kv, report))}
 
 
-def merge(holdings: Holdings, stored: dict[IPAddress, tuple[Address, int]], is_live: IsLive) -> SyncReport:
-    """Bring what is held in line with ``stored`` (record and mod_revision by IP, ours and others')."""
-    report = SyncReport()
+def _ip(kv: KeyValue, report: SyncReport) -> IPAddress | None:
+    try:
+        return keys.ip_of(kv.key)
+    except StoreError as error:
+        report.unreadable[kv.key] = str(error)
+        return None
+
+
+def _address(kv: KeyValue, report: SyncReport) -> tuple[Address | None, int]:
+    try:
+        return Address.decode(kv.key, kv.value), kv.mod_revision
+    except StoreError as error:
+        report.unreadable[kv.key] = str(error)
+        return None, kv.mod_revision
+
+
+def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncReport) -> None:
+    """Bring what is held in line with what is stored, ours and others'."""
     for held in list(holdings.shelf.held.values()):
         record, revision = stored.get(held.ip, (None, 0))
-        if record is not None and record.node != holdings.node:
+        if record is None and revision:
+            _leave_unreadable(holdings, held)
+        elif record is None:
+            _assert_or_drop(holdings, held, report)
+        elif record.node != holdings.node:
             report.lost.append(held.ip)
             holdings.lose(held, record)
-        elif record is None and held.state is AddressState.ASSIGNED:
-            report.asserted.append(held.ip)
-            held.revision = 0
-            holdings.shelf.want(held, held.record)
-        elif record is None:
-            # Warm or cooling, and the store knows nothing of it: nobody uses it.
-            holdings.drop(held, reusable=True)
         elif held.record != record:
             held.revision = revision
             holdings.shelf.want(held, held.record)
         else:
             _confirmed(holdings, held, revision)
     for ip, (record, revision) in stored.items():
-        if record.node != holdings.node:
-            holdings.foreign(ip)
+        if record is None or record.node != holdings.node:
+            if ip not in holdings.shelf.held:
+                holdings.foreign(ip)
         elif ip not in holdings.shelf.held:
             _take_over(holdings, ip, record, revision, is_live, report)
-    return report
+
+
+def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
+    """The store knows nothing of it."""
+    if held.state is AddressState.ASSIGNED or (held.lent and held.ip not in holdings.asking):
+        # Somebody uses it, or an ADD is about to.
+        report.asserted.append(held.ip)
+        held.revision = 0
+        holdings.shelf.want(held, held.record)
+    else:
+        holdings.drop(held, reusable=True)
+
+
+def _leave_unreadable(holdings: Holdings, held: Held) -> None:
+    """Nobody can say whose it is: what uses it goes on, nothing is written over it, nobody new gets it."""
+    if held.state is AddressState.ASSIGNED:
+        holdings.shelf.rest(held)
+    else:
+        holdings.drop(held, reusable=False)
+        holdings.foreign(held.ip)
 
 
 def _confirmed(holdings: Holdings, held: Held, revision: int) -> None:
-    was_settled = not held.dirty and (held.ready_at is not None or held.state is AddressState.WARM)
+    cools = held.state is AddressState.COOLING and not held.dirty and held.ready_at is not None
     holdings.shelf.confirm(held, revision, held.record)
-    record = held.record
-    assert record is not None
-    queued = held in holdings.shelf.queued(record.network, held.ip.version)
-    if not (queued or held.lent or (was_settled and held.state is AddressState.COOLING)):
+    if not cools:
         holdings.settle(held)
 
 
 def _take_over(
     holdings: Holdings, ip: IPAddress, record: Address, revision: int, is_live: IsLive, report: SyncReport
 ) -> None:
+    live = is_live(ip, record)
     held = Held(ip, record, revision)
     holdings.shelf.add(held)
     holdings.used.add(record.network)
-    if is_live(ip, record):
+    if live:
         report.adopted.append(ip)
     elif record.state is AddressState.COOLING:
         holdings.settle(held)

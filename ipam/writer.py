@@ -49,6 +49,9 @@ GROUP = (MAX_OPS - 2) // 2
 RETRY_AT_MOST = 2.0
 """Seconds between two tries of a transaction whose outcome is unknown."""
 
+CLAIM_RETRY = 0.05
+"""Seconds before a claim whose outcome is unknown is looked for."""
+
 
 class StoreRewound(StoreError):
     """The fence is older than what the store had confirmed: somebody restored a backup."""
@@ -104,13 +107,14 @@ class Writer:
         self._boot_id = boot_id
         self._on_trouble = on_trouble
         self._revision = 0
+        self._claimed = False
         self._lock = asyncio.Lock()
         self.trouble = ""
         self.seq = 0
         self.transactions = 0
 
     async def claim(self, confirmed_seq: int) -> bool:
-        """Take the fence, so that no earlier instance of this node's agent can write any more.
+        """Take the fence, so that nobody else, and nothing sent before, can write for this node any more.
 
         confirmed_seq: what the journal says was confirmed last, 0 if it knows nothing.
         Returns whether the store is as new as the journal; False means that it went back in time, or
@@ -118,6 +122,8 @@ class Writer:
         Raises Fenced while an agent of that name is alive on another boot, StoreUnavailable.
         """
         async with self._lock:
+            self._claimed = False
+            sent, fresh = None, True
             while True:
                 alive = await self._store.get(keys.ALIVE + self._node)
                 if alive is not None:
@@ -129,40 +135,51 @@ class Writer:
                         )
                 found = await self._store.get(self._key)
                 stood = Fence.decode(found.key, found.value) if found else None
-                if stood is not None and found is not None and stood.instance == self._instance:
-                    # An earlier try of this claim had landed.
-                    self._revision, self.seq = found.mod_revision, stood.seq
-                    return confirmed_seq < stood.seq
-                seq = max(stood.seq if stood else 0, confirmed_seq) + 1
-                fence = Fence(instance=self._instance, boot_id=self._boot_id, seq=seq)
+                if found is not None and sent is not None and found.value == sent:
+                    # The try whose reply was lost had landed; what it was decided on still counts.
+                    return self._hold(found.mod_revision, Fence.decode(found.key, sent).seq, fresh)
+                fresh = confirmed_seq == 0 or (stood is not None and stood.seq >= confirmed_seq)
+                seq = max(stood.seq if stood else 0, confirmed_seq, self.seq) + 1
+                sent = Fence(instance=self._instance, boot_id=self._boot_id, seq=seq).encode()
                 guard = unchanged(found) if found else absent(self._key)
                 try:
-                    result = await self._store.txn(Txn((guard,), (Put(self._key, fence.encode()),)))
+                    result = await self._store.txn(Txn((guard,), (Put(self._key, sent),)))
                 except Ambiguous:
+                    await asyncio.sleep(CLAIM_RETRY)
                     continue
                 if result.succeeded:
-                    self._revision, self.seq = result.revision, seq
-                    return confirmed_seq == 0 or (stood is not None and stood.seq >= confirmed_seq)
+                    return self._hold(result.revision, seq, fresh)
+
+    def _hold(self, revision: int, seq: int, fresh: bool) -> bool:
+        self._revision, self.seq = revision, seq
+        self._claimed = True
+        self.trouble = ""
+        return fresh
 
     async def commit(self, writes: Sequence[Write]) -> list[Outcome]:
         """Write a group of at most GROUP different keys; one outcome each, in order.
 
-        Returns only when every outcome is certain, however long the store is away. Cancelling it leaves
-        the writer to be claimed anew. Raises Fenced, StoreRewound; nothing of the group stands then.
+        Returns only when every outcome is certain, however long the store is away. Raises Fenced,
+        StoreRewound, StoreError. After any of them, or when it was cancelled, the outcome is not known and
+        the fence has to be claimed before the next commit; then what stands in the store is final.
         """
         if len(writes) > GROUP:
             raise ValueError(f"{len(writes)} writes in one group; at most {GROUP} fit a transaction")
         async with self._lock:
+            if not self._claimed:
+                raise StoreError(f"the fence of node {self._node} is not held; it has to be claimed first")
             fence = Fence(instance=self._instance, boot_id=self._boot_id, seq=self.seq + 1)
             txn = Txn(
                 (Compare(self._key, self._revision),),
                 (Put(self._key, fence.encode()), *(write.as_txn() for write in writes)),
                 (Get(self._key), *(Get(write.key) for write in writes)),
             )
+            self._claimed = False
             result = await self._send(txn)
             self.transactions += 1
             outcomes = self._landed(result, writes) if result.succeeded else self._read_back(result, writes)
             self.seq += 1
+            self._claimed = True
             return outcomes
 
     async def _send(self, txn: Txn) -> TxnResult:

@@ -40,7 +40,9 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
     strays = _strays(everyone, set(links), routed, elements)
     findings += strays
     findings += [
-        Finding(1, str(e.key), "is cut off: its address belongs to another", {"ips": ", ".join(map(str, e.ips))})
+        Finding(
+            1, str(e.key), "is cut off: its address belongs to another", {"ips": ", ".join(map(str, e.ips))}
+        )
         for e in everyone
         if e.state is EndpointState.CONFLICT
     ]
@@ -53,7 +55,9 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
             repaired += strays
         # Without an endpoint, an interface and a route nobody can carry the address.
         free = [o for o in orphans if o.subject not in routed]
-        holder.accept(holder.plan_release([ip for ip in holder.assigned() if str(ip) in {o.subject for o in free}]))
+        holder.accept(
+            holder.plan_release([ip for ip in holder.assigned() if str(ip) in {o.subject for o in free}])
+        )
         repaired += free
     return {
         "findings": [asdict(finding) for finding in findings],

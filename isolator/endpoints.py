@@ -280,7 +280,11 @@ class Endpoints:
         try:
             await self._kernel.disconnect(doomed)
         except MoorageError as error:
-            log.error("endpoint is not cut off; its interface is removed", endpoint=str(endpoint.key), why=str(error))
+            log.error(
+                "endpoint is not cut off; its interface is removed",
+                endpoint=str(endpoint.key),
+                why=str(error),
+            )
         reached("detach:withdrawn")
         self._doomed[endpoint.key] = doomed
         self._gone.setdefault(endpoint.key, asyncio.Event())

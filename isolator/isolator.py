@@ -198,7 +198,9 @@ class Isolator:
         if network is not None:
             await self._catalogue.network(network)
         if self._holder.problem:
-            raise TryAgain(f"the store is not in sync: {self._holder.problem}; only warm addresses are given out")
+            raise TryAgain(
+                f"the store is not in sync: {self._holder.problem}; only warm addresses are given out"
+            )
 
     @property
     def node(self) -> str:
@@ -224,9 +226,7 @@ class Isolator:
             "boot_id": self._boot_id,
             "mtu": self._mtu,
             "endpoints": dict(sorted(states.items())),
-            "conflicts": [
-                str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT
-            ],
+            "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
             "journal_rebuilt": self._journal.rebuilt,
             **self._holder.status(),
         }

@@ -80,7 +80,9 @@ class Journal:
             self._db = self._open()
         except JournalCorrupt as error:
             aside = _move_aside(path)
-            log.error("journal was unreadable and is rebuilt from kernel and store", kept=str(aside), why=str(error))
+            log.error(
+                "journal was unreadable and is rebuilt from kernel and store", kept=str(aside), why=str(error)
+            )
             self.rebuilt = True
             self._db = self._open()
         except OSError as error:
@@ -208,7 +210,9 @@ class Journal:
         self._run("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?, ?)", [row])
 
     def drop_tombstones(self, keys: Iterable[EndpointKey]) -> None:
-        self._run("DELETE FROM tombstones WHERE container_id = ? AND ifname = ?", [tuple(key) for key in keys])
+        self._run(
+            "DELETE FROM tombstones WHERE container_id = ? AND ifname = ?", [tuple(key) for key in keys]
+        )
 
     # -- what IPAM keeps here (ipam/journal.py)
 
@@ -231,7 +235,9 @@ class Journal:
         return [BlockRow(ip_network(block), pool, revision) for block, pool, revision in rows]
 
     def save_block(self, row: BlockRow) -> None:
-        self._run("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", [(str(row.block), row.pool, row.revision)])
+        self._run(
+            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", [(str(row.block), row.pool, row.revision)]
+        )
 
     def drop_block(self, block: IPNetwork) -> None:
         self._run("DELETE FROM blocks WHERE block = ?", [(str(block),)])

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-ATTACH = ("attach:begun", "attach:lent", "attach:journalled", "attach:admitted", "attach:wired", "attach:attached")
+ATTACH = (
+    "attach:begun",
+    "attach:lent",
+    "attach:journalled",
+    "attach:admitted",
+    "attach:wired",
+    "attach:attached",
+)
 DETACH = ("detach:begun", "detach:journalled", "detach:withdrawn", "detach:removed", "detach:released")
 
 

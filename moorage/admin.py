@@ -22,6 +22,9 @@ from netmodules import frame
 TIMEOUT = 15.0
 """Seconds for the agent to answer; longer than an intent's, which an answer may wait for."""
 
+MAX_ANSWER = 64 << 20
+"""Bytes: about 100,000 endpoints."""
+
 
 def call(socket_path: str, name: str, **arguments: Any) -> Any:
     """The agent's answer. Raises TryAgain when none answers, MoorageError with its sentence when it refuses."""
@@ -37,7 +40,7 @@ def call(socket_path: str, name: str, **arguments: Any) -> Any:
     with _connect(socket_path) as link:
         try:
             link.sendall(request)
-            length = frame.payload_length(_receive(link, frame.HEADER))
+            length = frame.payload_length(_receive(link, frame.HEADER), MAX_ANSWER)
             reply = frame.decode(_receive(link, length))
             exit_code, answer = int(reply["exit"]), json.loads(reply["stdout"] or b"null")
         except TimeoutError:

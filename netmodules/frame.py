@@ -1,6 +1,6 @@
 """The bytes between a hook and the agent: one request frame, one reply frame, on a unix stream.
 
-    frame   := "MRG1" length(u32) payload           big endian; payload at most MAX_PAYLOAD bytes
+    frame   := "MRG1" length(u32) payload           big endian; a request's payload is at most MAX_PAYLOAD
     payload := { keylen(u16) key vallen(u32) value } ...
 
 Requests have the fields
@@ -31,10 +31,10 @@ def encode(fields: dict[str, bytes]) -> bytes:
     return MAGIC + len(payload).to_bytes(4, "big") + payload
 
 
-def payload_length(header: bytes) -> int:
-    """The length that a frame's first HEADER bytes announce. Raises ValueError."""
+def payload_length(header: bytes, most: int = MAX_PAYLOAD) -> int:
+    """The length that a frame's first HEADER bytes announce, at most ``most``. Raises ValueError."""
     length = int.from_bytes(header[4:8], "big")
-    if len(header) != HEADER or header[:4] != MAGIC or length > MAX_PAYLOAD:
+    if len(header) != HEADER or header[:4] != MAGIC or length > most:
         raise ValueError("not a moorage frame")
     return length
 

@@ -250,11 +250,14 @@ def spool(call: Call, environ: dict[bytes, bytes]) -> bytes:
 
 
 def make_directory(path: bytes) -> None:
-    """Private to root; its parent must exist."""
+    """Private to root. After a reboot, before the agent was started, the socket's directory is missing too."""
     try:
         posix.mkdir(path, 0o700)
     except FileExistsError:
         return
+    except FileNotFoundError:
+        posix.mkdir(path.rpartition(b"/")[0], 0o700)
+        posix.mkdir(path, 0o700)
 
 
 def sync_directory(directory: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ipam.errors import InvalidInput
+from ipam.errors import InvalidInput, NotFound
 from ipam.store.base import (
     MAX_OPS,
     Compare,
@@ -33,6 +33,7 @@ from ipam.store.base import (
     unchanged,
 )
 from ipam.store.sqlite import SqliteStore
+from ipam.store.sqlite_file import exists
 
 __all__ = [
     "MAX_OPS",
@@ -63,10 +64,11 @@ FORMS = "sqlite:///path/to/store.db (one node) or etcd://host:2379,host:2379 (a 
 """What a store URL may look like, for messages."""
 
 
-async def open_store(url: str) -> Store:
-    """Open the store a URL names; a SQLite file is made if there is none.
+async def open_store(url: str, *, create: bool = True) -> Store:
+    """Open the store a URL names; a SQLite file is made if there is none and ``create`` is set.
 
-    Raises InvalidInput (the URL), StoreError (what is there is no store of ours), StoreUnavailable.
+    Raises InvalidInput (the URL), NotFound (no file, and not to be made), StoreError (what is there is no
+    store of ours), StoreUnavailable.
     """
     try:
         scheme = urlsplit(url).scheme
@@ -74,7 +76,13 @@ async def open_store(url: str) -> Store:
         raise InvalidInput(f"the store URL cannot be parsed ({error}); it has the form {FORMS}") from error
     match scheme:
         case "sqlite":
-            return await SqliteStore.open(sqlite_path(url))
+            path = sqlite_path(url)
+            if not create and not exists(path):
+                raise NotFound(
+                    f"there is no store at {path}; `moorage network create` or the agent makes it, "
+                    "or name another with --store"
+                )
+            return await SqliteStore.open(path)
         case "etcd":
             raise InvalidInput(
                 "this version of moorage has no etcd store yet; use sqlite:///path/to/store.db"

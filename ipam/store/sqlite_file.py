@@ -85,10 +85,10 @@ class Database:
             try:
                 _check_schema(self.connection, path)
                 _set_up(self.connection)
+                self._version = self._data_version()
             except BaseException:
                 self.connection.close()
                 raise
-        self._version = self._data_version()
 
     def close(self) -> None:
         self.connection.close()
@@ -174,9 +174,7 @@ class Database:
 
 def open_database(path: Path) -> Database:
     """Open the store at ``path``, made if there is none, and look for damage. Raises like Database."""
-    with translated(path):
-        exists = path.exists()
-    if not exists:
+    if not exists(path):
         create(path)
     database = Database(path)
     try:
@@ -185,6 +183,12 @@ def open_database(path: Path) -> Database:
         database.close()
         raise
     return database
+
+
+def exists(path: Path) -> bool:
+    """Raises StoreUnavailable if this user may not even look."""
+    with translated(path):
+        return path.exists()
 
 
 def create(path: Path) -> None:

@@ -25,6 +25,7 @@ from isolator.drivers.routed_layout import (
     RULE_PRIORITY,
     container_requests,
     host_requests,
+    peer_index,
 )
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
@@ -62,7 +63,7 @@ class Routed:
                     if _has_ipv6(wiring):
                         _allow_ipv6(wiring.ifname)
                     with NetlinkSocket() as route:
-                        route.execute(container_requests(wiring, index))
+                        route.execute(container_requests(wiring, peer_index(index)))
                 self._verify_mac(wiring, index)
             except BaseException:
                 self._undo(wiring, container)
@@ -89,9 +90,9 @@ class Routed:
         return differences(self._node, wiring)
 
     def _create(self, wiring: Wiring, container: Namespace) -> int:
-        """Make the pair, both ends down; the index of both ends.
+        """Make the pair, both ends down; the index of the node's end.
 
-        The index is ours to choose, so that later requests need not read it back. It lies far above
+        Indexes are ours to choose, so that later requests need not read them back. They lie far above
         those the kernel hands out; another of ours in the way is met by choosing again.
         """
         for attempt in range(_ATTEMPTS):
@@ -101,7 +102,7 @@ class Routed:
                 index=index,
                 mac=HOST_MAC,
                 peer=wiring.ifname,
-                peer_index=index,
+                peer_index=peer_index(index),
                 peer_mac=wiring.mac,
                 peer_netns=container.fd,
                 mtu=wiring.mtu,

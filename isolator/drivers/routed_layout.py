@@ -35,6 +35,15 @@ RULE_PRIORITY = 15700
 _LOOPBACK = 1  # index of ``lo`` in every namespace
 
 
+def peer_index(index: int) -> int:
+    """The container end's index, by the node end's.
+
+    They must differ: the kernel takes a link whose peer has the same index for one without a peer, and
+    then tells of its carrier up to a second late.
+    """
+    return index + (1 << 29)
+
+
 def host_requests(wiring: Wiring, index: int) -> list[Request]:
     """What makes the node's end: up first, since only a link that is up takes routes."""
     name = wiring.host_ifname
@@ -58,6 +67,8 @@ def container_requests(wiring: Wiring, index: int) -> list[Request]:
     requests.append(messages.link_up(index, name))
     for ip in wiring.ips:
         gateway = gateway_for(ip)
+        if ip.version == 6:
+            requests.append(messages.add_local_route(index, name, ip))
         requests.append(messages.add_default_route(index, name, gateway, table=table))
         requests.append(messages.add_default_route(index, name, gateway, metric=metric))
     return requests

@@ -27,7 +27,7 @@ ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
-TABLE_MAIN = 254
+TABLE_MAIN, TABLE_LOCAL = 254, 255
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_GETADDR = 20, 22
@@ -55,7 +55,7 @@ NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 6, 9, 15
-RTN_UNICAST = 1
+RTN_UNICAST, RTN_LOCAL = 1, 2
 RTNH_F_ONLINK = 4
 SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
 
@@ -190,6 +190,20 @@ def add_default_route(
     )
     doing = f"add the default route via {gateway} on {name}"
     return Request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, doing)
+
+
+def add_local_route(index: int, name: str, ip: IPAddress) -> Request:
+    """Deliver what arrives for an IPv6 address.
+
+    The kernel adds a route of its own for that, but in the background, and packets are lost until then.
+    """
+    body = (
+        _route_header(family_of(ip), ip.max_prefixlen, TABLE_LOCAL, SCOPE_UNIVERSE, 0, RTN_LOCAL)
+        + attribute(RTA_DST, ip.packed)
+        + u32(RTA_OIF, index)
+        + u32(RTA_TABLE, TABLE_LOCAL)
+    )
+    return Request(RTM_NEWROUTE, NLM_F_CREATE, body, f"deliver {ip} on {name}", (errno.EEXIST,))
 
 
 def add_host_route(index: int, name: str, ip: IPAddress) -> Request:

@@ -49,7 +49,8 @@ class Policy:
 
     def admit(self, host_ifname: str, ips: Sequence[IPAddress]) -> None:
         """Let an endpoint communicate from and to its addresses."""
-        self._nft.run(ruleset.admit([(host_ifname, ips)]), f"admit {host_ifname}")
+        if ips:
+            self._nft.run(ruleset.admit([(host_ifname, ips)]), f"admit {host_ifname}")
 
     def revoke(self, host_ifname: str, ips: Sequence[IPAddress]) -> None:
         """Undo ``admit``. Another endpoint's pair with the same address is not touched."""

@@ -139,7 +139,7 @@ def create(
         await networks.create_network(store, record, specs)
         return await networks.get_network(store, name)
 
-    created, created_pools = session.run(act)
+    created, created_pools = session.run(act, create=True)
     cidrs = ", ".join(pool.cidr for pool in created_pools)
     session.out.done(
         f"network {name} created with {cidrs}; "

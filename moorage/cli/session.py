@@ -39,11 +39,11 @@ class Session:
         # Commands other than `agent` name no node; a host whose name may not be one runs them as well.
         return config.load({"node": "any", "store": self.store, "socket": self.socket})
 
-    def run(self, action: Callable[[Store], Awaitable[T]]) -> T:
-        """Run ``action`` on the store. Raises MoorageError."""
+    def run(self, action: Callable[[Store], Awaitable[T]], *, create: bool = False) -> T:
+        """Run ``action`` on the store, which ``create`` makes if there is none. Raises MoorageError."""
 
         async def opened() -> T:
-            store = await open_store(self.config().store)
+            store = await open_store(self.config().store, create=create)
             try:
                 await ensure_schema(store)
                 return await action(store)

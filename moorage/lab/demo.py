@@ -11,11 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moorage.lab import mortal
 from moorage.lab.container import Answer, Container
 from moorage.lab.node import LabNode
 
@@ -103,7 +104,8 @@ def main() -> int:
 def _demo(stack: contextlib.ExitStack) -> None:
     print("\nmoorage: every container its own IP, on a node in a namespace of its own\n")
     with step("a node, with the embedded store and an agent"):
-        node = stack.enter_context(LabNode("demo"))
+        orders = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrg-demo-")))
+        node = stack.enter_context(LabNode("demo", agent=mortal.command(orders)))
         node.start()
     with step("a dual-stack network: moorage network create web --pool 10.64.0.0/16 --pool fd64::/64"):
         node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
@@ -130,7 +132,7 @@ def _demo(stack: contextlib.ExitStack) -> None:
 
     with step("the agent is killed (kill -9) in the middle of an ADD; its hook waits for the next agent"):
         late = stack.enter_context(node.container("late"))
-        late_ips = _add_across_a_kill(node, late)
+        late_ips = _add_across_a_kill(node, orders, late)
         expect(client.namespace.pings(late_ips[4]), f"{late_ips[4]} does not answer")
         expect(client.namespace.pings(late_ips[6]), f"{late_ips[6]} does not answer")
     with step("a wrong request is refused in one sentence"):
@@ -151,12 +153,11 @@ def _demo(stack: contextlib.ExitStack) -> None:
         expect(node.stop() == 0, "the agent did not end with 0")
 
 
-def _add_across_a_kill(node: LabNode, container: Container) -> dict[int, str]:
-    """Kill the agent after the hook has sent its ADD, and start another."""
+def _add_across_a_kill(node: LabNode, orders: Path, container: Container) -> dict[int, str]:
+    """Have the agent killed when the address is journalled and the interface is not there yet."""
+    (orders / "step").write_text("attach:admitted")
     call = container.start_call("ADD", container.config("web"))
-    killer = threading.Timer(0.012, node.kill)
-    killer.start()
-    killer.join()
+    eventually(lambda: not node.is_running, "the agent was not killed")
     node.start()
     return succeed(container.finish_call(call)).ips
 

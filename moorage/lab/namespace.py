@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,9 @@ class Namespace:
         """The command line that runs ``command`` inside. Only the network namespace changes."""
         return ["nsenter", f"--net={self.path}", "--", *command]
 
-    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run it inside and wait. Raises CalledProcessError unless check=False."""
-        options.setdefault("check", True)
-        options.setdefault("stdout", subprocess.PIPE)
-        options.setdefault("stderr", subprocess.PIPE)
-        return subprocess.run(self.command(*command), text=True, **options)
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run it inside and wait. Raises CalledProcessError unless told not to check."""
+        return subprocess.run(self.command(*command), text=True, check=check, capture_output=True)
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start it inside and do not wait; the caller ends it."""

@@ -139,8 +139,7 @@ class LabNode:
             [*MOORAGE, "--store", self.store, "--socket", str(self.socket), *arguments],
             text=True,
             check=check,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             env=_without_moorage(os.environ),
         )
 

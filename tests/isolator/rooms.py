@@ -11,6 +11,7 @@ import ctypes
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address, ip_network
@@ -82,6 +83,12 @@ class Room:
         """What a shell command prints inside. Raises CalledProcessError."""
         return self.do(sh, command)
 
+    def delivers(self, ip: str) -> None:
+        """Wait until an IPv6 address added inside is usable: the kernel adds its route in the background."""
+        deadline = time.monotonic() + 5
+        while f"local {ip} " not in self.sh("ip -6 route show table local"):
+            assert time.monotonic() < deadline, f"{ip} stays unusable"
+
     def socket(self, family: int, kind: int = socket.SOCK_DGRAM) -> socket.socket:
         """A socket inside, with a time limit of 0.3 seconds."""
         made = self.do(socket.socket, family, kind)
@@ -123,8 +130,8 @@ class Machine(Room):
         try:
             self.world.__enter__()
             self.sh(
-                "ip link add uplink address 02:00:00:00:00:01 type veth "
-                f"peer name up0 address 02:00:00:00:00:02 netns {self.world.name}\n"
+                "ip link add uplink index 1001 address 02:00:00:00:00:01 type veth "
+                f"peer name up0 index 1002 address 02:00:00:00:00:02 netns {self.world.name}\n"
                 "ip addr add 192.0.2.1/24 dev uplink\n"
                 "ip addr add 2001:db8::1/64 dev uplink nodad\n"
                 "ip link set uplink up\n"
@@ -141,6 +148,8 @@ class Machine(Room):
             for room, link, number, mac in ((self, "uplink", 2, "02"), (self.world, "up0", 1, "01")):
                 for ip in (f"192.0.2.{number}", f"2001:db8::{number}"):
                     room.sh(f"ip neigh replace {ip} dev {link} lladdr 02:00:00:00:00:{mac} nud permanent")
+            self.delivers("2001:db8::1")
+            self.world.delivers("2001:db8::2")
             self.node = self.do(Node)
             self.do(enable_forwarding, self.node)
             self.policy = self.do(Policy)
@@ -177,8 +186,14 @@ class Machine(Room):
     def holds(self) -> dict[str, list[str]]:
         """Everything of ours in the node's kernel, but for the table itself."""
         return {
-            "links": [line.split(":")[1].split("@")[0].strip() for line in lines(self.sh("ip -o link")) if ": mrg" in line],
-            "routes": lines(self.sh("ip -4 route show table all proto 157; ip -6 route show table all proto 157")),
+            "links": [
+                line.split(":")[1].split("@")[0].strip()
+                for line in lines(self.sh("ip -o link"))
+                if ": mrg" in line
+            ],
+            "routes": lines(
+                self.sh("ip -4 route show table all proto 157; ip -6 route show table all proto 157")
+            ),
             "neighbours": lines(self.sh("ip neigh show nud permanent | grep mrg || true")),
             "elements": sorted(f"{name} {ip}" for name, ip in self.do(self.policy.elements)),
         }
@@ -187,9 +202,7 @@ class Machine(Room):
 NOTHING: dict[str, list[str]] = {"links": [], "routes": [], "neighbours": [], "elements": []}
 
 
-def wire(
-    container: Room, ifname: str, *ips: str, default_route: bool = False, mtu: int = 1450
-) -> Wiring:
+def wire(container: Room, ifname: str, *ips: str, default_route: bool = False, mtu: int = 1450) -> Wiring:
     """The wiring of an interface of a container."""
     addresses = tuple(ip_address(ip) for ip in ips)
     return Wiring(
@@ -207,7 +220,9 @@ def holds_inside(container: Room) -> dict[str, list[str]]:
     """Everything of ours in a container's kernel."""
     return {
         "links": [line for line in lines(container.sh("ip -o link show")) if " lo:" not in line],
-        "routes": lines(container.sh("ip -4 route show table all proto 157; ip -6 route show table all proto 157")),
+        "routes": lines(
+            container.sh("ip -4 route show table all proto 157; ip -6 route show table all proto 157")
+        ),
         "rules": lines(container.sh("ip -4 rule show; ip -6 rule show"), without="from all"),
     }
 

@@ -62,8 +62,13 @@ class CommandLine:
 
 @pytest.fixture
 def moorage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """The command line, with the environment naming a new store and a socket nobody listens on."""
+    """The command line, with the environment naming an empty store and a socket nobody listens on."""
     line = CommandLine(f"sqlite://{tmp_path}/store.db", tmp_path / "agent.sock")
+
+    async def nothing(_: Store) -> None:
+        """Opening it makes it."""
+
+    line.on_store(nothing)
     monkeypatch.setattr(config, "DEFAULT_FILE", tmp_path / "agent.toml")
     monkeypatch.setenv("MOORAGE_STORE", line.store)
     monkeypatch.setenv("MOORAGE_SOCKET", str(line.socket))

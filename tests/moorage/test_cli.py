@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -113,11 +114,19 @@ def test_an_unknown_variable_is_one_line(moorage: CommandLine, monkeypatch: pyte
     assert "MOORAGE_STROE is unknown (did you mean MOORAGE_STORE?)" in moorage.fails("ip", "list")
 
 
-def test_the_store_may_be_named_before_and_behind_the_command(moorage: CommandLine, tmp_path: object) -> None:
+def test_the_store_may_be_named_before_and_behind_the_command(moorage: CommandLine, tmp_path: Path) -> None:
     url = f"sqlite://{tmp_path}/other.db"
     moorage.ok("--store", url, "network", "create", "web", "--pool", "10.64.0.0/24")
     assert len(moorage.json("network", "list", "--store", url)) == 1
     assert moorage.json("network", "list") == []
+
+
+def test_a_store_that_does_not_exist_is_not_made_by_looking_at_it(
+    moorage: CommandLine, tmp_path: Path
+) -> None:
+    missing = tmp_path / "none" / "store.db"
+    assert str(missing) in moorage.fails("network", "list", "--store", f"sqlite://{missing}")
+    assert not missing.parent.exists()
 
 
 def test_json_may_be_asked_for_before_the_command(moorage: CommandLine) -> None:

@@ -224,13 +224,20 @@ def test_the_spool_is_private_and_holds_whole_files_only(agent_socket: Path) -> 
 
 
 def test_a_del_fails_only_if_the_spool_cannot_be_written(tmp_path: Path) -> None:
-    error = error_of(hook.run(environ("DEL", tmp_path / "none" / "agent.sock"), b""))
+    error = error_of(hook.run(environ("DEL", tmp_path / "none" / "none" / "agent.sock"), b""))
     assert error["code"] == 5
-    assert str(tmp_path / "none" / "spool") in str(error["msg"])
+    assert str(tmp_path / "none" / "none" / "spool") in str(error["msg"])
     assert "No such file" in str(error["msg"])
     (tmp_path / "spool").write_text("in the way")
     error = error_of(hook.run(environ("DEL", tmp_path / "agent.sock"), b""))
     assert "Not a directory" in str(error["msg"])
+
+
+def test_after_a_reboot_a_del_makes_the_directory_that_the_agent_has_not_made_yet(tmp_path: Path) -> None:
+    directory = tmp_path / "moorage"
+    assert hook.run(environ("DEL", directory / "agent.sock"), b"") == (0, b"")
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert len(list((directory / "spool").glob("*.del"))) == 1
 
 
 def test_the_socket_is_the_configurations_before_the_environments(agent_socket: Path) -> None:

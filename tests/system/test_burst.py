@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,12 @@ import pytest
 
 from isolator import steps
 from moorage.lab import Answer, Container, LabNode
+from moorage.lab.mortal import command as mortal_agent
 from tests.system.conftest import assert_nothing_left, eventually, links
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 
 AT_ONCE = 16
-CRASHING_AGENT = Path(__file__).parent / "crashing_agent.py"
 
 
 @contextlib.contextmanager
@@ -84,7 +83,7 @@ def test_200_adds_and_dels_with_8_warm_all_succeed_with_distinct_addresses(node:
 @pytest.fixture
 def mortal(tmp_path: Path) -> Iterator[tuple[LabNode, Path]]:
     """A node whose agent dies where ``tmp_path`` says, and is started again at once."""
-    with LabNode("mortal", agent=(sys.executable, str(CRASHING_AGENT), str(tmp_path), "agent")) as node:
+    with LabNode("mortal", agent=mortal_agent(tmp_path)) as node:
         node.start()
         node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
         ending = threading.Event()

@@ -142,7 +142,15 @@ def test_a_released_static_address_cools_down_and_says_so(node: LabNode) -> None
 
 def test_dns_of_the_network_reaches_the_result(node: LabNode) -> None:
     node.cli(
-        "network", "create", "named", "--pool", "10.66.0.0/24", "--dns", "10.0.0.53", "--search", "svc.internal"
+        "network",
+        "create",
+        "named",
+        "--pool",
+        "10.66.0.0/24",
+        "--dns",
+        "10.0.0.53",
+        "--search",
+        "svc.internal",
     )
     with node.container() as container:
         assert container.add("named").json["dns"] == {

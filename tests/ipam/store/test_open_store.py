@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ipam.errors import InvalidInput
+from ipam.errors import InvalidInput, NotFound
 from ipam.store import open_store, sqlite_path
 
 
@@ -15,6 +15,15 @@ async def test_a_sqlite_url_makes_its_file(tmp_path: Path) -> None:
     store = await open_store(f"sqlite://{tmp_path}/new/store.db")
     await store.close()
     assert (tmp_path / "new" / "store.db").is_file()
+
+
+async def test_who_only_wants_to_read_makes_no_store(tmp_path: Path) -> None:
+    url = f"sqlite://{tmp_path}/new/store.db"
+    with pytest.raises(NotFound, match="there is no store at"):
+        await open_store(url, create=False)
+    assert os.listdir(tmp_path) == []
+    await (await open_store(url)).close()
+    await (await open_store(url, create=False)).close()
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,23 @@ def test_ipv6_works_at_once_without_waiting_for_duplicate_address_detection(
     socket.close()
 
 
+def test_both_ends_are_operational_at_once(machine: Machine, container: Room) -> None:
+    name = machine.attach(container, "eth0", A4, A6).host_ifname
+    deadline = time.monotonic() + 0.5
+    while "state UP" not in machine.sh(f"ip link show {name}") or "state UP" not in container.sh(
+        "ip link show eth0"
+    ):
+        assert time.monotonic() < deadline
+
+
 def test_namespaces_where_ipv6_is_off_get_it_only_if_the_endpoint_has_it(
     machine: Machine, make_container: MakeRoom
 ) -> None:
-    off = ("net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6", "net/ipv6/conf/lo/disable_ipv6")
+    off = (
+        "net/ipv6/conf/all/disable_ipv6",
+        "net/ipv6/conf/default/disable_ipv6",
+        "net/ipv6/conf/lo/disable_ipv6",
+    )
     with_v6, without = make_container(), make_container()
     for room in (with_v6, without, machine):
         room.sh("sysctl -qw net.ipv6.conf.default.disable_ipv6=1")
@@ -197,7 +210,9 @@ def test_the_nodes_own_namespace_is_refused(machine: Machine) -> None:
     assert machine.holds() == NOTHING
 
 
-def test_an_interface_that_is_somebody_elses_is_refused_and_left_alone(machine: Machine, container: Room) -> None:
+def test_an_interface_that_is_somebody_elses_is_refused_and_left_alone(
+    machine: Machine, container: Room
+) -> None:
     container.sh("ip link add eth0 type bridge")
     with pytest.raises(KernelRefused, match="already has an interface eth0"):
         machine.do(machine.driver.setup, wire(container, "eth0", A4, A6))
@@ -244,7 +259,7 @@ def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container:
     wiring = wire(container, "eth0", A4, A6)
     total = all_requests(wiring, machine)
     machine.do(machine.driver.remove, [wiring])
-    assert total == 21
+    assert total == 22
     original = type(machine.node.route)._execute
     for failing in range(1, total + 1):
         seen = 0
@@ -363,7 +378,10 @@ def test_check_names_each_difference(machine: Machine, container: Room) -> None:
     machine.do(machine.driver.remove, [wiring])
     assert check() == [f"the node has no link {name}", "the container has no link eth0"]
     container.delete()
-    gone = [f"the node has no link {name}", f"the network namespace {container.path} does not exist (any more)"]
+    gone = [
+        f"the node has no link {name}",
+        f"the network namespace {container.path} does not exist (any more)",
+    ]
     assert [line.partition(";")[0] for line in check()] == gone
 
 
@@ -373,9 +391,12 @@ def test_a_process_path_works_like_a_name(machine: Machine, container: Room) -> 
         wiring = dataclasses.replace(wire(container, "eth0", A4), netns=f"/proc/{process.pid}/ns/net")
         machine.do(machine.policy.admit, wiring.host_ifname, wiring.ips)
         deadline = time.monotonic() + 5
-        while container.name not in subprocess.run(
-            ["ip", "netns", "identify", str(process.pid)], check=True, text=True, stdout=subprocess.PIPE
-        ).stdout:
+        while (
+            container.name
+            not in subprocess.run(
+                ["ip", "netns", "identify", str(process.pid)], check=True, text=True, stdout=subprocess.PIPE
+            ).stdout
+        ):
             assert time.monotonic() < deadline
         machine.do(machine.driver.setup, wiring)
         assert heard(container, ip_address(A4), machine.world) == str(WORLD4)

@@ -76,7 +76,7 @@ def test_veth_as_others_read_it() -> None:
     assert peer.get("IFLA_ADDRESS") == "0a:58:0a:00:00:05"
 
 
-@pytest.mark.parametrize("ip", map(ip_address, ["10.0.0.5", "fd00::5"]), ids=str)
+@pytest.mark.parametrize("ip", [ip_address("10.0.0.5"), ip_address("fd00::5")], ids=str)
 def test_address_neighbour_route_and_rule_as_others_read_them(ip: Any) -> None:
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
     address = decoded(messages.add_address(5, "eth0", ip), ifaddrmsg)

@@ -41,7 +41,7 @@ def test_a_large_batch_is_all_carried_out(container: Room) -> None:
 
 def test_the_kernels_own_words_are_in_the_error(container: Room) -> None:
     with container.do(NetlinkSocket) as route, pytest.raises(KernelRefused, match=r"\(.+\)"):
-        route.execute([messages.add_default_route(1, "lo", ip_address("10.0.0.1"))])
+        route.execute([messages.add_default_route(4711, "nothing", ip_address("10.0.0.1"))])
 
 
 class Interrupted(NetlinkSocket):

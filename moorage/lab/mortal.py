@@ -1,8 +1,8 @@
-"""The agent, killed by SIGKILL where a test wants it: ``crashing_agent.py DIRECTORY agent ...``.
+"""The agent, killed by SIGKILL where one wants it: ``python -m moorage.lab.mortal DIRECTORY agent ...``.
 
-DIRECTORY/step       names a step (isolator/steps.py): the agent dies when it is there next; the file goes
-DIRECTORY/interval   two numbers: it dies at a random time, so many seconds after the first request
-DIRECTORY/kills      gets one line a death: where, and how many requests were under way
+    DIRECTORY/step       names a step (isolator/steps.py): the agent dies when it is there next; the file goes
+    DIRECTORY/interval   two numbers: it dies at a random time, that many seconds after a request
+    DIRECTORY/kills      gets one line a death: where, and how many requests were under way
 
 Only this process is killed, and only by itself.
 """
@@ -21,6 +21,11 @@ from isolator import steps
 from moorage.cli import main
 
 ENDS = {"attach:attached": "attach:begun", "detach:withdrawn": "detach:begun"}
+
+
+def command(directory: Path) -> tuple[str, ...]:
+    """The command line of an agent that dies where files in ``directory`` say, less the agent's options."""
+    return (sys.executable, "-m", "moorage.lab.mortal", str(directory), "agent")
 
 
 class Reaper:
@@ -61,4 +66,4 @@ class Reaper:
 
 if __name__ == "__main__":
     steps.observer = Reaper(Path(sys.argv.pop(1))).observe
-    sys.exit(main())
+    main()

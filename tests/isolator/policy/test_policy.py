@@ -1,0 +1,287 @@
+"""The policy on real traffic: who gets through, who does not, and how the table is kept."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from isolator.errors import KernelRefused
+from isolator.model import IPAddress
+from isolator.policy import Policy
+from tests.isolator.conftest import MakeRoom
+from tests.isolator.rooms import NODE4, NODE6, POOLS, WORLD4, WORLD6, Machine, Room, heard, wire
+
+pytestmark = pytest.mark.kernel
+
+A4, A6 = "10.0.0.5", "fd00::5"
+B4, B6 = "10.0.0.6", "fd00::6"
+WORLDS = ((4, WORLD4), (6, WORLD6))
+
+
+def endpoint(number: int) -> tuple[str, list[IPAddress]]:
+    """One of many dual-stack endpoints."""
+    name = f"mrg{number:012d}"
+    return name, [ip_address("10.0.0.0") + number, ip_address("fd00::") + number]
+
+
+# -- traffic
+
+
+def test_without_an_element_nothing_goes_in_or_out(machine: Machine, make_container: MakeRoom) -> None:
+    other, container = make_container(), make_container()
+    machine.attach(other, "eth0", B4, B6)
+    wiring = wire(container, "eth0", A4, A6)
+    machine.do(machine.driver.setup, wiring)
+    there, here = (ip_address(B4), ip_address(B6)), (ip_address(A4), ip_address(A6))
+    for outside, targets in ((other, there), (machine, (NODE4, NODE6)), (machine.world, (WORLD4, WORLD6))):
+        for target, ip in zip(targets, here, strict=True):
+            assert not gets_through(container, outside, target)
+            assert not gets_through(outside, container, ip)
+    machine.do(machine.policy.admit, wiring.host_ifname, wiring.ips)
+    assert heard(other, ip_address(B4), container) == A4
+    assert heard(container, ip_address(A6), other) == B6
+
+
+def gets_through(client: Room, server: Room, ip: IPAddress, source: IPAddress | None = None) -> bool:
+    """Whether a single packet arrives, answered or not."""
+    listening = server.udp(ip)
+    listening.settimeout(0.15)
+    asking = client.udp(source or ip_address("0.0.0.0" if ip.version == 4 else "::"))
+    try:
+        asking.sendto(b"hello?", listening.getsockname()[:2])
+        listening.recv(64)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("spoofed4", "spoofed6"), [(B4, B6), ("192.0.2.77", "2001:db8::77"), ("10.0.0.99", "fd00::99")]
+)
+def test_a_spoofed_source_goes_nowhere(
+    machine: Machine, make_container: MakeRoom, spoofed4: str, spoofed6: str
+) -> None:
+    victim, liar = make_container(), make_container()
+    machine.attach(victim, "eth0", B4, B6)
+    machine.attach(liar, "eth0", A4, A6)
+    liar.sh(f"ip addr add {spoofed4}/32 dev eth0; ip addr add {spoofed6}/128 dev eth0 nodad")
+    for source, own, target, node, world in (
+        (ip_address(spoofed4), ip_address(A4), ip_address(B4), NODE4, WORLD4),
+        (ip_address(spoofed6), ip_address(A6), ip_address(B6), NODE6, WORLD6),
+    ):
+        if source != target:
+            assert not gets_through(liar, victim, target, source)
+        assert not gets_through(liar, machine, node, source)
+        assert not gets_through(liar, machine.world, world, source)
+        assert gets_through(liar, machine.world, world, own)
+
+
+def test_packets_without_a_routable_source_are_dropped(machine: Machine, container: Room) -> None:
+    """DHCP, router solicitations, neighbour discovery and MLD: nobody here would answer them rightly."""
+    machine.attach(container, "eth0", A4, A6)
+    container.sh("ip addr add fe80::77/64 dev eth0 nodad")
+    index = container.do(socket.if_nametoindex, "eth0")
+    seen = machine.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    seen.bind(("::", 547))
+    asking = container.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    asking.bind(("fe80::77", 546, 0, index))
+    asking.sendto(b"solicit", (str(NODE6), 547))
+    with pytest.raises(TimeoutError):
+        seen.recv(64)
+
+
+def test_taking_an_element_away_cuts_what_is_established(machine: Machine, container: Room) -> None:
+    wiring = machine.attach(container, "eth0", A4, A6)
+    for ip in wiring.ips:
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        listening, client = (room.socket(family, socket.SOCK_STREAM) for room in (container, machine.world))
+        listening.bind((str(ip), 0))
+        listening.listen()
+        client.connect(listening.getsockname()[:2])
+        server, _ = listening.accept()
+        with server:
+            server.settimeout(0.3)
+            client.send(b"before")
+            assert server.recv(64) == b"before"
+            machine.do(machine.policy.revoke, wiring.host_ifname, [ip])
+            client.send(b"after")
+            with pytest.raises(TimeoutError):
+                server.recv(64)
+
+
+def test_restoring_the_table_does_not_cut_what_is_established(machine: Machine, container: Room) -> None:
+    wiring = machine.attach(container, "eth0", A4, A6)
+    for version, world in WORLDS:
+        server, client = machine.world.udp(world), container.udp(wiring.ips[version // 3 - 1], 4000)
+        client.sendto(b"hello", server.getsockname()[:2])
+        _, seen = server.recvfrom(64)
+        machine.do(machine.policy.restore, [(wiring.host_ifname, wiring.ips)], POOLS, [POOLS[0], POOLS[2]])
+        server.sendto(b"again", seen[:2])
+        assert client.recv(64) == b"again"
+        client.sendto(b"hello", server.getsockname()[:2])
+        assert server.recvfrom(64)[1] == seen, "the same masqueraded port"
+
+
+def test_only_traffic_that_leaves_all_pools_from_a_nat_pool_is_masqueraded(
+    machine: Machine, make_container: MakeRoom
+) -> None:
+    """10.0/16 and fd00::/64 are NAT pools, 10.1/16 is a pool without NAT."""
+    one, other, plain = make_container(), make_container(), make_container()
+    machine.attach(one, "eth0", A4, A6)
+    machine.attach(other, "eth0", B4, B6)
+    machine.attach(plain, "eth0", "10.1.0.5")
+    assert heard(machine.world, WORLD4, one) == str(NODE4)
+    assert heard(machine.world, WORLD6, one) == str(NODE6)
+    assert heard(other, ip_address(B4), one) == A4
+    assert heard(other, ip_address(B6), one) == A6
+    assert heard(plain, ip_address("10.1.0.5"), one) == A4
+    assert heard(one, ip_address(A4), plain) == "10.1.0.5"
+    assert heard(machine.world, WORLD4, plain) == "10.1.0.5"
+    # Another node's containers, behind the world: still pool to pool.
+    machine.world.sh("ip addr add 10.0.200.1/32 dev lo; ip addr add fd00::c8/128 dev lo nodad")
+    machine.world.delivers("fd00::c8")
+    machine.sh("ip route add 10.0.200.0/24 via 192.0.2.2; ip route add fd00::c8 via 2001:db8::2")
+    assert heard(machine.world, ip_address("10.0.200.1"), one) == A4
+    assert heard(machine.world, ip_address("fd00::c8"), one) == A6
+
+
+def test_pools_can_be_replaced_while_containers_run(machine: Machine, container: Room) -> None:
+    machine.attach(container, "eth0", A4, A6)
+    machine.do(machine.policy.set_pools, POOLS, [])
+    assert heard(machine.world, WORLD4, container) == A4
+    assert heard(machine.world, WORLD6, container) == A6
+    for _ in range(2):
+        machine.do(machine.policy.set_pools, [*POOLS, POOLS[0], ip_network("10.0.5.0/24")], POOLS)
+    assert heard(machine.world, WORLD4, container) == str(NODE4)
+    machine.do(machine.policy.set_pools, [], [])
+    assert heard(machine.world, WORLD6, container) == A6
+
+
+# -- the table
+
+
+@pytest.fixture
+def policy(container: Room) -> Policy:
+    """A policy in an otherwise empty namespace."""
+    return container.do(Policy)
+
+
+def test_admit_and_revoke_may_be_repeated(container: Room, policy: Policy) -> None:
+    container.do(policy.restore, [], POOLS, [])
+    first, second = endpoint(1), endpoint(2)
+    for _ in range(2):
+        container.do(policy.admit, *first)
+        container.do(policy.admit, *second)
+    assert container.do(policy.elements) == {(name, ip) for name, ips in (first, second) for ip in ips}
+    for _ in range(2):
+        container.do(policy.revoke, *first)
+    assert container.do(policy.elements) == {(second[0], ip) for ip in second[1]}
+    container.do(policy.revoke_all, [first, second])
+    container.do(policy.revoke_all, [])
+    container.do(policy.admit, "mrga", [])
+    assert container.do(policy.elements) == set()
+
+
+def test_a_late_revoke_leaves_the_new_owner_of_an_address_alone(container: Room, policy: Policy) -> None:
+    container.do(policy.restore, [], POOLS, [])
+    ips = endpoint(1)[1]
+    container.do(policy.admit, "mrgold", ips)
+    container.do(policy.admit, "mrgnew", ips)
+    container.do(policy.revoke, "mrgold", ips)
+    assert container.do(policy.elements) == {("mrgnew", ip) for ip in ips}
+
+
+def test_other_tables_are_never_touched(container: Room, policy: Policy) -> None:
+    container.sh(
+        "nft 'table inet other { set s { type ipv4_addr; elements = { 10.0.0.1 }; }; chain c { drop; }; }'"
+    )
+    container.sh("nft 'table ip moorage { chain c { drop; }; }'")
+    before = container.sh("nft list table inet other; nft list table ip moorage")
+    container.do(policy.restore, [endpoint(1)], POOLS, POOLS)
+    container.do(policy.set_pools, POOLS, [])
+    container.do(policy.revoke, *endpoint(1))
+    assert container.sh("nft list table inet other; nft list table ip moorage") == before
+
+
+def flushed(container: Room) -> None:
+    container.sh("nft flush ruleset")
+
+
+def rebuilt_from_a_file(container: Room) -> None:
+    container.sh('saved=$(nft list ruleset); nft flush ruleset; echo "$saved" | nft -f -')
+
+
+def without_a_rule(container: Room) -> None:
+    container.sh("nft flush chain inet moorage sources")
+
+
+def with_another_rule(container: Room) -> None:
+    container.sh("nft insert rule inet moorage destinations accept")
+
+
+def with_another_policy(container: Room) -> None:
+    container.sh("nft 'add chain inet moorage forward { policy drop; }'")
+
+
+@pytest.mark.parametrize(
+    "damage", [flushed, rebuilt_from_a_file, without_a_rule, with_another_rule, with_another_policy]
+)
+def test_damage_by_others_is_noticed_and_restored(
+    container: Room, policy: Policy, damage: Callable[[Room], None]
+) -> None:
+    assert not container.do(policy.is_intact), "before the first restore"
+    container.do(policy.restore, [endpoint(1)], POOLS, POOLS)
+    golden = container.sh("nft list table inet moorage")
+    assert container.do(policy.is_intact)
+    damage(container)
+    assert not container.do(policy.is_intact)
+    container.do(policy.restore, [endpoint(1)], POOLS, POOLS)
+    assert container.do(policy.is_intact)
+    assert container.sh("nft list table inet moorage") == golden
+
+
+def test_changes_that_are_no_damage_are_not_taken_for_it(container: Room, policy: Policy) -> None:
+    container.do(policy.restore, [], POOLS, POOLS)
+    container.sh("nft add table inet other")
+    container.do(policy.admit, *endpoint(1))
+    container.do(policy.set_pools, POOLS, [])
+    assert container.do(policy.is_intact)
+    assert container.do(policy.is_intact)
+
+
+def test_a_table_that_is_gone_says_so(container: Room, policy: Policy) -> None:
+    container.do(policy.restore, [endpoint(1)], POOLS, POOLS)
+    flushed(container)
+    assert container.do(policy.elements) == set()
+    with pytest.raises(KernelRefused, match="admit mrg0") as refused:
+        container.do(policy.admit, *endpoint(2))
+    assert refused.value.errno == errno.ENOENT
+
+
+def test_admitting_costs_the_same_with_ten_and_with_thousands(container: Room, policy: Policy) -> None:
+    def cost(endpoints: int) -> float:
+        container.do(policy.restore, [endpoint(n) for n in range(endpoints)], POOLS, POOLS)
+        times = []
+        for number in range(60_000, 60_040):
+            started = time.perf_counter()
+            container.do(policy.admit, *endpoint(number))
+            times.append(time.perf_counter() - started)
+        return sorted(times)[len(times) // 2]
+
+    few, many = cost(10), cost(3000)
+    assert many < 3 * few + 0.0005
+
+
+def test_all_elements_are_listed_with_thousands(container: Room, policy: Policy) -> None:
+    container.do(policy.restore, [endpoint(n) for n in range(3000)], POOLS, POOLS)
+    assert container.do(policy.elements) == {(name, ip) for n in range(3000) for name, ip in _pairs(n)}
+
+
+def _pairs(number: int) -> list[tuple[str, IPAddress]]:
+    name, ips = endpoint(number)
+    return [(name, ip) for ip in ips]

@@ -1,0 +1,64 @@
+"""What the node's own default route leads through."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+
+from isolator.netlink import Node
+from isolator.underlay import Underlay, underlay, underlay_mtu
+from tests.isolator.rooms import Room
+
+pytestmark = pytest.mark.kernel
+
+
+def see(room: Room) -> Underlay:
+    with room.do(Node) as node:
+        assert room.do(underlay_mtu, node) == room.do(underlay, node).mtu
+        return room.do(underlay, node)
+
+
+def link(room: Room, name: str, mtu: int, *ips: str) -> None:
+    """A link that is up."""
+    room.sh(
+        f"ip link add {name} mtu {mtu} type veth peer name p-{name} mtu {mtu}; ip link set p-{name} up; "
+        f"ip link set {name} up"
+        + "".join(f"; ip addr add {ip} dev {name} {'nodad' * (':' in ip)}" for ip in ips)
+    )
+
+
+def test_without_a_default_route(container: Room) -> None:
+    link(container, "up0", 1400, "192.0.2.1/24")
+    assert see(container) == Underlay(links=(), mtu=1500, addresses=())
+
+
+def test_of_the_default_route_with_the_lowest_metric(container: Room) -> None:
+    link(container, "up0", 1400, "192.0.2.1/24", "2001:db8::1/64")
+    link(container, "up1", 9000, "198.51.100.1/24")
+    container.sh(
+        "ip route add default via 192.0.2.2 metric 10; ip route add default via 198.51.100.2 metric 20"
+    )
+    addresses = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
+    assert see(container) == Underlay(links=("up0",), mtu=1400, addresses=addresses)
+
+
+def test_other_tables_say_nothing(container: Room) -> None:
+    link(container, "vpn0", 1200, "198.51.100.1/24")
+    link(container, "up0", 1400, "192.0.2.1/24")
+    container.sh("ip route add default via 198.51.100.2 table 4711; ip route add default via 192.0.2.2")
+    assert see(container).links == ("up0",)
+
+
+def test_of_ipv6_if_there_is_no_ipv4(container: Room) -> None:
+    link(container, "up0", 1280, "2001:db8::1/64")
+    container.sh("ip -6 route add default via 2001:db8::2; ip route add unreachable default metric 7")
+    assert see(container) == Underlay(links=("up0",), mtu=1280, addresses=(ip_address("2001:db8::1"),))
+
+
+def test_several_next_hops_have_the_smallest_mtu(container: Room) -> None:
+    link(container, "up0", 1400, "192.0.2.1/24")
+    link(container, "up1", 9000, "198.51.100.1/24")
+    container.sh("ip route add default nexthop via 192.0.2.2 nexthop via 198.51.100.2")
+    found = see(container)
+    assert (found.links, found.mtu) == (("up0", "up1"), 1400)
