@@ -220,6 +220,8 @@ class Catalogue:
     def reserved_under(self, key: str, network: str) -> list[Reserved]:
         """The addresses of ``network`` reserved under ``key``, in address order."""
         found = [
-            r for r in self._reserved.values() if r.reservation.key == key and r.reservation.network == network
+            r
+            for r in self._reserved.values()
+            if r.reservation.key == key and r.reservation.network == network
         ]
         return sorted(found, key=lambda r: (r.ip.version, int(r.ip)))

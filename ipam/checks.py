@@ -23,13 +23,12 @@ from ipam import keys
 from ipam.errors import MoorageError, StoreError
 from ipam.intents import ask
 from ipam.keys import IPAddress
-from ipam.networks import list_networks
 from ipam.pools import Geometry, block_at, geometry
-from ipam.records import Address, AddressState, Block, Intent, IntentKind
+from ipam.records import Address, AddressState, Block, Intent, IntentKind, Pool
 from ipam.store.base import Store, prefix_end, read_prefix
 
 SETTLE = 2.0
-"""Seconds between the two looks (DESIGN.md section 5)."""
+"""Seconds between the two looks (docs/design.md, section 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ async def check(store: Store, *, repair: bool = False) -> CheckReport:
 
 async def _look(store: Store, *, repair: bool) -> _Look:
     look = _Look()
-    pools = [geometry(pool) for _, own in await list_networks(store) for pool in own]
+    pools = await _pools(store, look)
     holders = await _look_at_addresses(store, pools, look)
     await _look_at_blocks(store, pools, look)
     leases, _ = await read_prefix(store, keys.ALIVE)
@@ -113,6 +112,17 @@ async def _look(store: Store, *, repair: bool) -> _Look:
     return look
 
 
+async def _pools(store: Store, look: _Look) -> list[Geometry]:
+    items, _ = await read_prefix(store, keys.POOLS)
+    shapes = []
+    for kv in items:
+        try:
+            shapes.append(geometry(Pool.decode(kv.key, kv.value)))
+        except StoreError as error:
+            look.findings.append(Finding(5, kv.key, "is no valid pool record", {"error": str(error)}))
+    return shapes
+
+
 async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Look) -> dict[str, int]:
     holders: dict[str, int] = defaultdict(int)
     cursor: str | None = keys.ADDRESSES
@@ -124,7 +134,7 @@ async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Loo
             try:
                 ip = keys.ip_of(kv.key)
                 address = Address.decode(kv.key, kv.value)
-            except (StoreError, ValueError) as error:
+            except StoreError as error:
                 look.findings.append(Finding(5, kv.key, "is no valid address record", {"error": str(error)}))
                 continue
             holders[address.node] += 1
@@ -151,8 +161,12 @@ async def _look_at_blocks(store: Store, pools: Sequence[Geometry], look: _Look) 
     items, _ = await read_prefix(store, keys.BLOCKS)
     by_name = {pool.name: pool for pool in pools}
     for kv in items:
-        block = Block.decode(kv.key, kv.value)
-        cidr = block_at(keys.ip_of(kv.key), block.size)
+        try:
+            block = Block.decode(kv.key, kv.value)
+            cidr = block_at(keys.ip_of(kv.key), block.size)
+        except StoreError as error:
+            look.findings.append(Finding(5, kv.key, "is no valid block record", {"error": str(error)}))
+            continue
         pool = by_name.get(block.pool)
         if pool is None or cidr.network_address not in pool.cidr or block.size != pool.block_size:
             look.findings.append(

@@ -43,7 +43,7 @@ class StoreUnavailable(StoreError, TryAgain):
 
 
 class Ambiguous(StoreUnavailable):
-    """The store did not answer, and the transaction may still land (DESIGN.md section 4)."""
+    """The store did not answer, and the transaction may still land (docs/design.md, section 4)."""
 
 
 class Compacted(StoreError):

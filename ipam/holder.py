@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from ipam.catalogue import Catalogue
-from ipam.errors import AddressTaken, Fenced, InvalidInput, MoorageError, StoreError, TryAgain
+from ipam.catalogue import Catalogue, Reserved
+from ipam.errors import AddressTaken, Fenced, InvalidInput, MoorageError, TryAgain
 from ipam.holdings import Conflict, Holdings, cooling, held_by
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
@@ -30,12 +30,12 @@ from ipam.shelf import Held, Waiter
 from ipam.store.base import Store
 from ipam.sync import IsLive, SyncReport, sync
 from ipam.upkeep import REFILL_PATIENCE, Upkeep
-from ipam.writer import Writer
+from ipam.writer import StoreRewound, Writer
 
 log = structlog.get_logger(__name__)
 
 COOLDOWN = 30.0
-"""Seconds between a confirmed release and reuse (DESIGN.md section 5)."""
+"""Seconds between a confirmed release and reuse (docs/design.md, section 5)."""
 
 HANDOVER_PATIENCE = 20.0
 """Seconds an ADD with a reservation waits for the address's last holder to be gone."""
@@ -98,7 +98,6 @@ class Holder:
         self._holdings = Holdings(node, catalogue, journal, on_conflict, cooldown)
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings)
-        self._synced = asyncio.Event()
 
     def load(self) -> None:
         """Start from the journal, before the store was heard."""
@@ -106,7 +105,12 @@ class Holder:
 
     async def sync(self) -> SyncReport:
         """Take the fence and make journal and store agree. Raises Fenced, StoreUnavailable."""
-        report = await sync(self._store, self._writer, self._holdings, self._is_live)
+        try:
+            report = await sync(self._store, self._writer, self._holdings, self._is_live)
+        except Fenced:
+            # What is warm here may be another's meanwhile.
+            self._holdings.serving = False
+            raise
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(
                 "journal and store agree again",
@@ -124,19 +128,25 @@ class Holder:
                 if self._holdings.problem:
                     await self.sync()
                 await self._upkeep.run()
-            except StoreError as error:
-                await self._lost_store(error)
-            except Fenced as error:
-                await self._lost_store(error)
+            except MoorageError as error:
+                self._lose_sync(error)
+                await asyncio.sleep(SYNC_RETRY)
 
-    async def _lost_store(self, error: MoorageError) -> None:
-        self._holdings.problem = str(error)
+    def _lose_sync(self, error: MoorageError) -> None:
         log.warning("addresses: out of sync with the store", why=str(error))
-        self._shelf.fail_waiters(TryAgain(f"no address can be given out now: {error}"))
-        await asyncio.sleep(SYNC_RETRY)
+        self._holdings.problem = str(error)
+        if isinstance(error, (Fenced, StoreRewound)):
+            self._holdings.serving = False
+        self._fail_all(TryAgain(f"no address can be given out now: {error}"))
 
     def _on_trouble(self, problem: str) -> None:
-        self._shelf.fail_waiters(self._nothing_warm(problem))
+        self._fail_all(self._nothing_warm(problem))
+
+    def _fail_all(self, error: MoorageError) -> None:
+        """Nobody waits for a store that does not answer."""
+        self._shelf.fail_waiters(error)
+        for ip in list(self._holdings.asking):
+            self._holdings.refuse(ip, error)
 
     def _nothing_warm(self, problem: str) -> TryAgain:
         return TryAgain(
@@ -164,8 +174,14 @@ class Holder:
         ``plan_assign`` and ``accept``, or comes back through ``put_back``.
         """
         network = request.network
+        if not self._holdings.serving:
+            raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
         self._holdings.used.add(network.name)
         pools = self._catalogue.pools_of(network)
+        if not pools:
+            raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")
+        if request.reservation is not None and not self._reserved(request):
+            await self._catalogue.look_again()
         named = self._named(request, pools)
         only = _pool_named(request.pool, pools, network)
         lent: list[Held] = []
@@ -183,6 +199,7 @@ class Holder:
             self._holdings.wake.set()
             if waiters:
                 lent.extend(await self._wait_for(waiters, network))
+            self._check_still_held(lent)
         except BaseException:
             for waiter in waiters:
                 self._shelf.forget_waiter(waiter)
@@ -190,9 +207,26 @@ class Holder:
             raise
         return sorted(lent, key=lambda held: held.ip.version)
 
+    def _check_still_held(self, lent: Sequence[Held]) -> None:
+        """A sync that ran while this ADD waited may have found one of them to be another's."""
+        for held in lent:
+            if self._shelf.held.get(held.ip) is not held:
+                raise TryAgain(f"{held.ip} was lost to another node just now; try again")
+        if not self._holdings.serving:
+            raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
+
+    def _check_no_grace(self) -> None:
+        left = self._holdings.no_new_until - asyncio.get_running_loop().time()
+        if left > 0:
+            raise TryAgain(
+                f"the store was restored from a backup, or node {self._holdings.node} was removed from it; nothing "
+                f"new is taken for another {left:.0f} s, so that other nodes can say what they hold; try again then"
+            )
+
     async def _wait_for(self, waiters: Sequence[Waiter], network: Network) -> list[Held]:
         if self.problem:
             raise self._nothing_warm(self.problem)
+        self._check_no_grace()
         for waiter in waiters:
             self._shelf.wait(waiter)
         try:
@@ -209,7 +243,7 @@ class Holder:
         network = request.network
         named: dict[Family, IPAddress] = {}
         if request.reservation is not None:
-            reserved = self._catalogue.reserved_under(request.reservation, network.name)
+            reserved = self._reserved(request)
             if not reserved:
                 raise InvalidInput(
                     f"no address of network {network.name} is reserved under the key {request.reservation!r}; "
@@ -217,6 +251,10 @@ class Holder:
                 )
             for entry in sorted(reserved, key=lambda r: self._distance(r.ip)):
                 named.setdefault(entry.ip.version, entry.ip)
+        if len({ip.version for ip in request.ips}) < len(set(request.ips)):
+            raise InvalidInput(
+                f"{', '.join(map(str, request.ips))} are two addresses of one family; ask for one of each at most"
+            )
         for ip in request.ips:
             pool = next((p for p in pools if p.family == ip.version and ip in p.cidr), None)
             if pool is None:
@@ -234,6 +272,11 @@ class Holder:
                 )
             named[ip.version] = ip
         return named
+
+    def _reserved(self, request: AddressRequest) -> list[Reserved]:
+        if request.reservation is None:
+            return []
+        return self._catalogue.reserved_under(request.reservation, request.network.name)
 
     def _distance(self, ip: IPAddress) -> int:
         """Sorts the addresses of one reservation: what can be had at once comes first."""
@@ -258,7 +301,8 @@ class Holder:
                 if held.state is AddressState.COOLING:
                     # Same key; interface and conntrack entries are gone, the store confirmed: no cooldown.
                     return self._shelf.lend_this(held)
-            elif not reserved:
+            elif not reserved and not (held.state is AddressState.WARM and held.dirty and not held.lent):
+                # (A warm one that the store has not confirmed yet is waited for.)
                 raise self._taken(held)
             changed = self._shelf.change_of(ip)
             try:
@@ -279,7 +323,9 @@ class Holder:
                 "try again then, or use a reservation, which needs no cooldown"
             )
         if held.lent:
-            return AddressTaken(f"{held.ip} is just being given to another container; ask for another address")
+            return AddressTaken(
+                f"{held.ip} is just being given to another container; ask for another address"
+            )
         return AddressTaken(held_by(held.ip, record))
 
     async def _ask_for(self, ip: IPAddress, held: Held | None, request: AddressRequest) -> Held:
@@ -289,11 +335,14 @@ class Holder:
                 f"{ip} is not warm on node {self._holdings.node} and the store does not answer "
                 f"({self.problem}); try again when it does"
             )
+        self._check_no_grace()
         pool = self._catalogue.pool_of(ip)
         if pool is None:
             raise InvalidInput(f"{ip} is in no pool any more; ask for another address")
         if pool.disabled:
-            raise InvalidInput(f"the pool {pool.cidr} of {ip} is disabled; ask for an address of another pool")
+            raise InvalidInput(
+                f"the pool {pool.cidr} of {ip} is disabled; ask for an address of another pool"
+            )
         if held is None:
             held = self._holdings.ask_for(ip, request.network.name, pool)
         held.lent = True
@@ -304,11 +353,11 @@ class Holder:
             async with asyncio.timeout(REFILL_PATIENCE):
                 return await asked
         except BaseException as error:
-            # Granted in the same moment or later: the upkeep then finds nobody asking and shelves it.
-            self._holdings.asking.pop(ip, None)
-            held.lent = False
-            if asked.done() and not asked.cancelled() and asked.exception() is None:
-                self._shelf.put_back(held)
+            # Granted in the same moment or later: then it is shelved, or freed if it is not for anybody.
+            if self._holdings.asking.get(ip) is asked:
+                del self._holdings.asking[ip]
+            self._shelf.put_back(held)
+            self._holdings.wake.set()
             if isinstance(error, TimeoutError):
                 raise TryAgain(f"the store did not answer for {ip} in time; try again") from error
             raise
@@ -334,6 +383,9 @@ class Holder:
                     netgroups=list(owner.netgroups),
                     labels=list(owner.labels),
                     reservation=owner.reservation,
+                    app="",
+                    task="",
+                    framework="",
                     since=now,
                 ),
                 held.revision,
@@ -358,10 +410,13 @@ class Holder:
         """Rows of a plan stand in the journal, or will when its disk is mended: tell the store."""
         for row in rows:
             held = self._shelf.held.get(row.ip)
-            if held is not None:
-                held.lent = False
-                held.journalled = True
-                self._shelf.want(held, row.record)
+            if held is None:
+                # Lost since it was planned. The store is asked all the same, and says whose it is.
+                held = Held(row.ip, row.record, row.revision)
+                self._shelf.add(held)
+            held.lent = False
+            held.journalled = True
+            self._shelf.want(held, row.record)
         self._holdings.wake.set()
 
     # -- looking in

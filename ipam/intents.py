@@ -10,6 +10,7 @@ what the asker saw.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -18,11 +19,14 @@ from typing import Any
 import structlog
 
 from ipam import keys
-from ipam.errors import Compacted, MoorageError, TryAgain
-from ipam.records import Alive, Intent
+from ipam.errors import Compacted, MoorageError, StoreError, TryAgain
+from ipam.records import Intent
 from ipam.store.base import Delete, KeyValue, Put, Store, Txn, absent, read_prefix, unchanged
 
 log = structlog.get_logger(__name__)
+
+RELIST = 30.0
+"""Seconds without a request until they are listed anew: a watch does not notice a restored backup."""
 
 Answerer = Callable[[Intent], Awaitable[dict[str, Any]]]
 
@@ -34,8 +38,9 @@ async def ask(store: Store, node: str, intent: Intent, timeout: float = 10.0) ->
     """
     alive = await store.get(keys.ALIVE + node)
     if alive is None:
-        raise TryAgain(f"the agent of node {node} is not running, and only it may answer for its addresses; start it")
-    Alive.decode(alive.key, alive.value)
+        raise TryAgain(
+            f"the agent of node {node} is not running, and only it may answer for its addresses; start it"
+        )
     key = f"{keys.INTENTS}{node}/{uuid.uuid4().hex}"
     lease = await store.lease(timeout + 5.0)
     try:
@@ -55,7 +60,8 @@ async def ask(store: Store, node: str, intent: Intent, timeout: float = 10.0) ->
             f"the agent of node {node} did not answer within {timeout:.0f} s; see its log, then try again"
         ) from error
     finally:
-        await lease.revoke()
+        with contextlib.suppress(StoreError):  # it is over soon by itself
+            await lease.revoke()
     raise TryAgain(f"the store closed before node {node} answered; try again")
 
 
@@ -73,13 +79,19 @@ class IntentServer:
             items, revision = await read_prefix(self._store, self._prefix)
             for kv in items:
                 await self._serve(kv)
-            try:
-                async for batch in self._store.watch(self._prefix, revision + 1):
-                    for event in batch.events:
-                        if event.kv is not None:
-                            await self._serve(event.kv)
-            except Compacted:
-                continue
+            with contextlib.suppress(Compacted, TimeoutError):
+                await self._follow(revision + 1)
+
+    async def _follow(self, revision: int) -> None:
+        """Raises TimeoutError when there was nothing for RELIST seconds."""
+        now = asyncio.get_running_loop().time
+        async with asyncio.timeout(RELIST) as patience:
+            async for batch in self._store.watch(self._prefix, revision):
+                patience.reschedule(None)
+                for event in batch.events:
+                    if event.kv is not None:
+                        await self._serve(event.kv)
+                patience.reschedule(now() + RELIST)
 
     async def _serve(self, kv: KeyValue) -> None:
         try:
@@ -94,6 +106,10 @@ class IntentServer:
             answer = await self._answer(intent)
         except MoorageError as error:
             answer = {"done": False, "why": str(error)}
+        except Exception:
+            # One that cannot be answered must not keep the others from being answered.
+            log.exception("intent failed on a bug", key=kv.key)
+            answer = {"done": False, "why": "the agent failed on this request; its log says why"}
         await self._store.txn(
             Txn((unchanged(kv),), (Put(kv.key, intent.with_(answer=answer).encode(), kv.lease),))
         )

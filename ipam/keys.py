@@ -1,4 +1,4 @@
-"""The store's key layout (DESIGN.md section 4), in one place.
+"""The store's key layout (docs/design.md, section 4), in one place.
 
     schema                           version of this layout
     poolset                          guard: every change of pools compares and rewrites it
@@ -83,7 +83,9 @@ def ip_of(key: str) -> IPAddress:
     """The IP that an address, block or reservation key stands for. Raises StoreError for any other key."""
     parts = _OF_AN_IP.fullmatch(key)
     if parts is None:
-        raise StoreError(f"the store's key {key} stands for no IP address; delete it, moorage did not write it")
+        raise StoreError(
+            f"the store's key {key} stands for no IP address; delete it, moorage did not write it"
+        )
     four, six = parts.groups()
     return IPv4Address(int(four, 16)) if four else IPv6Address(int(six, 16))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
 from ipam import keys
-from ipam.errors import AlreadyExists, InvalidInput, NotFound, TryAgain
+from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
 from ipam.pools import NAME, geometry, overlapping, parse_pool
 from ipam.records import Address, AddressState, Block, Network, Pool, Reservation
 from ipam.store.base import (
@@ -35,6 +35,10 @@ MTU = (1280, 65535)
 """Bytes. Below 1280 IPv6 does not work (RFC 8200 section 5)."""
 
 MAX_WARM = 4096
+MAX_POOLS = 32
+"""Pools of one network; they are created and deleted in one transaction."""
+
+UNREADABLE = "unreadable"
 CHANGE_TRIES = 50
 """Each try fails only because another change succeeded, so this bounds concurrent operators."""
 
@@ -51,7 +55,8 @@ class PoolSpec:
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """How a pool is used, in addresses. by_node: node -> state -> count."""
+    """How a pool is used, in addresses. by_node: node -> state -> count; a record that cannot be read is
+    counted as ``unreadable`` of node ``?``."""
 
     usable: int
     assigned: int
@@ -61,14 +66,15 @@ class PoolUsage:
 
     @property
     def free(self) -> int:
-        return self.usable - self.assigned - self.warm - self.cooling
+        return self.usable - sum(sum(states.values()) for states in self.by_node.values())
 
     def __str__(self) -> str:
         nodes = "; ".join(
             f"{node}: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
             for node, states in sorted(self.by_node.items())
         )
-        return f"{self.assigned} assigned, {self.warm} warm, {self.cooling} cooling, {self.free} free ({nodes or 'no node holds any'})"
+        total = f"{self.assigned} assigned, {self.warm} warm, {self.cooling} cooling, {self.free} free"
+        return f"{total} ({nodes or 'no node holds any'})"
 
 
 def validate(network: Network) -> None:
@@ -101,6 +107,10 @@ async def create_network(store: Store, network: Network, pools: Sequence[PoolSpe
     validate(network)
     if not pools:
         raise InvalidInput(f"the network {network.name} needs at least one --pool, for example 10.64.0.0/16")
+    if len(pools) > MAX_POOLS:
+        raise InvalidInput(
+            f"the network {network.name} has {len(pools)} pools; {MAX_POOLS} are possible, take larger ones"
+        )
     parsed: list[Pool] = []
     for spec in pools:
         pool = parse_pool(
@@ -185,21 +195,24 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
     """Counts the pool's addresses in the store; the time grows with those in use, not with the pool's size."""
     shape = geometry(pool)
     start, end = keys.address_range(shape.cidr)
-    counts: Counter[tuple[str, AddressState]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     cursor: str | None = start
     revision = 0
     while cursor is not None:
         page = await store.page(cursor, end, revision=revision)
         for kv in page.items:
-            address = Address.decode(kv.key, kv.value)
-            counts[address.node, address.state] += 1
+            try:
+                address = Address.decode(kv.key, kv.value)
+                counts[address.node, address.state.value] += 1
+            except StoreError:
+                counts["?", UNREADABLE] += 1
         cursor, revision = page.next_key, page.revision
     by_node: dict[str, dict[str, int]] = {}
     for (node, state), count in counts.items():
-        by_node.setdefault(node, {})[state.value] = count
+        by_node.setdefault(node, {})[state] = count
 
     def total(state: AddressState) -> int:
-        return sum(count for (_, s), count in counts.items() if s is state)
+        return sum(count for (_, s), count in counts.items() if s == state)
 
     return PoolUsage(
         usable=shape.usable_count(),
@@ -242,19 +255,41 @@ async def delete_network(store: Store, name: str, *, patience: float = 5.0) -> N
         raise TryAgain(_in_use(name, uses))
     enabled = [pool.name for pool in pools if not pool.disabled]
     await set_pools_disabled(store, enabled, True)
-    deadline = time.monotonic() + patience
     try:
-        while True:
-            try:
-                await _remove_network(store, name)
-                return
-            except TryAgain:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.1)
+        await _remove_when_empty(store, name, time.monotonic() + patience)
     except BaseException:
-        await set_pools_disabled(store, enabled, False)
+        try:
+            await set_pools_disabled(store, enabled, False)
+        except StoreError as error:
+            raise TryAgain(
+                f"the network {name} is not deleted, and its pools stay disabled ({error}); delete it again"
+            ) from error
         raise
+    await _remove_reservations(store, name)
+
+
+async def _remove_when_empty(store: Store, name: str, deadline: float) -> None:
+    in_doubt = False
+    while True:
+        try:
+            return await _remove_network(store, name)
+        except NotFound:
+            if in_doubt:
+                return None  # the try whose reply was lost had landed
+            raise
+        except TryAgain as error:
+            in_doubt = in_doubt or isinstance(error, Ambiguous)
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.1)
+
+
+async def _remove_reservations(store: Store, name: str) -> None:
+    """Those of a deleted network; each on its own, because there may be more than fit a transaction."""
+    items, _ = await read_prefix(store, keys.RESERVATIONS)
+    for kv in items:
+        if Reservation.decode(kv.key, kv.value).network == name:
+            await store.txn(Txn((absent(keys.NETWORKS + name), unchanged(kv)), (Delete(kv.key),)))
 
 
 def _in_use(name: str, uses: dict[str, PoolUsage]) -> str:
@@ -274,15 +309,12 @@ async def _remove_network(store: Store, name: str) -> None:
         if stored is None:
             continue
         shapes = [geometry(pool) for pool in pools]
-        reserved, _ = await read_prefix(store, keys.RESERVATIONS)
-        ours = [kv.key for kv in reserved if Reservation.decode(kv.key, kv.value).network == name]
         compares: list[Compare] = [_guard(guard), unchanged(stored)]
         for shape in shapes:
             compares.append(none_between(*keys.address_range(shape.cidr)))
             compares.append(none_between(*keys.block_range(shape.cidr)))
         operations: list[Op] = [Put(keys.POOLSET, _next(guard)), Delete(stored.key)]
         operations += [Delete(keys.POOLS + pool) for pool in network.pools]
-        operations += [Delete(key) for key in ours]
         if (await store.txn(Txn(tuple(compares), tuple(operations)))).succeeded:
             return
         blocks = [kv for shape in shapes for kv in (await store.page(*keys.block_range(shape.cidr))).items]

@@ -230,7 +230,9 @@ def parse_pool(
     try:
         parsed = ip_network(cidr)
     except ValueError as error:
-        raise InvalidInput(f"the pool {cidr!r} is no CIDR ({error}); write for example 10.64.0.0/16") from error
+        raise InvalidInput(
+            f"the pool {cidr!r} is no CIDR ({error}); write for example 10.64.0.0/16"
+        ) from error
     family = parsed.version
     if not LARGEST_POOL[family] <= parsed.prefixlen <= SMALLEST_POOL[family]:
         raise InvalidInput(
@@ -267,7 +269,9 @@ def parse_pool(
         excluded=list(excluded),
     )
     if geometry(pool).usable_count() == 0:
-        raise InvalidInput(f"the pool {cidr} has every address excluded; exclude fewer, or leave the pool out")
+        raise InvalidInput(
+            f"the pool {cidr} has every address excluded; exclude fewer, or leave the pool out"
+        )
     return pool
 
 
@@ -289,6 +293,12 @@ def _overlap(a: IPNetwork, b: IPNetwork) -> bool:
 def block_at(base: IPAddress, size: int) -> IPNetwork:
     """The block of prefix length ``size`` that starts at ``base``. Raises StoreError if none does."""
     try:
-        return IPv4Network((int(base), size)) if isinstance(base, IPv4Address) else IPv6Network((int(base), size))
+        return (
+            IPv4Network((int(base), size))
+            if isinstance(base, IPv4Address)
+            else IPv6Network((int(base), size))
+        )
     except ValueError as error:
-        raise StoreError(f"no block of prefix length {size} starts at {base} ({error}); delete its key") from error
+        raise StoreError(
+            f"no block of prefix length {size} starts at {base} ({error}); delete its key"
+        ) from error

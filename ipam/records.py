@@ -100,7 +100,7 @@ class Block(Record, frozen=True, kw_only=True):
 
 
 class AddressState(enum.StrEnum):
-    """warm -> assigned -> cooling -> warm or free (absent); DESIGN section 5's picture in ipam/holder.py."""
+    """warm -> assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py."""
 
     WARM = "warm"
     ASSIGNED = "assigned"

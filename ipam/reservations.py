@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ipam import keys
-from ipam.errors import AlreadyExists, InvalidInput, NotFound
+from ipam.errors import AlreadyExists, InvalidInput, NotFound, TryAgain
 from ipam.keys import IPAddress
 from ipam.networks import list_networks
 from ipam.pools import geometry
@@ -23,7 +23,10 @@ async def reserve(store: Store, ip: IPAddress, key: str, note: str = "") -> Rese
     the address, AlreadyExists when it is reserved under another key.
     """
     if not KEY.fullmatch(key):
-        raise InvalidInput(f"{key!r} is no reservation key; use 1 to 255 printable ASCII characters without spaces")
+        raise InvalidInput(
+            f"{key!r} is no reservation key; use 1 to 255 printable ASCII characters without spaces"
+        )
+    guard = await store.get(keys.POOLSET)
     shapes = [geometry(pool) for _, pools in await list_networks(store) for pool in pools]
     shape = next((s for s in shapes if ip in s.cidr), None)
     if shape is None:
@@ -35,15 +38,17 @@ async def reserve(store: Store, ip: IPAddress, key: str, note: str = "") -> Rese
         raise InvalidInput(f"{ip} is excluded from pool {shape.cidr}; choose another address")
     record = Reservation(key=key, network=shape.network, note=note)
     stored = keys.reservation_key(ip)
-    result = await store.txn(Txn((absent(stored),), (Put(stored, record.encode()),)))
+    same_pools = absent(keys.POOLSET) if guard is None else unchanged(guard)
+    result = await store.txn(Txn((absent(stored), same_pools), (Put(stored, record.encode()),)))
     if result.succeeded:
         return record
     found = await get_reservation(store, ip)
-    if found is not None and found.key == key:
+    if found is None:
+        raise TryAgain(f"the pools changed while {ip} was being reserved; try again")
+    if found.key == key:
         return found
     raise AlreadyExists(
-        f"{ip} is reserved already under the key {found.key if found else '?'}; "
-        f"free it with `moorage ip unreserve {ip}` first"
+        f"{ip} is reserved already under the key {found.key}; free it with `moorage ip unreserve {ip}` first"
     )
 
 

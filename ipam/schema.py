@@ -21,9 +21,7 @@ async def ensure_schema(store: Store) -> None:
     Raises SchemaTooNew.
     """
     value = msgspec.json.encode({"version": VERSION})
-    result = await store.txn(
-        Txn((absent(keys.SCHEMA),), (Put(keys.SCHEMA, value),), ())
-    )
+    result = await store.txn(Txn((absent(keys.SCHEMA),), (Put(keys.SCHEMA, value),), ()))
     if result.succeeded:
         return
     found = await store.get(keys.SCHEMA)

@@ -235,7 +235,9 @@ class Shelf:
         )
 
     def _unqueue(self, held: Held) -> None:
-        queues = self._warm.values() if held.record is None else [self._warm[held.record.network, held.ip.version]]
+        queues = (
+            self._warm.values() if held.record is None else [self._warm[held.record.network, held.ip.version]]
+        )
         for queue in queues:
             if held in queue:
                 queue.remove(held)

@@ -98,16 +98,13 @@ async def _sync_blocks(
             continue
         if record.node == holdings.node:
             found[block] = BlockRow(block, record.pool, kv.mod_revision)
-    with holdings.journal.transaction():
-        for block in journalled - set(found):
-            holdings.drop_block(block)
-        for row in found.values():
-            holdings.keep_block(row)
+    for block in journalled - set(found):
+        holdings.drop_block(block)
+    for row in found.values():
+        holdings.keep_block(row)
 
 
-async def _stored_addresses(
-    store: Store, holdings: Holdings, report: SyncReport, *, full: bool
-) -> Stored:
+async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport, *, full: bool) -> Stored:
     items: list[KeyValue] = []
     if full:
         items.extend((await read_prefix(store, keys.ADDRESSES))[0])

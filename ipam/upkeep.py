@@ -5,8 +5,9 @@ assignments and releases (the outbox, oldest first), new warm addresses for thos
 each network's target, blocks to claim, and what is given back. Idle, a change is one transaction at
 once; busy, tens of addresses share a round trip.
 
-An address is forgotten before it is given away: its row leaves the journal, durably, before the
-transaction that deletes its key is sent.
+An address is forgotten before it is given away: the journal says so, durably, before the transaction
+that deletes its key is sent. What no sync would find by itself, blocks and addresses outside of own
+ones, is in the journal before it is asked for.
 """
 
 from __future__ import annotations
@@ -14,31 +15,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from ipam import keys
 from ipam.allocator import first_block
-from ipam.errors import AddressTaken, Exhausted, MoorageError, TryAgain
-from ipam.holdings import Holdings, cooling, held_by, warm
+from ipam.errors import AddressTaken, Exhausted, StoreError, TryAgain
+from ipam.holdings import Holdings, cooling, warm
 from ipam.journal import BlockRow
 from ipam.keys import Family, IPNetwork
 from ipam.networks import pool_usage
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Block, Network, Pool
 from ipam.shelf import Held, Waiter
-from ipam.store.base import Store, absent, none_between
+from ipam.store.base import KeyValue, Store, absent, none_between, read_range
 from ipam.writer import GROUP, Outcome, Write, Writer
 
 log = structlog.get_logger(__name__)
 
 REFILL_PATIENCE = 10.0
-"""Seconds an ADD waits for an address when none is warm (DESIGN.md section 3)."""
+"""Seconds an ADD waits for an address when none is warm (docs/design.md, section 3)."""
 
 HIGH_WATER = 2
 """A cooled address is freed when this many times the warm target is ready already."""
+
+BLOCKS_AT_ONCE = GROUP // 2
+"""Blocks claimed or given back in one group, so that addresses always have room beside them."""
 
 RETURN_RETRY = 5.0
 """Seconds before an own block that others have addresses in is offered back once more."""
@@ -69,6 +73,9 @@ class Upkeep:
         self._holdings = holdings
         self._shelf = holdings.shelf
         self._return_after: dict[IPNetwork, float] = {}
+        self._undurable = False
+        self._journal_failed = False
+        self._reservation_unknown = False
 
     async def run(self) -> None:
         """Work until cancelled. Raises Fenced, StoreRewound, StoreError: sync again, then run again."""
@@ -81,9 +88,14 @@ class Upkeep:
     async def _woken(self) -> None:
         """Wait until something became dirty or a cooldown is over."""
         now = self._now()
-        times = [self._shelf.next_ready(), min(self._return_after.values(), default=None)]
-        if self._holdings.has_unsaved:
+        times = [
+            self._shelf.next_ready(),
+            min((t for t in self._return_after.values() if t > now), default=None),
+        ]
+        if self._holdings.has_unsaved or self._journal_failed:
             times.append(now + JOURNAL_RETRY)
+        if self._holdings.no_new_until > now:
+            times.append(self._holdings.no_new_until)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(min((t for t in times if t is not None), default=None)):
                 await self._holdings.wake.wait()
@@ -97,22 +109,53 @@ class Upkeep:
 
     async def _gather(self) -> list[Change]:
         self._holdings.wake.clear()
+        self._journal_failed = False
         self._holdings.save(())
         self._end_cooldowns()
         self._drop_unwanted()
-        changes = await self._refill()
-        returns = self._returned_blocks()
-        changes += returns
-        forgotten = bool(returns)
-        for held in self._shelf.dirty()[: GROUP - len(changes)]:
-            if held.record is None and held.journalled:
-                if not self._forget(held):
-                    continue
-                forgotten = True
-            changes.append(self._change_of(held))
-        if forgotten:
-            await self._holdings.journal.make_durable()
+        claims = (await self._refill())[:BLOCKS_AT_ONCE]
+        changes = claims + self._returned_blocks(BLOCKS_AT_ONCE - len(claims))
+        changes += map(self._change_of, self._journalled(self._shelf.dirty(), GROUP - len(changes)))
+        if self._undurable and not await self._make_durable():
+            # Nothing may be given away yet; the rest goes on.
+            changes = [change for change in changes if change.write.value is not None]
         return changes
+
+    def _journalled(self, dirty: Sequence[Held], most: int) -> list[Held]:
+        """Up to ``most`` entries of the outbox, once the journal knows of them what it has to."""
+        leaving = [held for held in dirty if held.record is None and held.journalled and not held.forgotten]
+        if leaving:
+            self._undurable = self._holdings.forget(leaving) or self._undurable
+        strays = [
+            held for held in dirty if held.is_asked_for and not held.journalled and self._is_stray(held)
+        ]
+        if strays:
+            self._holdings.save(strays)
+        ready = []
+        for held in dirty:
+            if held in strays and not held.journalled:
+                self._holdings.refuse(
+                    held.ip, TryAgain(f"the journal cannot be written, so {held.ip} is not taken")
+                )
+                self._holdings.drop(held, reusable=True)
+            elif held.record is None and held.journalled and not held.forgotten:
+                self._journal_failed = True
+            else:
+                ready.append(held)
+        return ready[:most]
+
+    def _is_stray(self, held: Held) -> bool:
+        return not any(b.version == held.ip.version and held.ip in b for b in self._holdings.blocks)
+
+    async def _make_durable(self) -> bool:
+        try:
+            await self._holdings.journal.make_durable()
+        except OSError as error:
+            log.warning("nothing is given back: the journal cannot be synced to its disk", why=str(error))
+            self._journal_failed = True
+            return False
+        self._undurable = False
+        return True
 
     def _change_of(self, held: Held) -> Change:
         # Who asked for an address by name was checked against its reservation; a refill must not race one.
@@ -120,15 +163,6 @@ class Upkeep:
         guards = (absent(keys.reservation_key(held.ip)),) if unnamed else ()
         value = None if held.record is None else held.record.encode()
         return Change(Write(keys.address_key(held.ip), value, held.revision, guards), held, held.record)
-
-    def _forget(self, held: Held) -> bool:
-        try:
-            self._holdings.journal.drop_addresses([held.ip])
-        except MoorageError as error:
-            log.warning("address is not given back yet", ip=str(held.ip), why=str(error))
-            return False
-        held.journalled = False
-        return True
 
     def _end_cooldowns(self) -> None:
         for held in self._shelf.cooled(self._now()):
@@ -138,8 +172,10 @@ class Upkeep:
             network = self._network(record.network)
             target = network.warm * HIGH_WATER if network else 0
             wanted = len(self._shelf.waiters(record.network, family)) + target
-            ready = self._shelf.warm_count(record.network, family) + self._shelf.coming(record.network, family)
-            if ready < wanted and self._may_be_warm(held):
+            ready = self._shelf.warm_count(record.network, family) + self._shelf.coming(
+                record.network, family
+            )
+            if ready < wanted and self._holdings.may_be_warm(held):
                 self._shelf.want(held, warm(self._holdings.node, record.network, record.pool))
             else:
                 self._shelf.want(held, None)
@@ -147,23 +183,12 @@ class Upkeep:
     def _drop_unwanted(self) -> None:
         """Warm addresses of pools that were disabled or deleted, that were reserved since, or that are more
         than anybody will need soon, go back."""
-        for name in self._holdings.used:
+        for name, queue in self._shelf.queues():
             network = self._network(name)
             most = network.warm * HIGH_WATER if network else 0
-            for family in _FAMILIES:
-                queue = self._shelf.queued(name, family)
-                for place, held in enumerate(queue):
-                    if place >= most or not self._may_be_warm(held):
-                        self._shelf.want(held, None)
-
-    def _may_be_warm(self, held: Held) -> bool:
-        pool = self._holdings.catalogue.pool_of(held.ip)
-        return (
-            pool is not None
-            and not pool.disabled
-            and pool.dynamic(held.ip)
-            and self._holdings.catalogue.reserved(held.ip) is None
-        )
+            for place, held in enumerate(queue):
+                if place >= most or not self._holdings.may_be_warm(held):
+                    self._shelf.want(held, None)
 
     def _network(self, name: str) -> Network | None:
         return next((n for n in self._holdings.catalogue.networks() if n.name == name), None)
@@ -175,6 +200,9 @@ class Upkeep:
         claims: list[Change] = []
         if self._now() < self._holdings.no_new_until:
             return claims
+        if self._reservation_unknown:
+            self._reservation_unknown = False
+            await self._holdings.catalogue.refresh()
         room = GROUP - len(self._shelf.dirty())
         for network in self._holdings.catalogue.networks():
             if network.name not in self._holdings.used and not network.preload:
@@ -195,17 +223,22 @@ class Upkeep:
         dry: set[str] = set()
         for pool in (p for p in pools if not p.disabled):
             for_them = sum(1 for w in waiters if w.pool == pool.name) if pool.name in picky else 0
-            missing = self._ask(network, pool, max(need, for_them))
-            need -= max(need, for_them) - missing
+            wanted = max(need, for_them, 0)
+            missing = self._ask(network, pool, wanted)
+            if missing and await self._look_again(pool):
+                missing = self._ask(network, pool, missing)
+            need -= wanted - missing
             if missing:
                 block = await self._unclaimed(pool)
                 if block is None:
                     dry.add(pool.name)
                 else:
-                    claims.append(self._claim(pool, block))
+                    claims += self._claim(pool, block)
                     need = 0
         dry |= {p.name for p in pools if p.disabled}
-        hopeless = [w for w in waiters if w.pool in dry or (w.pool is None and dry >= {p.name for p in pools})]
+        hopeless = [
+            w for w in waiters if w.pool in dry or (w.pool is None and dry >= {p.name for p in pools})
+        ]
         if hopeless and not self._shelf.coming(network.name, family):
             await self._give_up(hopeless, network, family, pools)
         return claims
@@ -222,18 +255,31 @@ class Upkeep:
                     count -= 1
         return max(count, 0)
 
+    async def _look_again(self, pool: Geometry) -> bool:
+        """Whether an address in an own block, somebody else's when last heard of, is free now."""
+        found = False
+        for space, foreign in self._holdings.foreign_in(pool):
+            items, _ = await read_range(self._store, *keys.address_range(space.block), keys_only=True)
+            held = {kv.key for kv in items}
+            for ip in [ip for ip in foreign if keys.address_key(ip) not in held]:
+                foreign.discard(ip)
+                if ip not in self._shelf.held:
+                    space.give_back(ip)
+                    found = True
+        return found
+
     async def _unclaimed(self, pool: Geometry) -> IPNetwork | None:
         """A block of ``pool`` that nobody has and that holds an address for everybody."""
         start = first_block(self._holdings.node, pool)
         for first, last in ((start, pool.block_count), (0, start)):
-            async for index in self._gaps(pool, first, last):
-                block = pool.block(index)
-                if next(pool.dynamic_in(block), None) is not None:
-                    return block
+            async for gap, end in self._gaps(pool, first, last):
+                index = pool.next_block_with_dynamic(gap)
+                if index is not None and index < end:
+                    return pool.block(index)
         return None
 
-    async def _gaps(self, pool: Geometry, first: int, last: int) -> AsyncIterator[int]:
-        """Indices in [first, last) of blocks that are unclaimed, ascending."""
+    async def _gaps(self, pool: Geometry, first: int, last: int) -> AsyncIterator[tuple[int, int]]:
+        """Runs [from, to) of unclaimed blocks within [first, last), ascending."""
         if first >= last:
             return
         _, end = keys.block_range(pool.block(last - 1))
@@ -243,16 +289,19 @@ class Upkeep:
             page = await self._store.page(cursor, end, keys_only=True)
             for kv in page.items:
                 index = pool.block_index(keys.ip_of(kv.key))
-                for gap in range(at, index):
-                    yield gap
+                if at < index:
+                    yield at, index
                 at = index + 1
             cursor = page.next_key
-        for gap in range(at, last):
-            yield gap
+        if at < last:
+            yield at, last
 
-    def _claim(self, pool: Geometry, block: IPNetwork) -> Change:
+    def _claim(self, pool: Geometry, block: IPNetwork) -> list[Change]:
+        if not self._holdings.doubt(block, pool.name):
+            self._journal_failed = True
+            return []
         record = Block(pool=pool.name, size=block.prefixlen, node=self._holdings.node, claimed_at=time.time())
-        return Change(Write(keys.block_key(block), record.encode(), 0), block=BlockRow(block, pool.name, 0))
+        return [Change(Write(keys.block_key(block), record.encode(), 0), block=BlockRow(block, pool.name, 0))]
 
     async def _give_up(
         self, waiters: Sequence[Waiter], network: Network, family: Family, pools: Sequence[Geometry]
@@ -265,7 +314,9 @@ class Upkeep:
         for pool in pools:
             record = await self._store.get(keys.POOLS + pool.name)
             if record is not None:
-                used.append(f"{pool.cidr}: {await pool_usage(self._store, Pool.decode(record.key, record.value))}")
+                used.append(
+                    f"{pool.cidr}: {await pool_usage(self._store, Pool.decode(record.key, record.value))}"
+                )
         disabled = [str(p.cidr) for p in pools if p.disabled]
         error = Exhausted(
             f"network {network.name} has no free IPv{family} address left ({'; '.join(used)}"
@@ -276,29 +327,28 @@ class Upkeep:
 
     # -- giving blocks back
 
-    def _returned_blocks(self) -> list[Change]:
-        """Own blocks of pools that are disabled or gone, once nothing of ours is in them."""
-        pools = {pool.name: pool for pool in self._holdings.catalogue.pools()}
+    def _returned_blocks(self, most: int) -> list[Change]:
+        """Up to ``most`` own blocks of pools that are disabled or gone, once nothing of ours is in them."""
         changes = []
-        for block, row in list(self._holdings.blocks.items()):
+        for row in list(self._unwanted_blocks())[:most]:
+            if not self._holdings.doubt(row.block, row.pool):
+                self._journal_failed = True
+                break
+            self._undurable = True
+            guard = none_between(*keys.address_range(row.block))
+            changes.append(Change(Write(keys.block_key(row.block), None, row.revision, (guard,)), block=row))
+        return changes
+
+    def _unwanted_blocks(self) -> Iterable[BlockRow]:
+        pools = {pool.name: pool for pool in self._holdings.catalogue.pools()}
+        for block, row in self._holdings.blocks.items():
             pool = pools.get(row.pool)
             if pool is not None and not pool.disabled:
                 self._return_after.pop(block, None)
-                continue
-            if self._return_after.get(block, 0.0) > self._now():
-                continue
-            if any(ip.version == block.version and ip in block for ip in self._shelf.held):
-                continue
-            try:
-                self._holdings.journal.drop_block(block)
-            except MoorageError as error:
-                log.warning("block is not given back yet", block=str(block), why=str(error))
-                continue
-            write = Write(
-                keys.block_key(block), None, row.revision, (none_between(*keys.address_range(block)),)
-            )
-            changes.append(Change(write, block=row))
-        return changes
+            elif self._return_after.get(block, 0.0) <= self._now() and not any(
+                ip.version == block.version and ip in block for ip in self._shelf.held
+            ):
+                yield row
 
     # -- what came of it
 
@@ -308,56 +358,71 @@ class Upkeep:
             if change.block is not None:
                 self._apply_block(change, change.block, outcome)
             elif change.held is not None:
-                self._apply_address(change.held, change.sent, outcome)
+                self._apply_address(change, change.held, outcome)
                 touched.append(change.held)
         self._holdings.save(touched, self._writer.seq)
 
     def _apply_block(self, change: Change, row: BlockRow, outcome: Outcome) -> None:
-        holdings = self._holdings
         claimed = change.write.value is not None
-        if claimed and not outcome.done:
-            return  # another node was faster; the next refill looks further
-        if not claimed and outcome.done:
-            holdings.blocks.pop(row.block, None)
-            self._shelf.spaces.pop(row.block, None)
-            self._return_after.pop(row.block, None)
-            return
-        kept = BlockRow(row.block, row.pool, outcome.revision)
-        holdings.blocks[row.block] = kept
-        holdings.journal.save_block(kept)
-        if claimed:
-            holdings.open_spaces()
+        self._return_after.pop(row.block, None)
+        if (claimed and outcome.done) or self._is_ours(outcome.found):
+            self._holdings.keep_block(BlockRow(row.block, row.pool, outcome.revision))
+            self._holdings.open_spaces()
+            if not claimed:
+                self._return_after[row.block] = self._now() + RETURN_RETRY
         else:
-            self._return_after[row.block] = self._now() + RETURN_RETRY
+            # Given back, or another node was faster; the next refill looks further.
+            self._holdings.drop_block(row.block)
 
-    def _apply_address(self, held: Held, sent: Address | None, outcome: Outcome) -> None:
+    def _is_ours(self, block: KeyValue | None) -> bool:
+        try:
+            return block is not None and Block.decode(block.key, block.value).node == self._holdings.node
+        except StoreError as error:
+            log.error("record is left as it is", why=str(error))
+            return False
+
+    def _apply_address(self, change: Change, held: Held, outcome: Outcome) -> None:
         holdings, shelf = self._holdings, self._shelf
         if outcome.done:
-            if shelf.confirm(held, outcome.revision, sent):
-                if sent is None:
+            if shelf.confirm(held, outcome.revision, change.sent):
+                if change.sent is None:
                     holdings.drop(held, reusable=True)
                 else:
                     holdings.settle(held)
-            return
-        found = None if outcome.found is None else Address.decode(outcome.found.key, outcome.found.value)
-        if found is not None and found.node != holdings.node:
-            self._refuse(held, AddressTaken(held_by(held.ip, found)))
-            holdings.lose(held, found)
-        elif found is not None and held.is_asked_for:
-            # Ours, and forgotten: nobody may use it before it has cooled down.
-            self._refuse(held, TryAgain(f"{held.ip} was in use on this node a moment ago; try again later"))
-            held.revision = outcome.revision
-            shelf.want(held, cooling(found))
-        elif found is not None:
-            held.revision = outcome.revision
-        elif held.state is AddressState.ASSIGNED:
+        elif outcome.found is not None:
+            self._apply_found(held, outcome.found)
+        elif held.state in (AddressState.ASSIGNED, AddressState.COOLING):
             held.revision = 0
+        elif change.write.guards and held.ip in holdings.asking:
+            pass  # reserved, and asked for with its key while the refill was on its way: asked for once more
         else:
             # Absent: a reservation was faster than our refill, or somebody freed what we were to free.
-            self._refuse(held, AddressTaken(f"{held.ip} was reserved a moment ago; ask for it with its key"))
+            self._reservation_unknown = True
+            holdings.refuse(
+                held.ip, AddressTaken(f"{held.ip} was reserved a moment ago; ask for it with its key")
+            )
             holdings.drop(held, reusable=True)
 
-    def _refuse(self, held: Held, error: MoorageError) -> None:
-        asked = self._holdings.asking.pop(held.ip, None)
-        if asked is not None and not asked.done():
-            asked.set_exception(error)
+    def _apply_found(self, held: Held, kv: KeyValue) -> None:
+        """Something else stands there than we had last read."""
+        holdings = self._holdings
+        try:
+            found = Address.decode(kv.key, kv.value)
+        except StoreError as error:
+            log.error("record is left as it is", why=str(error))
+            holdings.refuse(held.ip, TryAgain(str(error)))
+            if held.state is AddressState.ASSIGNED:
+                self._shelf.rest(held)
+            else:
+                holdings.drop(held, reusable=False)
+                holdings.foreign(held.ip)
+            return
+        asked_for, held.revision = held.is_asked_for, kv.mod_revision
+        if found.node != holdings.node:
+            holdings.lose(held, found)
+        elif asked_for:
+            # Ours, and forgotten: nobody may use it before it has cooled down.
+            holdings.refuse(
+                held.ip, TryAgain(f"{held.ip} was in use on this node a moment ago; try again later")
+            )
+            self._shelf.want(held, cooling(found))

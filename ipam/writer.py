@@ -1,6 +1,6 @@
 """The node's one way to write to the store: in groups, behind the fence, exactly once.
 
-Every transaction of a node has this form (DESIGN.md section 4):
+Every transaction of a node has this form (docs/design.md, section 4):
 
     if   writers/<node> unchanged                       nobody else writes for this node
     then put writers/<node> {seq + 1}                   says how far we got
@@ -123,7 +123,7 @@ class Writer:
         """
         async with self._lock:
             self._claimed = False
-            sent, fresh = None, True
+            sent, base, fresh = b"", 0, True
             while True:
                 alive = await self._store.get(keys.ALIVE + self._node)
                 if alive is not None:
@@ -135,11 +135,18 @@ class Writer:
                         )
                 found = await self._store.get(self._key)
                 stood = Fence.decode(found.key, found.value) if found else None
-                if found is not None and sent is not None and found.value == sent:
+                if (
+                    found is not None
+                    and stood is not None
+                    and found.value == sent
+                    and found.mod_revision != base
+                ):
                     # The try whose reply was lost had landed; what it was decided on still counts.
-                    return self._hold(found.mod_revision, Fence.decode(found.key, sent).seq, fresh)
+                    return self._hold(found.mod_revision, stood.seq, fresh)
                 fresh = confirmed_seq == 0 or (stood is not None and stood.seq >= confirmed_seq)
-                seq = max(stood.seq if stood else 0, confirmed_seq, self.seq) + 1
+                # A store that went back in time keeps showing it until a sync was completed: not counted up.
+                seq = (stood.seq if stood else 0) + fresh
+                base = found.mod_revision if found else 0
                 sent = Fence(instance=self._instance, boot_id=self._boot_id, seq=seq).encode()
                 guard = unchanged(found) if found else absent(self._key)
                 try:

@@ -43,13 +43,13 @@ from isolator.steps import reached
 log = structlog.get_logger(__name__)
 
 TOMBSTONE_TTL = 120 * 10**9
-"""Nanoseconds in which an ADD that was asked for before a DEL is refused (DESIGN.md section 7)."""
+"""Nanoseconds in which an ADD that was asked for before a DEL is refused (docs/design.md, section 7)."""
 
 REMOVE_RETRY = 1.0
 """Seconds before interfaces are removed again after the kernel refused it."""
 
-UNDO_PATIENCE = 5.0
-"""Seconds a failed ADD waits for its undo, so that its caller finds nothing left behind."""
+END_PATIENCE = 5.0
+"""Seconds that whoever needs an endpoint to be gone waits for it; removing takes some 20 ms."""
 
 
 class Endpoints:
@@ -141,7 +141,12 @@ class Endpoints:
             )
         # Its namespace is gone, or its end has begun: complete that first.
         await self._begin_end(known)
-        await self._ended(known.key)
+        try:
+            await self._ended(known.key)
+        except TimeoutError as error:
+            raise TryAgain(
+                f"the interface of an earlier {known.key} is not removed yet; see the agent's log, then try again"
+            ) from error
         return None
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
@@ -204,8 +209,7 @@ class Endpoints:
         except BaseException:
             await self._begin_end(endpoint)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(UNDO_PATIENCE):
-                    await self._ended(endpoint.key)
+                await self._ended(endpoint.key)
             raise
         self._endpoints[endpoint.key] = attached
         reached("attach:attached")
@@ -238,7 +242,7 @@ class Endpoints:
                 await self._begin_end(endpoint)
 
     async def end(self, key: EndpointKey) -> None:
-        """Detach whatever is there under that key now, and wait until it is gone."""
+        """Detach whatever is there under that key now, and wait until it is gone. Raises TimeoutError."""
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
             if endpoint is not None:
@@ -291,12 +295,15 @@ class Endpoints:
         self._reap.set()
 
     async def _ended(self, key: EndpointKey) -> None:
+        """Wait until nothing is left of it. Raises TimeoutError."""
         event = self._gone.get(key)
         if event is not None:
-            await event.wait()
+            async with asyncio.timeout(END_PATIENCE):
+                await event.wait()
 
     async def reap(self) -> None:
         """Remove what was cut off, in batches, until cancelled."""
+        self._reap.set()
         while True:
             await self._reap.wait()
             self._reap.clear()
@@ -357,7 +364,9 @@ class Endpoints:
             suspect = names is None or endpoint.host_ifname in names
             if suspect and endpoint.state is EndpointState.ATTACHED and endpoint.host_ifname not in links:
                 async with self._locks.of(endpoint.key):
-                    if self._endpoints.get(endpoint.key) is endpoint:
+                    unchanged = self._endpoints.get(endpoint.key) is endpoint
+                    # Looked at again: it may have been wired after the first look.
+                    if unchanged and endpoint.host_ifname not in await self._kernel.links():
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._begin_end(endpoint)
 

@@ -48,7 +48,7 @@ SYNC_PATIENCE = 5.0
 """Seconds that a start waits for the store before it goes on with what the journal knows."""
 
 RETURN_WINDOW = 30.0
-"""Seconds in which a hook may come back for an ADD that a killed agent had begun (DESIGN.md section 7)."""
+"""Seconds in which a hook may come back for an ADD that a killed agent had begun (docs/design.md, section 7)."""
 
 COLLECT_EVERY = 5.0
 """Seconds between looks for endpoints whose namespace is gone; the link monitor is faster."""
@@ -117,7 +117,7 @@ class Isolator:
         self._holder.load()
         self._endpoints.load()
         self._links = await self._kernel.links()
-        underlay = await self._kernel.prepare()
+        underlay = await self._kernel.underlay(self._settings.underlay)
         self._mtu = underlay.mtu
         node = Node(
             name=self._settings.node,
@@ -140,6 +140,7 @@ class Isolator:
 
     async def _recover(self) -> None:
         in_sync = not self._holder.problem
+        await self._kernel.enable_forwarding()
         await recover(self._kernel, self._endpoints, self._catalogue, self._boot_id, in_sync=in_sync)
         self._recovered_in_sync = in_sync
 
@@ -333,7 +334,13 @@ class Isolator:
                 "why": f"{ip} is carried by the live container {endpoint.key.container_id} ({endpoint.key.ifname}); "
                 "end the container, or use --force to cut it off",
             }
-        await self._endpoints.end(endpoint.key)
+        try:
+            await self._endpoints.end(endpoint.key)
+        except TimeoutError:
+            return {
+                "done": False,
+                "why": f"{endpoint.key} is cut off, but its interface is not removed yet; look again",
+            }
         how = "was cut off" if live else "was gone"
         return {"done": True, "why": f"{endpoint.key} {how} and {ip} is released"}
 

@@ -151,13 +151,12 @@ class Kernel:
 
     # -- the node as a whole
 
-    async def prepare(self) -> Underlay:
-        """Forwarding on; returns what the node reaches the world through."""
-        return await self._wiring.run(self._prepare)
+    async def underlay(self, link: str | None) -> Underlay:
+        """What the node reaches the world through: ``link``, or the one with the default route."""
+        return await self._wiring.run(underlay, self._wiring.node, link)
 
-    def _prepare(self) -> Underlay:
-        enable_forwarding(self._wiring.node)
-        return underlay(self._wiring.node)
+    async def enable_forwarding(self) -> None:
+        await self._wiring.run(enable_forwarding, self._wiring.node)
 
     async def links(self) -> dict[str, HostLink]:
         """Every endpoint interface of this node, by name."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from ipam.errors import InvalidInput
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
@@ -28,22 +29,30 @@ class Underlay:
     addresses: tuple[IPAddress, ...]
 
 
-def underlay(node: Node) -> Underlay:
-    """Found by the default route with the lowest metric in the main table, IPv4's before IPv6's.
+def underlay(node: Node, name: str | None = None) -> Underlay:
+    """The link called ``name``, else found by the default route with the lowest metric in the main table,
+    IPv4's before IPv6's.
 
     Other tables are somebody's policy routing (a VPN's, a container tool's) and say nothing about the
-    underlay. Without a default route: no links, 1500 bytes.
+    underlay. Without a default route: no links, 1500 bytes. Raises InvalidInput if ``name`` does not exist.
     """
-    indexes = _default_links(node, socket.AF_INET) or _default_links(node, socket.AF_INET6)
-    links = [
-        link
-        for message in node.route.dump(messages.dump_links())
-        if (link := parse_link(message)).index in indexes
-    ]
+    everyone = [parse_link(message) for message in node.route.dump(messages.dump_links())]
+    if name is not None:
+        links = [link for link in everyone if link.name == name]
+        if not links:
+            raise InvalidInput(
+                f"the underlay interface {name!r} does not exist; set --underlay to one of "
+                f"{', '.join(link.name for link in everyone)}"
+            )
+    else:
+        default = _default_links(node, socket.AF_INET) or _default_links(node, socket.AF_INET6)
+        links = [link for link in everyone if link.index in default]
     return Underlay(
         links=tuple(sorted(link.name for link in links)),
         mtu=min((link.mtu for link in links), default=DEFAULT_MTU),
-        addresses=tuple(ip for index in sorted(indexes) for ip in _addresses(node, index)),
+        addresses=tuple(
+            ip for index in sorted(link.index for link in links) for ip in _addresses(node, index)
+        ),
     )
 
 
@@ -52,11 +61,6 @@ def default_links(node: Node) -> set[str]:
     indexes = _default_links(node, socket.AF_INET) | _default_links(node, socket.AF_INET6)
     links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
     return {link.name for link in links if link.index in indexes}
-
-
-def underlay_mtu(node: Node) -> int:
-    """The underlay's MTU, in bytes."""
-    return underlay(node).mtu
 
 
 def _default_links(node: Node, family: int) -> frozenset[int]:

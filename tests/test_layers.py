@@ -1,4 +1,4 @@
-"""The house stands as DESIGN draws it: imports only go down, every room says what it is for.
+"""The house stands as docs/design.md draws it: imports only go down, every room says what it is for.
 
 moorage  ->  netmodules, marathon  ->  isolator  ->  ipam         (marathon uses ipam only)
 """

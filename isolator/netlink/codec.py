@@ -105,15 +105,19 @@ def messages(buffer: bytes) -> Iterator[Message]:
         offset += length + (-length & 3)
 
 
+def message_size(buffer: bytes, offset: int) -> int:
+    """How many bytes the message at offset takes, padding included."""
+    length: int = U32.unpack_from(buffer, offset)[0]
+    return max(length + (-length & 3), HEADER.size)
+
+
 def last_message(buffer: bytes) -> Message:
     """The last message of a datagram: the end of a dump, and any error, can only stand there."""
     offset = 0
-    while True:
-        length, kind, flags, seq, _ = HEADER.unpack_from(buffer, offset)
-        following = offset + length + (-length & 3)
-        if length < HEADER.size or following + HEADER.size > len(buffer):
-            return Message(kind, flags, seq, memoryview(buffer)[offset + HEADER.size : offset + length])
+    while (following := offset + message_size(buffer, offset)) + HEADER.size <= len(buffer):
         offset = following
+    length, kind, flags, seq, _ = HEADER.unpack_from(buffer, offset)
+    return Message(kind, flags, seq, memoryview(buffer)[offset + HEADER.size : offset + length])
 
 
 def attributes(view: memoryview, offset: int = 0) -> Attributes:

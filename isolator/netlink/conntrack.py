@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from isolator.model import IPAddress
 from isolator.netlink import codec
-from isolator.netlink.codec import Request, attribute
+from isolator.netlink.codec import Message, Request, attribute
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
 _SUBSYSTEM = 1 << 8
@@ -45,10 +45,10 @@ def flush_conntrack(ips: Iterable[IPAddress]) -> None:
         needles = _needles(wanted)
         packed = frozenset(ip.packed for ip in wanted)
         doomed = [
-            request
+            _deletion(found)
             for datagram in netfilter.stream(listing)
-            if needles.search(datagram)
-            for request in _deletions(datagram, packed)
+            for message in _suspects(datagram, needles)
+            if _names(found := codec.attributes(message.body, 4), packed)
         ]
         netfilter.execute(doomed)
 
@@ -61,17 +61,33 @@ def _needles(ips: Iterable[IPAddress]) -> re.Pattern[bytes]:
     return re.compile(b"|".join(found), re.DOTALL)
 
 
-def _deletions(datagram: bytes, packed: frozenset[bytes]) -> Iterator[Request]:
-    for message in codec.messages(datagram):
-        found = codec.attributes(message.body, 4)
-        if not any(_addresses(found[kind]) & packed for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in found):
-            continue
-        body = bytes(message.body[:1]) + bytes(3)
-        for kind in (_TUPLE_ORIG, _ID, _ZONE):
-            if kind in found:
-                nested = codec.NLA_F_NESTED if kind == _TUPLE_ORIG else 0
-                body += attribute(kind | nested, bytes(found[kind]))
-        yield Request(_DELETE, 0, body, "forget a tracked connection", (errno.ENOENT,))
+def _suspects(datagram: bytes, needles: re.Pattern[bytes]) -> Iterator[Message]:
+    """Messages that hold an address somewhere; the others are stepped over unparsed."""
+    hits = iter([match.start() for match in needles.finditer(datagram)])
+    hit = next(hits, None)
+    offset = 0
+    while hit is not None:
+        following = offset + codec.message_size(datagram, offset)
+        if hit < following:
+            yield from codec.messages(datagram[offset:following])
+        while hit is not None and hit < following:
+            hit = next(hits, None)
+        offset = following
+
+
+def _names(entry: codec.Attributes, packed: frozenset[bytes]) -> bool:
+    """Whether one of the entry's tuples holds one of the addresses."""
+    return any(
+        _addresses(entry[kind]) & packed for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in entry
+    )
+
+
+def _deletion(entry: codec.Attributes) -> Request:
+    body = bytes(4)  # the tuple says which family
+    for kind, flag in ((_TUPLE_ORIG, codec.NLA_F_NESTED), (_ID, 0), (_ZONE, 0)):
+        if kind in entry:
+            body += attribute(kind | flag, bytes(entry[kind]))
+    return Request(_DELETE, 0, body, "forget a tracked connection", (errno.ENOENT,))
 
 
 def _addresses(entry: memoryview) -> set[bytes]:

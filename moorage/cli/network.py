@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import click
@@ -140,11 +141,33 @@ def create(
         return await networks.get_network(store, name)
 
     created, created_pools = session.run(act, create=True)
+    if warning := resolver_warning(created):
+        click.echo(f"Warning: {warning}", err=True)
     cidrs = ", ".join(pool.cidr for pool in created_pools)
     session.out.done(
         f"network {name} created with {cidrs}; "
         f"for the engine's configuration see `moorage network cni-config {name}`",
         row(created, created_pools),
+    )
+
+
+def resolver_warning(network: Network, resolv_conf: Path = Path("/etc/resolv.conf")) -> str:
+    """Why containers of ``network`` would have a resolver that only this machine reaches; "" if they have not.
+
+    Without DNS servers of their own, engines give containers the host's file, and on many hosts that names
+    a stub resolver on a loopback address.
+    """
+    servers = network.dns
+    if not servers and resolv_conf.is_file():
+        lines = (line.split() for line in resolv_conf.read_text(errors="replace").splitlines())
+        servers = [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"]
+    loopback = [server for server in servers if server.startswith("127.") or server == "::1"]
+    if not loopback or len(loopback) < len(servers):
+        return ""
+    source = "" if network.dns else f", which {resolv_conf} names,"
+    return (
+        f"containers of {network.name} cannot reach the resolver {loopback[0]}{source} from their own namespace; "
+        "give the network one they can reach with --dns"
     )
 
 

@@ -1,7 +1,8 @@
 """Printing: tables for people, JSON for programs, from the same rows.
 
-A row is a mapping of field names of DESIGN's records to plain values. JSON prints all of them; a table
-prints the columns that a command chooses, in words. On a pipe nothing is cut off or wrapped.
+A row is a mapping of field names of the records (docs/design.md, section 4) to plain values. JSON prints
+all of them; a table prints the columns that a command chooses, in words. On a pipe nothing is cut off or
+wrapped.
 """
 
 from __future__ import annotations

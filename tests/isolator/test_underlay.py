@@ -6,8 +6,9 @@ from ipaddress import ip_address
 
 import pytest
 
+from ipam.errors import InvalidInput
 from isolator.netlink import Node
-from isolator.underlay import Underlay, underlay, underlay_mtu
+from isolator.underlay import Underlay, underlay
 from tests.isolator.rooms import Room
 
 pytestmark = pytest.mark.kernel
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.kernel
 
 def see(room: Room) -> Underlay:
     with room.do(Node) as node:
-        assert room.do(underlay_mtu, node) == room.do(underlay, node).mtu
         return room.do(underlay, node)
 
 
@@ -62,3 +62,13 @@ def test_several_next_hops_have_the_smallest_mtu(container: Room) -> None:
     container.sh("ip route add default nexthop via 192.0.2.2 nexthop via 198.51.100.2")
     found = see(container)
     assert (found.links, found.mtu) == (("up0", "up1"), 1400)
+
+
+def test_a_named_link_is_taken_whatever_the_routes_say(container: Room) -> None:
+    link(container, "up0", 1400, "192.0.2.1/24")
+    link(container, "up1", 9000, "198.51.100.1/24")
+    container.sh("ip route add default via 192.0.2.2")
+    with container.do(Node) as node:
+        assert container.do(underlay, node, "up1").links == ("up1",)
+        with pytest.raises(InvalidInput, match="'up7' does not exist"):
+            container.do(underlay, node, "up7")

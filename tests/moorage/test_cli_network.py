@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
 from ipam import keys
-from ipam.records import Address, AddressState
+from ipam.records import Address, AddressState, Network
 from ipam.store import Put, Store, Txn
+from moorage.cli.network import resolver_warning
 from tests.moorage.conftest import CommandLine
 
 
@@ -186,3 +188,22 @@ def test_the_default_socket_is_left_out_of_the_cni_config(moorage: CommandLine) 
         )
     )
     assert shown == {"cniVersion": "1.0.0", "name": "web", "type": "moorage-cni"}
+
+
+@pytest.mark.parametrize(
+    ("dns", "file", "warned"),
+    [
+        ([], "nameserver 127.0.0.53\n", True),
+        ([], "# nameserver 127.0.0.53\nnameserver 10.0.0.2\n", False),
+        ([], "nameserver ::1\nnameserver 10.0.0.2\n", False),
+        (["127.0.0.1"], "nameserver 10.0.0.2\n", True),
+        (["10.0.0.2"], "nameserver 127.0.0.53\n", False),
+    ],
+)
+def test_a_resolver_that_only_the_host_reaches_is_warned_of(
+    tmp_path: Path, dns: list[str], file: str, warned: bool
+) -> None:
+    resolv_conf = tmp_path / "resolv.conf"
+    resolv_conf.write_text(file)
+    warning = resolver_warning(Network(name="web", pools=[], dns=dns), resolv_conf)
+    assert ("--dns" in warning) == warned

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -208,3 +211,32 @@ def test_the_firewall_is_restored_after_somebody_flushed_it(node: LabNode) -> No
         for each in (a, b):
             each.delete("web")
         assert_nothing_left(node)
+
+
+def test_endpoints_of_an_earlier_boot_are_released_at_start(node: LabNode) -> None:
+    with node.container() as container:
+        container.add("web")
+        eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
+        node.stop()
+    # What a reboot leaves: a journal and a store written before it, and no interface.
+    with contextlib.closing(sqlite3.connect(node.state_dir / "journal.db")) as journal, journal:
+        journal.execute("UPDATE meta SET value = 'an earlier boot' WHERE key = 'boot_id'")
+        journal.execute(
+            "UPDATE endpoints SET value = json_set(CAST(value AS TEXT), '$.asked.boot_id', 'an earlier boot')"
+        )
+    node.start()
+    assert_nothing_left(node)
+    assert "earlier boot released" in node.log.read_text()
+
+
+def test_the_service_manager_is_told_when_the_agent_serves_and_when_it_ends(node: LabNode) -> None:
+    node.stop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(20)
+        address = node.directory / "notify"
+        manager.bind(str(address))
+        node.launch(NOTIFY_SOCKET=str(address))
+        assert manager.recv(100) == b"READY=1"
+        assert node.answers()
+        node.stop()
+        assert manager.recv(100) == b"STOPPING=1"

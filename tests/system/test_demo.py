@@ -15,7 +15,13 @@ pytestmark = pytest.mark.kernel
 
 def machine(node: LabNode) -> tuple[object, ...]:
     """Everything of ours that can be seen from where the demo runs."""
-    return links(node), routes(node), elements(node), node.namespace.run("ip", "rule").stdout, node.ask("ip", "list")
+    return (
+        links(node),
+        routes(node),
+        elements(node),
+        node.namespace.run("ip", "rule").stdout,
+        node.ask("ip", "list"),
+    )
 
 
 def test_the_demo_ends_with_0_and_leaves_an_agent_beside_it_and_its_containers_alone(node: LabNode) -> None:

@@ -1,0 +1,42 @@
+"""``idle``: memory and processor time of an agent that has nothing to do."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from benchmarks.client import AgentClient
+from benchmarks.figures import Budget, Row, Sample
+from benchmarks.subjects import IPV4, IPV6, containers, our_node
+
+SETTLE = 3.0
+WATCHED = 10.0
+"""Seconds."""
+
+
+def rows(_: int) -> list[Row]:
+    with our_node(IPV4, IPV6) as node, containers(1) as (container,):
+        # One endpoint, so that the network is in use and its addresses are kept warm.
+        AgentClient(node).call("ADD", container)
+        time.sleep(SETTLE)
+        used, begun = processor_seconds(node.pid), time.monotonic()
+        time.sleep(WATCHED)
+        share = (processor_seconds(node.pid) - used) / (time.monotonic() - begun)
+        resident = megabytes(node.pid)
+    return [
+        Row("agent idle, resident", "MB", Sample([resident]), budget=Budget(80.0, of_peer=False)),
+        Row("agent idle, of one core", "%", Sample([share * 100])),
+    ]
+
+
+def megabytes(pid: int) -> float:
+    """Resident memory of a process, in 10^6 bytes."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def processor_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
