@@ -36,6 +36,7 @@ setup(
         "test": [
             "hypothesis>=6.100,<7",
             "mypy>=1.15,<3",
+            "pyroute2>=0.9.1,<0.10",
             "pytest>=8.3,<10",
             "pytest-asyncio>=1,<2",
             "pytest-xdist>=3.6,<4",

@@ -111,8 +111,8 @@ async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport
     else:
         for block in holdings.blocks:
             items.extend((await read_range(store, *keys.address_range(block)))[0])
-        read = {kv.key for kv in items}
-        strays = [ip for ip in holdings.shelf.held if keys.address_key(ip) not in read]
+        seen = {kv.key for kv in items}
+        strays = [ip for ip in holdings.shelf.held if keys.address_key(ip) not in seen]
         items.extend([kv for ip in strays if (kv := await store.get(keys.address_key(ip)))])
     return {ip: read for kv in items if (ip := _ip(kv, report)) and (read := _address(kv, report))}
 

@@ -62,7 +62,8 @@ class NetlinkSocket:
         """
         refused: KernelRefused | None = None
         for start in range(0, len(requests), _BATCH):
-            refused = self._execute(requests[start : start + _BATCH]) or refused
+            answer = self._execute(requests[start : start + _BATCH])
+            refused = refused or answer
         if refused is not None:
             raise refused
 

@@ -89,7 +89,7 @@ class Room:
         while f"local {ip} " not in self.sh("ip -6 route show table local"):
             assert time.monotonic() < deadline, f"{ip} stays unusable"
 
-    def socket(self, family: int, kind: int = socket.SOCK_DGRAM) -> socket.socket:
+    def unbound(self, family: int, kind: int = socket.SOCK_DGRAM) -> socket.socket:
         """A socket inside, with a time limit of 0.3 seconds."""
         made = self.do(socket.socket, family, kind)
         made.settimeout(0.3)
@@ -98,7 +98,7 @@ class Room:
 
     def udp(self, ip: IPAddress, port: int = 0) -> socket.socket:
         """A UDP socket bound to an address inside."""
-        made = self.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6)
+        made = self.unbound(socket.AF_INET if ip.version == 4 else socket.AF_INET6)
         made.bind((str(ip), port))
         return made
 

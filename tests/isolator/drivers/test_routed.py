@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import subprocess
 import time
+from collections.abc import Sequence
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from isolator.drivers.naming import route_metric
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
+from isolator.netlink.socket import NetlinkSocket
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import (
     NODE4,
@@ -242,15 +245,15 @@ def test_a_leftover_of_the_same_name_on_the_node_is_replaced(
 def all_requests(wiring: Wiring, machine: Machine) -> int:
     """How many requests a setup of this wiring sends."""
     count = 0
-    original = type(machine.node.route)._execute
+    original = NetlinkSocket._execute
 
-    def counting(self: object, batch: list[Request]) -> object:
+    def counting(self: NetlinkSocket, batch: Sequence[Request]) -> KernelRefused | None:
         nonlocal count
         count += len(batch)
-        return original(self, batch)  # type: ignore[arg-type]
+        return original(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(machine.node.route), "_execute", counting)
+        patch.setattr(NetlinkSocket, "_execute", counting)
         machine.do(machine.driver.setup, wiring)
     return count
 
@@ -260,11 +263,13 @@ def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container:
     total = all_requests(wiring, machine)
     machine.do(machine.driver.remove, [wiring])
     assert total == 22
-    original = type(machine.node.route)._execute
+    original = NetlinkSocket._execute
     for failing in range(1, total + 1):
         seen = 0
 
-        def sabotaged(self: object, batch: list[Request], failing: int = failing) -> object:
+        def sabotaged(
+            self: NetlinkSocket, batch: Sequence[Request], failing: int = failing
+        ) -> KernelRefused | None:
             """The request whose turn it is asks for something impossible instead."""
             nonlocal seen
             changed = []
@@ -272,10 +277,10 @@ def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container:
                 seen += 1
                 impossible = messages.link_up(0x7FFFFFF0, "nothing")
                 changed.append(impossible if seen == failing else request)
-            return original(self, changed)  # type: ignore[arg-type]
+            return original(self, changed)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KernelRefused):
-            patch.setattr(type(machine.node.route), "_execute", sabotaged)
+            patch.setattr(NetlinkSocket, "_execute", sabotaged)
             machine.do(machine.driver.setup, wiring)
         assert machine.holds() == NOTHING, f"after request {failing} failed"
         assert holds_inside(container) == NOTHING_INSIDE, f"after request {failing} failed"
@@ -383,6 +388,33 @@ def test_check_names_each_difference(machine: Machine, container: Room) -> None:
         f"the network namespace {container.path} does not exist (any more)",
     ]
     assert [line.partition(";")[0] for line in check()] == gone
+
+
+def test_an_index_that_is_taken_is_chosen_again(
+    machine: Machine, make_container: MakeRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = make_container(), make_container()
+    chosen = iter([1 << 29, 1 << 29, (1 << 29) + 1, 1 << 29, 1 << 29, 1 << 29])
+    monkeypatch.setattr("isolator.drivers.routed.random.randrange", lambda *_: next(chosen))
+    machine.attach(one, "eth0", A4)
+    machine.attach(other, "eth0", B4)
+    assert heard(other, ip_address(B4), one) == A4
+    with pytest.raises(KernelRefused):
+        machine.attach(one, "eth1", "10.0.0.7")
+    assert len(machine.holds()["links"]) == 2
+
+
+def test_removing_many_goes_on_after_a_namespace_that_refuses(
+    machine: Machine, make_container: MakeRoom, tmp_path: Path
+) -> None:
+    one, other = make_container(), make_container()
+    wirings = [machine.attach(one, "eth0", A4), machine.attach(other, "eth0", B4)]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    wirings[0] = dataclasses.replace(wirings[0], netns=str(tmp_path / "loop"))
+    with pytest.raises(KernelRefused, match="could not open"):
+        machine.do(machine.driver.remove, wirings)
+    assert machine.holds()["links"] == []
+    assert holds_inside(other) == NOTHING_INSIDE
 
 
 def test_a_process_path_works_like_a_name(machine: Machine, container: Room) -> None:

@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from isolator.netlink import LinkMonitor
+from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import Room
 
 pytestmark = pytest.mark.kernel
@@ -49,7 +50,9 @@ async def test_vanished_endpoint_links_are_told_and_no_others(container: Room) -
     assert seen.resyncs == 0
 
 
-async def test_a_dying_namespace_takes_its_link_and_is_noticed(container: Room, make_container) -> None:  # type: ignore[no-untyped-def]
+async def test_a_dying_namespace_takes_its_link_and_is_noticed(
+    container: Room, make_container: MakeRoom
+) -> None:
     seen = Seen()
     monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
     dying = make_container()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
@@ -51,7 +52,7 @@ class Interrupted(NetlinkSocket):
         super().__init__()
         self.times = times
 
-    def stream(self, request: Request):  # type: ignore[no-untyped-def]
+    def stream(self, request: Request) -> Iterator[bytes]:
         self.times -= 1
         flags = codec.NLM_F_DUMP_INTR if self.times >= 0 else 0
         yield Request(messages.RTM_NEWLINK, flags, b"body", "").encode(0, 1)

@@ -86,9 +86,9 @@ def test_packets_without_a_routable_source_are_dropped(machine: Machine, contain
     machine.attach(container, "eth0", A4, A6)
     container.sh("ip addr add fe80::77/64 dev eth0 nodad")
     index = container.do(socket.if_nametoindex, "eth0")
-    seen = machine.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    seen = machine.unbound(socket.AF_INET6, socket.SOCK_DGRAM)
     seen.bind(("::", 547))
-    asking = container.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    asking = container.unbound(socket.AF_INET6, socket.SOCK_DGRAM)
     asking.bind(("fe80::77", 546, 0, index))
     asking.sendto(b"solicit", (str(NODE6), 547))
     with pytest.raises(TimeoutError):
@@ -99,7 +99,7 @@ def test_taking_an_element_away_cuts_what_is_established(machine: Machine, conta
     wiring = machine.attach(container, "eth0", A4, A6)
     for ip in wiring.ips:
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-        listening, client = (room.socket(family, socket.SOCK_STREAM) for room in (container, machine.world))
+        listening, client = (room.unbound(family, socket.SOCK_STREAM) for room in (container, machine.world))
         listening.bind((str(ip), 0))
         listening.listen()
         client.connect(listening.getsockname()[:2])

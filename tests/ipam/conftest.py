@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from ipam import holder, upkeep, writer
+from ipam.store import Store, open_store
+from tests.ipam.faulty import FaultyStore
+from tests.ipam.nodes import Node
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "RETRY_AT_MOST", 0.01)
+    monkeypatch.setattr(writer, "CLAIM_RETRY", 0.001)
+    monkeypatch.setattr(holder, "SYNC_RETRY", 0.02)
+    monkeypatch.setattr(upkeep, "JOURNAL_RETRY", 0.02)
+    monkeypatch.setattr(upkeep, "RETURN_RETRY", 0.05)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await open_store(f"sqlite://{tmp_path}/store.db")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def faulty(store: Store) -> FaultyStore:
+    return FaultyStore(store)
+
+
+@pytest.fixture
+async def new_node(tmp_path: Path, faulty: FaultyStore) -> AsyncIterator[Callable[..., Node]]:
+    """Makes nodes on the faulty store, not started; what they left running is ended."""
+    made: list[Node] = []
+
+    def make(name: str = "n1", **options: object) -> Node:
+        made.append(Node(tmp_path, options.pop("store", faulty), name, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for node in made:
+        if hasattr(node, "journal"):
+            await node.crash()
+
+
+@pytest.fixture
+async def node(new_node: Callable[..., Node]) -> Node:
+    """A node that is not started."""
+    return new_node()
