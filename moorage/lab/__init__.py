@@ -5,8 +5,21 @@ and is gone when its context ends, also when that is an error or an interrupt. I
 machine's own networking, nor an agent that is installed beside it.
 """
 
+from moorage.lab.cluster import Lab
 from moorage.lab.container import Answer, Container
+from moorage.lab.etcd import EtcdCluster, Member
 from moorage.lab.namespace import Namespace, unique
 from moorage.lab.node import LabNode
+from moorage.lab.switch import Switch
 
-__all__ = ["Answer", "Container", "LabNode", "Namespace", "unique"]
+__all__ = [
+    "Answer",
+    "Container",
+    "EtcdCluster",
+    "Lab",
+    "LabNode",
+    "Member",
+    "Namespace",
+    "Switch",
+    "unique",
+]

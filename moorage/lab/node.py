@@ -17,6 +17,7 @@ from typing import Any
 
 from moorage.lab.container import Container
 from moorage.lab.namespace import Namespace, unique
+from moorage.lab.switch import Switch
 
 MOORAGE = (sys.executable, "-m", "moorage")
 ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
@@ -29,16 +30,25 @@ READY_WITHIN = 20.0
 class LabNode:
     """See the module's docstring. A context manager; the agent is started by ``start``.
 
-    name: the node's. agent: the command line that runs the agent, less its options.
+    name: the node's. agent: the command line that runs the agent, less its options. store: its URL; a
+    SQLite file of the node's own without. switch, host: the underlay it is plugged into, and its number there.
     """
 
     def __init__(
-        self, name: str = "node", *, agent: Sequence[str] = (*MOORAGE, "agent"), store: str = ""
+        self,
+        name: str = "node",
+        *,
+        agent: Sequence[str] = (*MOORAGE, "agent"),
+        store: str = "",
+        switch: Switch | None = None,
+        host: int = 1,
     ) -> None:
         self.name = name
         self.namespace = Namespace(unique(name))
         self._agent_command = tuple(agent)
         self._store = store
+        self._switch = switch
+        self._host = host
         self._resources = contextlib.ExitStack()
         self._agent: subprocess.Popen[bytes] | None = None
 
@@ -47,8 +57,11 @@ class LabNode:
             # A short path: unix sockets have room for 107 bytes.
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrg-")))
             stack.enter_context(self.namespace)
-            for address in ADDRESSES:
-                self.namespace.run("ip", "address", "add", address, "dev", "lo")
+            if self._switch is not None:
+                self._switch.plug(self.namespace, self._host)
+            else:
+                for address in ADDRESSES:
+                    self.namespace.run("ip", "address", "add", address, "dev", "lo")
             stack.callback(self.kill)
             self._resources = stack.pop_all()
         return self
@@ -135,13 +148,11 @@ class LabNode:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``moorage ARGUMENTS`` against this node's store and agent."""
-        return subprocess.run(
-            [*MOORAGE, "--store", self.store, "--socket", str(self.socket), *arguments],
-            text=True,
+        return self.namespace.run(
+            "env", *(f"--unset={name}" for name in os.environ if name.startswith("MOORAGE_")),
+            *MOORAGE, "--store", self.store, "--socket", str(self.socket), *arguments,
             check=check,
-            capture_output=True,
-            env=_without_moorage(os.environ),
-        )
+        )  # fmt: skip
 
     def ask(self, *arguments: str) -> Any:
         """The JSON that ``moorage ARGUMENTS -o json`` prints. Raises CalledProcessError."""

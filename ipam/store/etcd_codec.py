@@ -1,0 +1,96 @@
+"""Our transactions, keys and events as etcd's messages and back. Pure.
+
+A key ``addresses/4/0a400001`` is etcd's ``<prefix>/addresses/4/0a400001``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ipam.store import etcd_proto as pb
+from ipam.store.base import Compare, Delete, Event, Get, KeyValue, Op, OpResult, Page, Put, Txn, TxnResult
+
+
+class Codec:
+    """Translates for the keys below one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._root = f"{prefix}/".encode()
+
+    def key(self, key: str) -> bytes:
+        """etcd's name of a key, or of the start or end of a range."""
+        return self._root + key.encode("ascii")
+
+    def prefix_range(self, prefix: str) -> tuple[bytes, bytes]:
+        """Start and end (exclusive) of what is below a prefix, which may be empty."""
+        start = self.key(prefix)
+        return start, start[:-1] + bytes([start[-1] + 1])
+
+    def txn(self, txn: Txn) -> pb.Message:
+        return pb.TxnRequest(
+            compare=[self._compare(compare) for compare in txn.compares],
+            success=[self._op(op) for op in txn.then],
+            failure=[self._op(op) for op in txn.orelse],
+        )
+
+    def result(self, txn: Txn, reply: pb.Message) -> TxnResult:
+        """The reply to ``txn``."""
+        return self._result(txn, reply, reply.header.revision)
+
+    def key_value(self, kv: pb.Message) -> KeyValue:
+        key = kv.key[len(self._root) :].decode("ascii")
+        return KeyValue(key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+    def page(self, reply: pb.Message, revision: int) -> Page:
+        """The reply to a range that was asked for at ``revision``, 0 meaning now."""
+        items = tuple(self.key_value(kv) for kv in reply.kvs)
+        # The smallest key after the last one of this page.
+        after = items[-1].key + "\0" if reply.more else None
+        return Page(items, revision or reply.header.revision, after)
+
+    def events(self, events: Iterable[pb.Message]) -> tuple[Event, ...]:
+        return tuple(self._event(event) for event in events)
+
+    def _compare(self, compare: Compare) -> pb.Message:
+        return pb.Compare(
+            target=pb.COMPARE_MOD,
+            key=self.key(compare.key),
+            mod_revision=compare.mod_revision,
+            range_end=b"" if compare.range_end is None else self.key(compare.range_end),
+        )
+
+    def _op(self, op: Op) -> pb.Message:
+        match op:
+            case Put(key, value, lease):
+                return pb.RequestOp(request_put=pb.PutRequest(key=self.key(key), value=value, lease=lease))
+            case Delete(key):
+                return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=self.key(key)))
+            case Get(key):
+                return pb.RequestOp(request_range=pb.RangeRequest(key=self.key(key)))
+            case Txn():
+                return pb.RequestOp(request_txn=self.txn(op))
+
+    def _result(self, txn: Txn, reply: pb.Message, revision: int) -> TxnResult:
+        # A nested reply's own header says nothing: all of it happened at the outermost one's revision.
+        ops = txn.then if reply.succeeded else txn.orelse
+        results = (
+            self._op_result(op, response, revision)
+            for op, response in zip(ops, reply.responses, strict=True)
+        )
+        return TxnResult(reply.succeeded, revision, tuple(results))
+
+    def _op_result(self, op: Op, response: pb.Message, revision: int) -> OpResult:
+        match op:
+            case Put():
+                return None
+            case Delete():
+                return int(response.response_delete_range.deleted)
+            case Get():
+                found = response.response_range.kvs
+                return self.key_value(found[0]) if found else None
+            case Txn():
+                return self._result(op, response.response_txn, revision)
+
+    def _event(self, event: pb.Message) -> Event:
+        kv = self.key_value(event.kv)
+        return Event(kv.key, kv.mod_revision, None if event.type == pb.EVENT_DELETE else kv)
