@@ -32,7 +32,7 @@ check: tools
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(PYTEST) -m "not kernel and not slow"
+	$(PYTEST) -m "not kernel and not etcd and not slow"
 
 test: root tools
 	$(PYTEST)

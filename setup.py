@@ -26,8 +26,10 @@ setup(
     # Why each of them: docs/decisions/dependencies.md. Exact versions for CI: constraints.txt.
     install_requires=[
         "click>=8.1,<9",
+        "grpcio>=1.60,<2",
         "msgspec>=0.19,<1",
         "pip-nftables>=1.0.2.post1,<2",
+        "protobuf>=4.25,<8",
         "rich>=13.7,<16",
         "structlog>=24.1,<27",
         "tenacity>=9,<10",

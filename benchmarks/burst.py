@@ -18,7 +18,7 @@ SETTLE = 1.0
 
 
 def rows(rounds: int) -> list[Row]:
-    repeats = max(3, rounds // 20)
+    repeats = max(3, rounds // 25)
     rates: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         subjects = {

@@ -74,7 +74,10 @@ def containers(count: int) -> Iterator[list[Container]]:
 
 def _ip(option: str, *commands: str) -> None:
     options = [option] if option else []
-    subprocess.run(["ip", *options, "-batch", "-"], input="\n".join(commands), text=True, check=True)
+    with tempfile.TemporaryFile() as batch:
+        batch.write("\n".join(commands).encode())
+        batch.seek(0)
+        subprocess.run(["ip", *options, "-batch", "-"], stdin=batch, check=True)
 
 
 @contextlib.contextmanager

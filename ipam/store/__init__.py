@@ -32,6 +32,7 @@ from ipam.store.base import (
     read_range,
     unchanged,
 )
+from ipam.store.etcd_url import SCHEME
 from ipam.store.sqlite import SqliteStore
 from ipam.store.sqlite_file import exists
 
@@ -67,9 +68,16 @@ FORMS = "sqlite:///path/to/store.db (one node) or etcd://host:2379,host:2379 (a 
 async def open_store(url: str, *, create: bool = True) -> Store:
     """Open the store a URL names; a SQLite file is made if there is none and ``create`` is set.
 
+    An etcd need not be reachable yet: the first call says if it is not.
+
     Raises InvalidInput (the URL), NotFound (no file, and not to be made), StoreError (what is there is no
     store of ours), StoreUnavailable.
     """
+    if url.startswith(SCHEME):
+        # Imported only now: grpcio costs 25 MB, which an agent of a single node need not pay.
+        from ipam.store.etcd import EtcdStore
+
+        return await EtcdStore.open(url)
     try:
         scheme = urlsplit(url).scheme
     except ValueError as error:
@@ -83,10 +91,6 @@ async def open_store(url: str, *, create: bool = True) -> Store:
                     "or name another with --store"
                 )
             return await SqliteStore.open(path)
-        case "etcd":
-            raise InvalidInput(
-                "this version of moorage has no etcd store yet; use sqlite:///path/to/store.db"
-            )
         case "":
             raise InvalidInput(f"the store URL {url!r} has no scheme; it has the form {FORMS}")
         case _:

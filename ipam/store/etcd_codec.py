@@ -74,8 +74,7 @@ class Codec:
         # A nested reply's own header says nothing: all of it happened at the outermost one's revision.
         ops = txn.then if reply.succeeded else txn.orelse
         results = (
-            self._op_result(op, response, revision)
-            for op, response in zip(ops, reply.responses, strict=True)
+            self._op_result(op, response, revision) for op, response in zip(ops, reply.responses, strict=True)
         )
         return TxnResult(reply.succeeded, revision, tuple(results))
 

@@ -15,6 +15,14 @@ from typing import NamedTuple
 from ipam.errors import StoreError, StoreUnavailable
 
 
+class AuthenticationOff(StoreError):
+    """This etcd has no users, or does not use them."""
+
+
+class LeaseOver(StoreError):
+    """A lease that has expired or was revoked."""
+
+
 class Kind(Enum):
     """What to do about a failed call."""
 
@@ -37,8 +45,8 @@ class Failure(NamedTuple):
         return self._refusal().kind
 
     @property
-    def local(self) -> bool:
-        """The reply was larger than this client takes (the server says "grpc: received ...")."""
+    def too_large(self) -> bool:
+        """The reply, not the request, was too large (of a request, Go's "grpc: received message larger")."""
         return self.code == "RESOURCE_EXHAUSTED" and "Received message larger" in self.details
 
     @property
@@ -86,7 +94,7 @@ _REFUSALS = (
         StoreError,
     ),
     _Refusal(
-        "requested lease not found", Kind.REFUSED, "knows no such lease; it is over, take another", StoreError
+        "requested lease not found", Kind.REFUSED, "knows no such lease; it is over, take another", LeaseOver
     ),
     _Refusal(
         "database space exceeded",
@@ -126,6 +134,7 @@ _REFUSALS = (
     _Refusal("invalid auth token", Kind.LOGIN, _NO_LOGIN, StoreUnavailable),
     _Refusal("revision of auth store is old", Kind.LOGIN, "changes its users just now", StoreUnavailable),
     _Refusal("user name is empty", Kind.LOGIN, _NO_LOGIN, StoreUnavailable),
+    _Refusal("authentication is not enabled", Kind.REFUSED, "asks nobody who they are", AuthenticationOff),
     _Refusal(
         "authentication failed",
         Kind.REFUSED,

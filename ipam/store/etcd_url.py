@@ -30,6 +30,7 @@ DEFAULT_PREFIX = "/moorage"
 OPTIONS = ("ca", "cert", "key", "user-file", "prefix")
 EXAMPLE = "etcd://10.0.0.1:2379,10.0.0.2:2379?ca=/etc/moorage/ca.pem"
 
+_ENDPOINT = re.compile(r"(?:\[(?P<v6>[^][]*)\]|(?P<host>[^:]*))(?::(?P<port>.*))?")
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
@@ -92,7 +93,9 @@ def parse(url: str) -> EtcdUrl:
     if rest == url:
         raise InvalidInput(f"the store URL is no etcd URL; it looks like {EXAMPLE}")
     if "#" in rest:
-        raise InvalidInput(f"the etcd URL has a fragment (#...), which means nothing; it looks like {EXAMPLE}")
+        raise InvalidInput(
+            f"the etcd URL has a fragment (#...), which means nothing; it looks like {EXAMPLE}"
+        )
     hosts, _, query = rest.partition("?")
     if "@" in hosts:
         raise InvalidInput(
@@ -173,23 +176,16 @@ def _files(options: dict[str, str]) -> dict[str, Path]:
 
 
 def _address(text: str) -> Address:
-    host, port = text, ""
-    if text.startswith("["):
-        host, _, port = text[1:].partition("]")
-        literal = ":" in host and (not port or port.startswith(":"))
-        port = port[1:] if port else str(DEFAULT_PORT)
-    else:
-        host, colon, port = text.partition(":")
-        literal = False
-        port = port if colon else str(DEFAULT_PORT)
-    if not (_is_v6(host) if literal else _NAME.fullmatch(host)):
+    found = _ENDPOINT.fullmatch(text)
+    if not found or not (_is_v6(found["v6"]) if found["host"] is None else _NAME.fullmatch(found["host"])):
         raise InvalidInput(
             f"the etcd URL has the endpoint {text!r}, which is neither name:port, IPv4:port nor [IPv6]:port; "
             f"it looks like {EXAMPLE}"
         )
+    port = str(DEFAULT_PORT) if found["port"] is None else found["port"]
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise InvalidInput(f"the endpoint {text!r} of the etcd URL has no port between 1 and 65535")
-    return Address(host, int(port))
+    return Address(found["v6"] or found["host"], int(port))
 
 
 def _is_v6(host: str) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 from pathlib import Path
 
 from ipam import keys
 from ipam.catalogue import Catalogue
+from ipam.errors import MoorageError
 from ipam.holder import AddressRequest, Holder, Owner
 from ipam.holdings import Conflict
 from ipam.keys import IPAddress
@@ -39,7 +40,7 @@ class Node:
 
     def load(self) -> None:
         self.journal = Journal(self.path, self.boot_id)
-        self.catalogue = Catalogue(self.store, self.journal, lambda: self.holder.catalogue_changed())
+        self.catalogue = Catalogue(self.store, self.journal, self._catalogue_changed)
         self.holder = Holder(
             self.name,
             self.store,
@@ -54,9 +55,12 @@ class Node:
         self.catalogue.load()
         self.holder.load()
 
+    def _catalogue_changed(self) -> None:
+        self.holder.catalogue_changed()
+
     def serve(self) -> None:
         for work in (self.holder.serve, self.catalogue.follow):
-            self._tasks.append(asyncio.create_task(work()))
+            self._tasks.append(asyncio.create_task(_supervised(work)))
 
     async def start(self) -> SyncReport:
         self.load()
@@ -94,7 +98,9 @@ class Node:
         self.holder.accept(rows)
         return [row.ip for row in rows]
 
-    async def add(self, network: Network, container: str, *ips: str, reservation: str | None = None) -> list[IPAddress]:
+    async def add(
+        self, network: Network, container: str, *ips: str, reservation: str | None = None
+    ) -> list[IPAddress]:
         lent = await self.take(network, *ips, reservation=reservation)
         return self.assign(lent, container, reservation or "")
 
@@ -114,8 +120,20 @@ class Node:
         return counts
 
 
+async def _supervised(work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        with contextlib.suppress(MoorageError):
+            await work()
+        await asyncio.sleep(0.02)
+
+
 async def network(
-    store: Store, *cidrs: str, name: str = "prod", warm: int = 4, block_size: int | None = None, **fields: object
+    store: Store,
+    *cidrs: str,
+    name: str = "prod",
+    warm: int = 4,
+    block_size: int | None = None,
+    **fields: object,
 ) -> Network:
     """A network with these pools, created in the store."""
     specs = [PoolSpec(c, block_size=block_size if ":" not in c else None) for c in cidrs]

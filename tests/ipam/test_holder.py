@@ -15,6 +15,7 @@ from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
 from ipam.reservations import reserve
+from ipam.shelf import Held, Shelf
 from ipam.store import Delete, Store, Txn, read_prefix
 from isolator.errors import JournalUnwritable
 from tests.ipam.faulty import FaultyStore, eventually
@@ -31,7 +32,9 @@ async def warm_now(node: Node, count: int) -> None:
     await eventually(lambda: node.states().get("warm", 0) >= count and node.is_quiet())
 
 
-async def test_two_hundred_takes_at_once_with_eight_warm_get_distinct_addresses(store: Store, node: Node) -> None:
+async def test_two_hundred_takes_at_once_with_eight_warm_get_distinct_addresses(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/22", warm=8)
     await node.start()
     node.assign(await node.take(net), "first")
@@ -70,7 +73,9 @@ async def test_exhausted_lists_assigned_warm_and_cooling_by_node(store: Store, n
     await eventually(node.is_quiet)
     with pytest.raises(Exhausted) as refused:
         await node.take(net)
-    assert "10.64.0.0/29: 5 assigned, 0 warm, 1 cooling, 0 free (n1: 5 assigned, 1 cooling)" in str(refused.value)
+    assert "10.64.0.0/29: 5 assigned, 0 warm, 1 cooling, 0 free (n1: 5 assigned, 1 cooling)" in str(
+        refused.value
+    )
     assert "add a pool" in str(refused.value)
 
 
@@ -144,12 +149,12 @@ async def test_a_cooling_static_address_says_for_how_long(store: Store, new_node
         await node.take(net, "10.64.0.9")
 
 
-async def test_a_static_address_that_is_being_taken_is_refused_to_a_second_asker(store: Store, node: Node) -> None:
+async def test_a_static_address_that_is_being_taken_is_refused_to_a_second_asker(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24")
     await node.start()
-    answers = await asyncio.gather(
-        *(node.take(net, "10.64.0.9") for _ in range(5)), return_exceptions=True
-    )
+    answers = await asyncio.gather(*(node.take(net, "10.64.0.9") for _ in range(5)), return_exceptions=True)
     assert [type(a) for a in answers].count(list) == 1
     assert all(isinstance(a, (list, AddressTaken)) for a in answers)
 
@@ -180,7 +185,9 @@ async def test_two_static_addresses_of_one_family_are_refused(store: Store, node
 
 async def test_an_address_of_a_static_range_is_only_given_by_name(store: Store, node: Node) -> None:
     net = await create_network(
-        store, Network(name="prod", pools=[], warm=2), [PoolSpec("10.64.0.0/29", static=("10.64.0.1-10.64.0.4",))]
+        store,
+        Network(name="prod", pools=[], warm=2),
+        [PoolSpec("10.64.0.0/29", static=("10.64.0.1-10.64.0.4",))],
     )
     await node.start()
     lent = await node.take(net, "10.64.0.2")
@@ -195,7 +202,9 @@ async def test_a_static_address_whose_asker_gave_up_is_given_to_nobody_else(
     faulty: FaultyStore, node: Node
 ) -> None:
     net = await create_network(
-        faulty.store, Network(name="prod", pools=[], warm=0), [PoolSpec("10.64.0.0/29", static=("10.64.0.0/29",))]
+        faulty.store,
+        Network(name="prod", pools=[], warm=0),
+        [PoolSpec("10.64.0.0/29", static=("10.64.0.0/29",))],
     )
     await node.start()
     faulty.fault = lambda _: "late"
@@ -218,7 +227,9 @@ async def test_a_pool_asked_for_by_name_is_the_one_used(store: Store, node: Node
     await warm_now(node, 4)
     (held,) = await node.take(net, pool="10.65.0.0/24")
     assert str(held.ip).startswith("10.65.")
-    with pytest.raises(InvalidInput, match=r"no pool '10\.66\.0\.0/24'; it has 10\.64\.0\.0/24, 10\.65\.0\.0/24"):
+    with pytest.raises(
+        InvalidInput, match=r"no pool '10\.66\.0\.0/24'; it has 10\.64\.0\.0/24, 10\.65\.0\.0/24"
+    ):
         await node.take(net, pool="10.66.0.0/24")
 
 
@@ -244,6 +255,19 @@ async def test_a_reserved_address_is_given_to_its_key_only(store: Store, node: N
     assert str((await node.add(net, "c2", reservation="db"))[0]) == "10.64.0.1"
 
 
+async def test_a_refill_does_not_take_an_address_reserved_since_the_catalogue_was_read(
+    store: Store, node: Node
+) -> None:
+    net = await network(store, "10.64.0.0/30", warm=0)
+    node.load()
+    await node.holder.sync()
+    await reserve(store, ip_address("10.64.0.1"), "db")
+    serving = asyncio.create_task(node.holder.serve())  # and nobody follows the catalogue
+    assert str((await node.take(net))[0].ip) == "10.64.0.2"
+    assert node.holder.status()["transactions"] < 10  # type: ignore[operator]
+    serving.cancel()
+
+
 async def test_a_reservation_made_a_moment_ago_is_found(store: Store, node: Node) -> None:
     net = await network(store, "10.64.0.0/24")
     await node.start()
@@ -251,7 +275,9 @@ async def test_a_reservation_made_a_moment_ago_is_found(store: Store, node: Node
     assert str((await node.take(net, reservation="db"))[0].ip) == "10.64.0.7"
 
 
-async def test_an_unknown_reservation_key_is_refused_with_the_command_that_makes_one(store: Store, node: Node) -> None:
+async def test_an_unknown_reservation_key_is_refused_with_the_command_that_makes_one(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24")
     await node.start()
     with pytest.raises(InvalidInput, match="moorage ip reserve IP --key KEY"):
@@ -358,7 +384,9 @@ async def test_who_waits_is_told_at_once_when_the_store_goes_away(faulty: Faulty
         await asyncio.wait_for(node.take(net), 1)
 
 
-async def test_who_asks_by_name_is_told_at_once_when_the_store_goes_away(faulty: FaultyStore, node: Node) -> None:
+async def test_who_asks_by_name_is_told_at_once_when_the_store_goes_away(
+    faulty: FaultyStore, node: Node
+) -> None:
     net = await network(faulty.store, "10.64.0.0/24", warm=0)
     await node.start()
     await eventually(node.is_quiet)
@@ -390,24 +418,35 @@ async def test_a_take_that_gets_nothing_in_time_says_where_to_look(
         await node.take(net)
 
 
-async def test_an_address_granted_in_the_moment_its_waiter_is_cancelled_is_not_lost(store: Store, node: Node) -> None:
+async def test_an_address_granted_in_the_moment_its_waiter_is_cancelled_is_not_lost(
+    store: Store, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = await network(store, "10.64.0.1/32", warm=1)
     node.load()
     await node.holder.sync()
     waiting = asyncio.create_task(node.take(net))
     await asyncio.sleep(0)
-    granted = node.holder._shelf.waiters("prod", 4)[0].granted
-    granted.add_done_callback(lambda _: waiting.cancel())
+    shelf = node.holder._shelf
+    (waiter,) = shelf.waiters("prod", 4)
+
+    def offer(held: Held) -> None:
+        Shelf.offer(shelf, held)
+        waiting.cancel()
+
+    monkeypatch.setattr(shelf, "offer", offer)
     node.serve()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert granted.done()
-    assert not granted.cancelled()
+    monkeypatch.undo()
+    assert waiter.granted.done()
+    assert not waiter.granted.cancelled()
     assert [str(held.ip) for held in await node.take(net)] == ["10.64.0.1"]
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_takes_cancelled_at_any_moment_leave_nothing_behind(store: Store, node: Node, seed: int) -> None:
+async def test_takes_cancelled_at_any_moment_leave_nothing_behind(
+    store: Store, node: Node, seed: int
+) -> None:
     dice = random.Random(seed)
     net = await create_network(
         store,
@@ -416,7 +455,8 @@ async def test_takes_cancelled_at_any_moment_leave_nothing_behind(store: Store, 
     )
     await node.start()
     takes = [
-        asyncio.create_task(node.take(net, *([f"10.64.0.{24 + i % 7}"] if i % 3 == 0 else []))) for i in range(20)
+        asyncio.create_task(node.take(net, *([f"10.64.0.{24 + i % 7}"] if i % 3 == 0 else [])))
+        for i in range(20)
     ]
     for take in takes:
         await asyncio.sleep(dice.choice([0, 0, 0.001, 0.003]))
@@ -597,6 +637,30 @@ async def test_an_exhausted_pool_with_a_warm_shortage_costs_nothing_while_idle(
     await asyncio.sleep(0.3)
     assert gathered <= 2
     assert node.holder.status()["transactions"] == before
+
+
+async def test_a_block_that_cannot_be_returned_because_it_is_used_again_costs_nothing(
+    store: Store, node: Node
+) -> None:
+    net = await network(store, "10.64.0.0/24", warm=0)
+    await node.start()
+    await node.add(net, "c1")
+    await set_pools_disabled(store, ["10.64.0.0-24"], True)
+    await eventually(lambda: node.is_quiet() and node.catalogue.pools()[0].disabled)
+    work = node.holder._upkeep
+    (block,) = node.holder._holdings.blocks
+    work._return_after[block] = asyncio.get_running_loop().time() - 1  # it was refused, a while ago
+    rounds, real = 0, work._gather
+
+    async def counting() -> object:
+        nonlocal rounds
+        rounds += 1
+        return await real()
+
+    work._gather = counting  # type: ignore[method-assign, assignment]
+    node.holder._holdings.wake.set()
+    await asyncio.sleep(0.1)
+    assert rounds <= 2
 
 
 async def test_a_burst_that_is_put_back_is_trimmed_to_the_high_water_mark_and_stays(

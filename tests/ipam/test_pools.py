@@ -30,7 +30,9 @@ def pools(draw: st.DrawFn) -> tuple[str, int, list[tuple[int, int]], list[tuple[
     base = ip_address("10.64.0.0" if family == 4 else "fd00:1::")
     at = int(base) + (draw(st.integers(0, 3)) << (bits - length))
     count = 1 << (bits - length)
-    spans = st.lists(st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)).map(sorted).map(tuple), max_size=3)
+    spans = st.lists(
+        st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)).map(sorted).map(tuple), max_size=3
+    )
     return f"{type(base)(at)}/{length}", draw(st.integers(length, bits)), draw(spans), draw(spans)
 
 
@@ -39,7 +41,7 @@ def texts(cidr: str, spans: list[tuple[int, int]]) -> list[str]:
     return [f"{net[a]}-{net[b]}" for a, b in spans]
 
 
-@settings(max_examples=150, deadline=None, print_blob=True)
+@settings(max_examples=150, deadline=None, database=None, print_blob=True)
 @given(pools())
 def test_a_pool_says_what_sets_of_addresses_say(drawn: tuple) -> None:  # type: ignore[type-arg]
     cidr, block_size, static_spans, excluded_spans = drawn
@@ -126,7 +128,12 @@ def test_the_block_size_never_exceeds_the_pool() -> None:
         ("10.64.0.0/16", {"excluded": ["10.64.0.9-10.64.0.1"]}, "runs backwards", "write FIRST-LAST"),
         ("10.64.0.0/16", {"excluded": ["10.64.0.1-fd00::1"]}, "mixes families", "write FIRST-LAST"),
         ("10.64.0.0/16", {"excluded": ["some-thing"]}, "no address range", "write FIRST-LAST"),
-        ("10.64.0.0/16", {"excluded": ["10.64.0.1-10.64.0.2-10.64.0.3"]}, "no address range", "write FIRST-LAST"),
+        (
+            "10.64.0.0/16",
+            {"excluded": ["10.64.0.1-10.64.0.2-10.64.0.3"]},
+            "no address range",
+            "write FIRST-LAST",
+        ),
         ("10.64.0.0/30", {"excluded": ["10.64.0.1-10.64.0.2"]}, "every address excluded", "exclude fewer"),
     ],
 )
@@ -143,8 +150,10 @@ def test_nonsense_is_refused_with_the_thing_the_cause_and_the_next_step(
 
 
 @given(st.integers(20, 32), st.integers(0, 255), st.integers(20, 32), st.integers(0, 255))
-@settings(max_examples=200, deadline=None)
-def test_pools_overlap_exactly_when_they_share_an_address(len_a: int, at_a: int, len_b: int, at_b: int) -> None:
+@settings(max_examples=200, deadline=None, database=None)
+def test_pools_overlap_exactly_when_they_share_an_address(
+    len_a: int, at_a: int, len_b: int, at_b: int
+) -> None:
     a, b = (
         ip_network((int(ip_address("10.0.0.0")) + (at << 4), length), strict=False)
         for length, at in ((len_a, at_a), (len_b, at_b))

@@ -60,7 +60,9 @@ async def test_an_outbox_that_a_crash_cut_off_is_sent_after_it(faulty: FaultySto
     await node.crash()
     faulty.down = False
     await node.start()
-    found = await stored_when(faulty.store, lambda found: gone not in found or found[gone].state != "assigned")
+    found = await stored_when(
+        faulty.store, lambda found: gone not in found or found[gone].state != "assigned"
+    )
     assert found[ip].container_id == "c2"
 
 
@@ -137,7 +139,9 @@ async def test_the_store_wins_where_it_names_another_owner(store: Store, node: N
     assert (await stored(store))[ip].container_id == "theirs"
 
 
-async def test_an_address_that_turned_out_another_nodes_while_serving_is_a_conflict(store: Store, node: Node) -> None:
+async def test_an_address_that_turned_out_another_nodes_while_serving_is_a_conflict(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24", warm=0)
     await node.start()
     (ip,) = await node.add(net, "c1")
@@ -162,7 +166,7 @@ async def test_another_instance_of_the_agent_ends_serving_at_once(store: Store, 
     await new.start()
     old.delete(*old.holder.assigned())
     await eventually(lambda: old.holder.problem)
-    with pytest.raises(TryAgain, match="another agent|runs elsewhere"):
+    with pytest.raises(TryAgain, match=r"another agent|runs elsewhere"):
         await old.take(net)
     with pytest.raises(TryAgain):
         await old.take(net, "10.64.0.200")
@@ -253,7 +257,7 @@ async def test_networks_created_in_a_restored_store_are_seen(
 ) -> None:
     backup = await restored(tmp_path, node, store)
     for i in range(20):
-        await network(store, f"10.7{i}.0.0/24", name=f"lost-{i}")
+        await network(store, f"10.{100 + i}.0.0/24", name=f"lost-{i}")
     await eventually(lambda: len(node.catalogue.names()) == 21)
     faulty.store = backup
     node.delete(*node.holder.assigned())
@@ -263,18 +267,24 @@ async def test_networks_created_in_a_restored_store_are_seen(
     await backup.close()
 
 
-async def test_a_lent_address_that_the_store_does_not_know_any_more_is_asserted(store: Store, node: Node) -> None:
+async def test_a_lent_address_that_the_store_does_not_know_any_more_is_asserted(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24", warm=2)
     await node.start()
     (held,) = await node.take(net)
     await eventually(node.is_quiet)
     await delete(store, keys.address_key(held.ip))
     await node.holder.sync()
+    others = [(await node.take(net))[0].ip for _ in range(70)]  # more than its block has
+    assert held.ip not in others
     node.assign([held], "c1")
     await stored_when(store, lambda found: held.ip in found and found[held.ip].container_id == "c1")
 
 
-async def test_a_lent_address_that_is_another_nodes_by_now_is_not_offered_again(store: Store, node: Node) -> None:
+async def test_a_lent_address_that_is_another_nodes_by_now_is_not_offered_again(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24", warm=1)
     await node.start()
     (held,) = await node.take(net)
@@ -288,7 +298,33 @@ async def test_a_lent_address_that_is_another_nodes_by_now_is_not_offered_again(
     assert held.ip not in taken
 
 
-async def test_an_assignment_of_a_lost_address_is_a_conflict_and_not_silently_kept(store: Store, node: Node) -> None:
+async def test_a_take_that_waits_while_one_of_its_addresses_is_lost_is_refused(
+    faulty: FaultyStore, node: Node
+) -> None:
+    net = await network(faulty.store, "10.64.0.0/24", "fd00:64::/64", warm=1)
+    node.load()
+    await node.holder.sync()
+    asking = asyncio.create_task(node.take(net, "fd00:64::99"))
+    await asyncio.sleep(0.01)
+    # One round of the upkeep: the IPv6 address is granted, for IPv4 there is only a block by now.
+    changes = await node.holder._upkeep._gather()
+    node.holder._upkeep._apply(changes, await node.holder._writer.commit([c.write for c in changes]))
+    await asyncio.sleep(0.01)
+    held = next(h for h in node.holder._shelf.held.values() if h.ip.version == 6 and h.lent)
+    assert not asking.done()
+    kv = await faulty.store.get(keys.address_key(held.ip))
+    assert kv is not None
+    theirs = Address.decode(kv.key, kv.value).with_(node="n2")
+    await faulty.store.txn(Txn(then=(Put(kv.key, theirs.encode()),)))
+    await node.holder.sync()
+    node.serve()
+    with pytest.raises(TryAgain, match="lost to another node"):
+        await asking
+
+
+async def test_an_assignment_of_a_lost_address_is_a_conflict_and_not_silently_kept(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24", warm=1)
     await node.start()
     (held,) = await node.take(net)
@@ -339,7 +375,7 @@ async def test_a_block_claimed_in_the_moment_of_a_crash_is_known_after_it(store:
     await node.start()
     await node.add(net, "c1")
     await eventually(node.is_quiet)
-    taking = asyncio.create_task(asyncio.gather(*(node.take(net) for _ in range(20)), return_exceptions=True))
+    taking = asyncio.gather(*(node.take(net) for _ in range(20)), return_exceptions=True)
     await asyncio.sleep(0)
     await crash_after_the_next_commit(node)
     taking.cancel()
@@ -349,13 +385,18 @@ async def test_a_block_claimed_in_the_moment_of_a_crash_is_known_after_it(store:
     assert len(blocks) > 1
 
 
-async def test_a_static_address_taken_in_the_moment_of_a_crash_is_not_leaked(store: Store, node: Node) -> None:
+async def test_a_static_address_taken_in_the_moment_of_a_crash_is_not_leaked(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/24", warm=0)
     await node.start()
     await node.add(net, "c1")  # so that the journal is not empty
     await eventually(node.is_quiet)
-    outside = next(str(ip) for ip in ip_network("10.64.0.0/24").hosts() if not any(
-        ip in block for block in node.holder._holdings.blocks))
+    outside = next(
+        str(ip)
+        for ip in ip_network("10.64.0.0/24").hosts()
+        if not any(ip in block for block in node.holder._holdings.blocks)
+    )
     taking = asyncio.create_task(node.take(net, outside))
     await asyncio.sleep(0)
     await crash_after_the_next_commit(node)
@@ -371,14 +412,19 @@ async def test_a_static_address_given_away_in_the_moment_of_a_crash_is_not_leake
     net = await network(faulty.store, "10.64.0.0/24", warm=0)
     await node.start()
     await node.add(net, "c1")
-    outside = next(str(ip) for ip in ip_network("10.64.0.0/24").hosts() if not any(
-        ip in block for block in node.holder._holdings.blocks))
+    outside = next(
+        str(ip)
+        for ip in ip_network("10.64.0.0/24").hosts()
+        if not any(ip in block for block in node.holder._holdings.blocks)
+    )
     (ip,) = await node.add(net, "c2", outside)
     await eventually(node.is_quiet)
     node.delete(ip)
-    await eventually(lambda: node.states().get("cooling") == 1)
+    await eventually(lambda: node.is_quiet() and node.states().get("cooling") == 1)
     faulty.fault = lambda txn: "refused"
-    await eventually(lambda: (held := node.holder.held(ip)) is not None and held.record is None and held.forgotten)
+    await eventually(
+        lambda: (held := node.holder.held(ip)) is not None and held.record is None and held.forgotten
+    )
     await node.crash()
     faulty.fault = lambda txn: ""
     assert ip in await stored(faulty.store)
@@ -389,7 +435,9 @@ async def test_a_static_address_given_away_in_the_moment_of_a_crash_is_not_leake
 # -- records that cannot be read
 
 
-async def test_an_unreadable_record_is_reported_left_alone_and_blocks_nothing(store: Store, node: Node) -> None:
+async def test_an_unreadable_record_is_reported_left_alone_and_blocks_nothing(
+    store: Store, node: Node
+) -> None:
     net = await network(store, "10.64.0.0/28", warm=2)
     await node.start()
     (mine,) = await node.add(net, "c1")

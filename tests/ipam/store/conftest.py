@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 from ipam.store import Store, open_store
 from ipam.store import sqlite_mvcc as mvcc
 from ipam.store.sqlite_file import Database
+from tests.ipam.store.etcd_members import Cluster
 
 ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("worker.py")
@@ -27,11 +30,13 @@ class Backend:
 
     shortest_ttl: the shortest lease it keeps to, seconds.
     compact: forget all revisions before the given one.
+    margin: how many revisions later than the oldest one that can be read a watch can start.
     """
 
     url: str
     shortest_ttl: float
     compact: Callable[[int], Awaitable[None]]
+    margin: int = 0
     opened: list[Store] = field(default_factory=list)
 
     async def open(self) -> Store:
@@ -41,8 +46,8 @@ class Backend:
 
 
 @contextlib.asynccontextmanager
-async def sqlite_backend(directory: Path) -> AsyncIterator[Backend]:
-    path = directory / "moorage" / "store.db"
+async def sqlite_backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    path: Path = request.getfixturevalue("tmp_path") / "moorage" / "store.db"
 
     async def compact(revision: int) -> None:
         with contextlib.closing(Database(path)) as database, database.writing() as db:
@@ -51,12 +56,36 @@ async def sqlite_backend(directory: Path) -> AsyncIterator[Backend]:
     yield Backend(f"sqlite://{path}", shortest_ttl=0.3, compact=compact)
 
 
-BACKENDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Backend]]] = {"sqlite": sqlite_backend}
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[Cluster]:
+    """One etcd for all tests of a session; each test has a prefix of its own."""
+    with Cluster() as cluster:
+        yield cluster
 
 
-@pytest.fixture(params=BACKENDS)
-async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Backend]:
-    async with BACKENDS[request.param](tmp_path) as backend:
+prefixes = itertools.count()
+
+
+@contextlib.asynccontextmanager
+async def etcd_backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    cluster: Cluster = request.getfixturevalue("etcd")
+
+    async def compact(revision: int) -> None:
+        await asyncio.to_thread(cluster.ctl, "compact", "--physical", str(revision))
+
+    yield Backend(cluster.url(prefix=f"/test{next(prefixes)}"), shortest_ttl=1, compact=compact, margin=1)
+
+
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[Backend]]] = {
+    "sqlite": sqlite_backend,
+    "etcd": etcd_backend,
+}
+MARKS = {"etcd": [pytest.mark.etcd]}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    async with BACKENDS[request.param](request) as backend:
         yield backend
         for store in backend.opened:
             await store.close()

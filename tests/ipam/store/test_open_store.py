@@ -68,8 +68,3 @@ async def test_odd_file_names_work(tmp_path: Path, name: str) -> None:
 async def test_a_url_that_names_no_store_is_refused_with_the_right_form(url: str) -> None:
     with pytest.raises(InvalidInput, match=r"sqlite:///|zero byte"):
         await open_store(url)
-
-
-async def test_etcd_is_not_there_yet(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no etcd store yet"):
-        await open_store("etcd://10.0.0.1:2379,10.0.0.2:2379?ca=/etc/ca.pem")

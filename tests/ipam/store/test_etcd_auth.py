@@ -1,0 +1,145 @@
+"""Users of etcd: tokens that expire, rights that are missing, passwords that change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from ipam.errors import Ambiguous, StoreUnavailable
+from ipam.store import Put, Store, Txn, open_store
+from tests.ipam.store.etcd_members import Cluster
+
+pytestmark = pytest.mark.etcd
+
+TOKEN_TTL = 1
+"""Seconds after its last use that a token is forgotten; the least that etcd can be told."""
+
+PASSWORD = "hunter2"
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Cluster]:
+    """A member with users: root, moorage for /moorage/, and nobody with no rights."""
+    arguments = ["--auth-token-ttl", str(TOKEN_TTL), "--bcrypt-cost", "4"]
+    with Cluster(arguments=arguments, ctl=[]) as cluster:
+        for user in ("root", "moorage", "nobody"):
+            cluster.ctl("user", "add", f"{user}:{PASSWORD}")
+        cluster.ctl("user", "grant-role", "root", "root")
+        cluster.ctl("role", "add", "moorage")
+        cluster.ctl("role", "grant-permission", "moorage", "--prefix=true", "readwrite", "/moorage/")
+        cluster.ctl("user", "grant-role", "moorage", "moorage")
+        cluster.ctl("auth", "enable")
+        yield cluster
+
+
+def user_file(directory: Path, user: str = "moorage", password: str = PASSWORD) -> Path:
+    path = directory / "user"
+    path.write_text(f"{user}:{password}\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+async def store(guarded: Cluster, tmp_path: Path) -> AsyncIterator[Store]:
+    store = await open_store(guarded.url(user_file=user_file(tmp_path)))
+    yield store
+    await store.close()
+
+
+async def put(store: Store, key: str) -> int:
+    return (await store.txn(Txn(then=(Put(key, b""),)))).revision
+
+
+async def refused(store: Store) -> str:
+    """What a transaction is told; it was not applied. Closes the store."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await put(store, "k/refused")
+    await store.close()
+    assert not isinstance(caught.value, Ambiguous)
+    assert PASSWORD not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_a_token_that_expired_is_renewed_in_passing(store: Store) -> None:
+    last = await put(store, "k/0")
+    for i in range(1, 3):
+        # Forgotten at the latest at the second look that etcd takes, one a second.
+        await asyncio.sleep(TOKEN_TTL + 1.2)
+        assert await put(store, f"k/{i}") == last + 1
+        last += 1
+    await asyncio.sleep(TOKEN_TTL + 1.2)
+    assert await store.get("k/2") is not None
+    await asyncio.sleep(TOKEN_TTL + 1.2)
+    batch = await asyncio.wait_for(anext(store.watch("k/", last)), 5)
+    assert [event.key for event in batch.events] == ["k/2"]
+
+
+async def test_concurrent_callers_all_get_through_after_a_token_expired(store: Store) -> None:
+    await put(store, "k/first")
+    await asyncio.sleep(TOKEN_TTL + 1.2)
+    await asyncio.gather(*(put(store, f"k/many{i}") for i in range(20)))
+
+
+async def test_a_change_of_users_is_survived(store: Store, guarded: Cluster) -> None:
+    await put(store, "k/before")
+    root = ("--user", f"root:{PASSWORD}")
+    await asyncio.to_thread(guarded.ctl, *root, "role", "add", "another")
+    await put(store, "k/after")
+    assert await store.get("k/after") is not None
+
+
+async def test_leases_work_with_users(store: Store) -> None:
+    lease = await store.lease(2)
+    await store.txn(Txn(then=(Put("k/leased", b"", lease.id),)))
+    await asyncio.sleep(2.2)
+    assert lease.alive
+    await lease.revoke()
+    assert await store.get("k/leased") is None
+
+
+async def test_a_wrong_password_is_named_by_its_file(guarded: Cluster, tmp_path: Path) -> None:
+    store = await open_store(guarded.url(user_file=user_file(tmp_path, password="wrong")))
+    assert "correct the user-file" in await refused(store)
+
+
+async def test_a_corrected_password_is_read_without_a_restart(guarded: Cluster, tmp_path: Path) -> None:
+    store = await open_store(guarded.url(user_file=user_file(tmp_path, password="wrong")))
+    with pytest.raises(StoreUnavailable):
+        await store.get("k/a")
+    user_file(tmp_path)
+    await put(store, "k/corrected")
+    await store.close()
+
+
+async def test_no_user_where_one_is_wanted(guarded: Cluster) -> None:
+    assert "user-file=" in await refused(await open_store(guarded.url()))
+
+
+async def test_a_user_without_rights(guarded: Cluster, tmp_path: Path) -> None:
+    store = await open_store(guarded.url(user_file=user_file(tmp_path, "nobody")))
+    with pytest.raises(StoreUnavailable, match="grant-permission"):
+        await store.get("k/a")
+    with pytest.raises(StoreUnavailable, match="grant-permission"):
+        await asyncio.wait_for(anext(store.watch("k/", 1)), 5)
+    assert "grant-permission" in await refused(store)
+
+
+async def test_rights_end_at_the_prefix(guarded: Cluster, tmp_path: Path) -> None:
+    store = await open_store(guarded.url(user_file=user_file(tmp_path), prefix="/elsewhere"))
+    assert "grant-permission" in await refused(store)
+
+
+async def test_a_user_file_is_no_hindrance_where_nobody_is_asked(etcd: Cluster, tmp_path: Path) -> None:
+    store = await open_store(etcd.url(user_file=user_file(tmp_path), prefix="/nousers"))
+    await put(store, "k/a")
+    await store.close()
+
+
+async def test_a_user_file_opened_to_others_later_is_not_used(
+    store: Store, tmp_path: Path, guarded: Cluster
+) -> None:
+    (tmp_path / "user").chmod(0o644)
+    assert "chmod 0600" in await refused(store)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+
+import pytest
+
+from ipam import keys, membership
+from ipam.errors import Fenced, StoreUnavailable
+from ipam.membership import Membership
+from ipam.nodes import list_nodes
+from ipam.records import Alive, Node
+from ipam.store import Delete, Put, Store, Txn
+from ipam.store.sqlite import SqliteLease
+from ipam.writer import Writer
+from tests.ipam.faulty import FaultyStore
+
+FACTS = Node(name="n1", version="1.0", underlay=["192.0.2.1"])
+
+
+async def member(store: Store, instance: str = "a") -> Membership:
+    await Writer(store, "n1", instance, "boot").claim(0)
+    return Membership(store, FACTS, instance, "boot")
+
+
+async def test_a_registered_node_is_listed_as_alive_with_its_facts(store: Store) -> None:
+    await (await member(store)).register()
+    (node,) = await list_nodes(store)
+    assert (node.name, node.alive, node.version, node.underlay, node.instance) == (
+        "n1", True, "1.0", ["192.0.2.1"], "a",
+    )  # fmt: skip
+
+
+async def test_a_node_that_left_is_listed_and_not_alive(store: Store) -> None:
+    one = await member(store)
+    await one.register()
+    await one.leave()
+    (node,) = await list_nodes(store)
+    assert (node.alive, node.instance) == (False, "")
+
+
+async def test_a_node_whose_lease_was_lost_registers_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "LOOK", 0.01)
+    monkeypatch.setattr(membership, "LEASE", 0.2)
+    one = await member(store)
+    await one.register()
+    assert isinstance(one._lease, SqliteLease)
+    await store.revoke(one._lease.id)  # type: ignore[attr-defined]
+    assert await store.get(keys.ALIVE + "n1") is None
+    keeping = asyncio.create_task(one.keep())
+    async with asyncio.timeout(3):
+        while await store.get(keys.ALIVE + "n1") is None:
+            await asyncio.sleep(0.01)
+    keeping.cancel()
+    with suppress(asyncio.CancelledError):
+        await keeping
+
+
+async def test_an_agent_without_the_fence_does_not_call_itself_alive(store: Store) -> None:
+    old = await member(store, "old")
+    await old.register()
+    await (await member(store, "new")).register()
+    with pytest.raises(Fenced, match="another agent writes for node n1"):
+        await old.register()
+    kv = await store.get(keys.ALIVE + "n1")
+    assert kv is not None
+    assert Alive.decode(kv.key, kv.value).instance == "new"
+
+
+async def test_a_removed_node_does_not_register_before_it_holds_a_fence_again(store: Store) -> None:
+    one = await member(store)
+    await store.txn(Txn(then=(Delete(keys.WRITERS + "n1"),)))
+    with pytest.raises(Fenced):
+        await one.register()
+
+
+async def test_fields_that_a_newer_agent_wrote_about_the_node_are_kept(store: Store) -> None:
+    await store.txn(Txn(then=(Put(keys.NODES + "n1", b'{"name":"n1","version":"2","vtep":"02:00"}'),)))
+    await (await member(store)).register()
+    kv = await store.get(keys.NODES + "n1")
+    assert kv is not None
+    assert json.loads(kv.value)["vtep"] == "02:00"
+    assert json.loads(kv.value)["version"] == "1.0"
+
+
+async def test_a_registration_that_fails_leaves_no_lease_that_is_kept_alive(faulty: FaultyStore) -> None:
+    one = await member(faulty)
+    before = asyncio.all_tasks()
+    faulty.faults("refused")
+    with pytest.raises(StoreUnavailable):
+        await one.register()
+    assert asyncio.all_tasks() == before

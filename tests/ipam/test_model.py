@@ -1,0 +1,208 @@
+"""Everything at once, against a model that knows only who was told to have which address.
+
+Two nodes share the pools of one network. Containers start, stop and are refused, agents are killed,
+the store goes away, loses replies and delivers late. The model is a dictionary; what it asserts is what
+DESIGN.md section 5 promises. A failing seed is printed and shrinks: `run` takes the list of steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipam.errors import MoorageError
+from ipam.keys import IPAddress
+from ipam.networks import PoolSpec, create_network, set_pools_disabled
+from ipam.records import Network
+from ipam.reservations import reserve, unreserve
+from ipam.store import open_store
+from tests.ipam.faulty import FaultyStore
+from tests.ipam.nodes import Node, stored
+
+STATIC = [f"10.64.0.{n}" for n in (24, 25, 26)]
+RESERVED = ip_address("10.64.0.9")
+COOLDOWN = 0.01
+
+Step = tuple[str, int]
+ACTIONS = (
+    ["take"] * 6
+    + ["release"] * 5
+    + ["static", "static", "reservation", "put back", "burst", "cancel", "pause", "pause"]
+    + ["crash", "outage", "lost replies", "late replies", "deliver", "disable", "reserve", "resync"]
+)
+steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1000)), min_size=5, max_size=40)
+
+
+class World:
+    """The nodes, their store, and the model: container -> (node, addresses)."""
+
+    def __init__(self, path: Path, store: FaultyStore, net: Network) -> None:
+        self.store, self.net = store, net
+        self.nodes = [Node(path, store, name, cooldown=COOLDOWN) for name in ("n1", "n2")]
+        self.holds: dict[str, tuple[Node, list[IPAddress]]] = {}
+        self.released_at: dict[IPAddress, float] = {}
+        self.names = (f"c{i}" for i in itertools.count())
+        self.disabled = self.reserved = False
+
+    def node(self, n: int) -> Node:
+        return self.nodes[n % 2]
+
+    async def add(self, node: Node, *ips: str, key: str | None = None) -> None:
+        try:
+            lent = await node.take(self.net, *ips, reservation=key)
+        except MoorageError:
+            return
+        self.begin(node, lent, key)
+
+    def begin(self, node: Node, lent: list[object], key: str | None = None) -> None:
+        name = next(self.names)
+        addresses = node.assign(lent, name, key or "")  # type: ignore[arg-type]
+        taken = {ip for _, ips in self.holds.values() for ip in ips}
+        assert not taken & set(addresses), f"{taken & set(addresses)} given to {name} though it is in use"
+        assert sorted(ip.version for ip in addresses) == [4, 6]
+        now = asyncio.get_running_loop().time()
+        for ip in addresses:
+            early = key is not None and ip == RESERVED
+            assert early or now - self.released_at.get(ip, 0.0) >= COOLDOWN, (
+                f"{ip} reused before its cooldown"
+            )
+            assert str(ip) not in STATIC or any(str(h.ip) == str(ip) for h in lent)  # type: ignore[attr-defined]
+        self.holds[name] = (node, addresses)
+
+    async def do(self, action: str, n: int) -> None:
+        node = self.node(n)
+        match action:
+            case "take":
+                await self.add(node)
+            case "burst":
+                await asyncio.gather(*(self.add(self.node(i)) for i in range(n % 10)))
+            case "static":
+                await self.add(node, STATIC[n % 3])
+            case "reservation":
+                await self.add(node, key="db")
+            case "put back":
+                try:
+                    node.holder.put_back(await node.take(self.net))
+                except MoorageError:
+                    return
+            case "cancel":
+                taking = asyncio.create_task(node.take(self.net, *([STATIC[n % 3]] if n % 4 == 0 else [])))
+                await asyncio.sleep((n % 5) / 2000)
+                taking.cancel()
+                (answer,) = await asyncio.gather(taking, return_exceptions=True)
+                if isinstance(answer, list):
+                    node.holder.put_back(answer)
+            case "release":
+                if self.holds:
+                    name = sorted(self.holds)[n % len(self.holds)]
+                    node, ips = self.holds.pop(name)
+                    node.delete(*ips)
+                    self.released_at |= dict.fromkeys(ips, asyncio.get_running_loop().time())
+            case "crash":
+                await node.crash()
+                node.load()
+                node.serve()
+            case "resync":
+                node.holder._writer._claimed = False  # as after a store error; the next commit notices
+            case "outage":
+                self.store.down = not self.store.down
+            case "lost replies" | "late replies":
+                kind = {"lost": "reply lost", "late": "late"}[action[:4]]
+                self.store.faults(*[random.Random(i).choice([kind, ""]) for i in range(n % 7)])
+            case "deliver":
+                await self.store.deliver()
+            case "disable":
+                self.disabled = not self.disabled
+                await set_pools_disabled(self.store.store, ["10.64.0.0-27"], self.disabled)
+            case "reserve":
+                self.reserved = not self.reserved
+                await (reserve(self.store.store, RESERVED, "db") if self.reserved else self.unreserve())
+            case "pause":
+                await asyncio.sleep((n % 4) / 200)
+
+    async def unreserve(self) -> None:
+        await unreserve(self.store.store, RESERVED)
+
+    async def settle(self) -> None:
+        """The store answers again; soon everything agrees."""
+        self.store.down, self.store.fault = False, lambda _: ""
+        await self.store.deliver()
+        deadline = asyncio.get_running_loop().time() + 5
+        while wrong := await self._wrong():
+            assert asyncio.get_running_loop().time() < deadline, wrong
+            await asyncio.sleep(0.005)
+
+    async def _wrong(self) -> str:
+        """What does not agree yet, between the model, the store, the nodes' memories and their journals."""
+        assert not any(node.conflicts for node in self.nodes)
+        found = await stored(self.store.store)
+        assigned = {ip: (r.node, r.container_id) for ip, r in found.items() if r.state == "assigned"}
+        if assigned != {ip: (node.name, name) for name, (node, ips) in self.holds.items() for ip in ips}:
+            return f"the model has {self.holds} and the store {assigned}"
+        for node in self.nodes:
+            mine = {ip for ip, r in found.items() if r.node == node.name}
+            held = node.holder._shelf.held
+            warm = sum(found[ip].state == "warm" for ip in mine)
+            if node.holder.problem:
+                return f"{node.name} is out of sync: {node.holder.problem}"
+            if mine != set(held) or any(h.lent or h.dirty or h.state == "cooling" for h in held.values()):
+                return f"{node.name} holds {held} and the store says {mine}"
+            if mine != (rows := {row.ip for row in node.journal.load_addresses()}):
+                return f"the journal of {node.name} has {rows} and the store {mine}"
+            if warm > 2 * 2 * self.net.warm:
+                return f"{node.name} keeps {warm} warm"
+        return ""
+
+    async def end(self) -> None:
+        for node, ips in self.holds.values():
+            node.delete(*ips)
+        self.holds.clear()
+        await asyncio.sleep(0.01)
+        await self.settle()
+
+
+async def run(path: Path, script: list[Step]) -> None:
+    real = await open_store(f"sqlite://{path}/store.db")
+    try:
+        specs = [
+            PoolSpec("10.64.0.0/27", block_size=29, static=(f"{STATIC[0]}-{STATIC[-1]}",)),
+            PoolSpec("fd00:64::/120", block_size=126),
+        ]
+        net = await create_network(real, Network(name="prod", pools=[], warm=2), specs)
+        world = World(path, FaultyStore(real), net)
+        try:
+            for node in world.nodes:
+                await node.start()
+            for action, n in script:
+                await world.do(action, n)
+            await world.settle()
+            await world.end()
+        finally:
+            for node in world.nodes:
+                await node.crash()
+    finally:
+        await real.close()
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(script=steps)
+def test_no_address_is_ever_double_booked_lost_or_leaked(
+    tmp_path_factory: pytest.TempPathFactory, script: list[Step]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for constant, seconds in (("REFILL_PATIENCE", 0.15), ("HANDOVER_PATIENCE", 0.05)):
+            patch.setattr(f"ipam.holder.{constant}", seconds)
+        asyncio.run(run(tmp_path_factory.mktemp("world"), script))

@@ -1,0 +1,27 @@
+"""Two agents under one name: the newer one has it, the older one gives nothing out and says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from moorage.lab import LabNode
+from tests.system.conftest import eventually
+
+pytestmark = pytest.mark.kernel
+
+
+def test_the_older_of_two_agents_under_one_name_is_fenced_until_the_newer_one_ends(node: LabNode) -> None:
+    with LabNode(node.name, store=node.store) as twin, node.container() as before, node.container() as after:
+        ips = before.add("web").ips
+        twin.start()
+        eventually(lambda: "another agent" in node.ask("status")["problem"])
+        refused = after.add("web")
+        assert refused.json["code"] == 11
+        assert "another agent" in refused.json["msg"]
+        assert node.namespace.pings(ips[4])
+        assert before.delete("web").exit == 0
+        assert twin.ask("status")["problem"] == ""
+        twin.stop()
+        eventually(lambda: node.ask("status")["problem"] == "", within=30)
+        assert after.add("web").exit == 0
+        after.delete("web")
