@@ -196,7 +196,6 @@ class Holder:
                     lent.append(held)
                 else:
                     waiters.append(Waiter(network.name, family, pool))
-            self._holdings.wake.set()
             if waiters:
                 lent.extend(await self._wait_for(waiters, network))
             self._check_still_held(lent)
@@ -229,6 +228,7 @@ class Holder:
         self._check_no_grace()
         for waiter in waiters:
             self._shelf.wait(waiter)
+        self._holdings.wake.set()
         try:
             async with asyncio.timeout(REFILL_PATIENCE):
                 return [await waiter.granted for waiter in waiters]
@@ -366,7 +366,7 @@ class Holder:
         """An ADD did not use these after all; nothing of them had reached the kernel."""
         for held in lent:
             self._shelf.put_back(held)
-        self._holdings.wake.set()
+        self._holdings.nudge()
 
     def plan_assign(self, lent: Sequence[Held], owner: Owner) -> list[AddressRow]:
         """The rows that make lent addresses assigned; changes nothing."""
@@ -417,7 +417,7 @@ class Holder:
             held.lent = False
             held.journalled = True
             self._shelf.want(held, row.record)
-        self._holdings.wake.set()
+        self._holdings.nudge()
 
     # -- looking in
 

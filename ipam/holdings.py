@@ -24,6 +24,9 @@ from ipam.shelf import Held, Shelf
 
 log = structlog.get_logger(__name__)
 
+BEHIND = 0.01
+"""Seconds by which writes that nobody waits for are put off: longer than what is left of their ADD or DEL."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
@@ -81,12 +84,23 @@ class Holdings:
         self.used: set[str] = set()
         self.asking: dict[IPAddress, asyncio.Future[Held]] = {}
         self.wake = asyncio.Event()
+        self._nudged = False
         self.serving = False
         self.problem = "not in sync with the store yet"
         self.no_new_until = 0.0
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
         self._foreign: dict[IPNetwork, set[IPAddress]] = {}
+
+    def nudge(self) -> None:
+        """Something is to be written that nobody waits for: soon, but not in the way of the ADD it came from."""
+        if not self._nudged:
+            self._nudged = True
+            asyncio.get_running_loop().call_later(BEHIND, self._wake_up)
+
+    def _wake_up(self) -> None:
+        self._nudged = False
+        self.wake.set()
 
     def load(self) -> None:
         """Start from the journal. What is warm there is served in the boot that wrote it, and only there."""

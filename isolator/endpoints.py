@@ -45,6 +45,10 @@ log = structlog.get_logger(__name__)
 TOMBSTONE_TTL = 120 * 10**9
 """Nanoseconds in which an ADD that was asked for before a DEL is refused (docs/design.md, section 7)."""
 
+REAP_TOGETHER = 0.03
+"""Seconds in which removals gather: one batch costs the kernel about as much as one interface, and holds up
+whoever attaches meanwhile."""
+
 REMOVE_RETRY = 1.0
 """Seconds before interfaces are removed again after the kernel refused it."""
 
@@ -112,7 +116,7 @@ class Endpoints:
             if known is not None and known.state is EndpointState.ATTACHED:
                 return known
             network = await self._catalogue.network(spec.network)
-            await self._kernel.check_namespace(spec.netns)
+            self._kernel.check_namespace(spec.netns)
             if known is None:
                 known = await self._begin(spec, network)
             return await self._connect(known)
@@ -306,6 +310,7 @@ class Endpoints:
         self._reap.set()
         while True:
             await self._reap.wait()
+            await asyncio.sleep(REAP_TOGETHER)
             self._reap.clear()
             batch = list(self._doomed.values())
             if not batch:
@@ -359,6 +364,10 @@ class Endpoints:
 
         names: of node ends that were seen to vanish; None looks at all.
         """
+        if names is not None and not any(
+            e.host_ifname in names and e.state is EndpointState.ATTACHED for e in self._endpoints.values()
+        ):
+            return
         links = await self._kernel.links()
         for endpoint in self.all():
             suspect = names is None or endpoint.host_ifname in names

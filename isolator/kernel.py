@@ -90,11 +90,8 @@ class Kernel:
 
     # -- ADD, DEL and CHECK
 
-    async def check_namespace(self, path: str) -> None:
-        """Raises NamespaceGone, NotANamespace."""
-        await self._wiring.run(self._check_namespace, path)
-
-    def _check_namespace(self, path: str) -> None:
+    def check_namespace(self, path: str) -> None:
+        """Raises NamespaceGone, NotANamespace. On the caller's thread: it only opens and looks."""
         with self._wiring.node.open_namespace(path):
             pass
 

@@ -36,6 +36,11 @@ def writes(txn: Txn) -> bool:
     return any(not isinstance(op, Get) for op in _leaves(txn))
 
 
+def written(txn: Txn) -> frozenset[str]:
+    """The keys that some branch of it could write."""
+    return frozenset(op.key for op in _leaves(txn) if not isinstance(op, Get))
+
+
 def _leaves(txn: Txn) -> Iterator[Put | Delete | Get]:
     for op in (*txn.then, *txn.orelse):
         if isinstance(op, Txn):

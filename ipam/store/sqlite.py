@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from sqlite3 import Connection
@@ -55,7 +55,7 @@ class SqliteStore:
         self._writer = writer
         self._clock = Clock.of_this_boot()
         self._closed = False
-        self._watches: set[asyncio.Event] = set()
+        self._watches: dict[asyncio.Event, tuple[str, str]] = {}
         self._pulse: _Pulse | None = None
         self._keepers: set[asyncio.Task[None]] = set()
         self._expiry = _Expiry(self._clock)
@@ -86,8 +86,8 @@ class SqliteStore:
 
     async def txn(self, txn: Txn) -> TxnResult:
         rules.check(txn)
-        if rules.writes(txn):
-            return await self._write(lambda db: mvcc.run(db, txn))
+        if written := rules.written(txn):
+            return await self._write(lambda db: mvcc.run(db, txn), written)
         return await self._read(lambda db: mvcc.run(db, txn))
 
     def watch(self, prefix: str, from_revision: int) -> AsyncIterator[WatchBatch]:
@@ -133,16 +133,17 @@ class SqliteStore:
             self._wake_watches()
         return answer
 
-    async def _write(self, job: Callable[[Connection], T]) -> T:
+    async def _write(self, job: Callable[[Connection], T], keys: Collection[str] | None = None) -> T:
+        """keys: those it may change, if that is known; watches of others are not woken for it."""
         self._check_open()
 
-        def write(database: Database) -> T:
+        def write(database: Database) -> tuple[T, bool]:
             with database.writing() as db:
-                mvcc.expire(db, self._clock)
-                return job(db)
+                expired = mvcc.expire(db, self._clock)
+                return job(db), expired
 
-        answer = await self._writer.run(write)
-        self._wake_watches()
+        answer, expired = await self._writer.run(write)
+        self._wake_watches(None if expired else keys)
         return answer
 
     def _check_open(self) -> None:
@@ -153,7 +154,7 @@ class SqliteStore:
 
     async def _watch(self, start: str, end: str, revision: int) -> AsyncIterator[WatchBatch]:
         wake = asyncio.Event()
-        self._watches.add(wake)
+        self._watches[wake] = (start, end)
         if self._pulse is None:
             self._pulse = _Pulse(self._path, self._clock, self._wake_watches)
         try:
@@ -168,7 +169,7 @@ class SqliteStore:
                     await wake.wait()
                 revision = upto + 1
         finally:
-            self._watches.discard(wake)
+            del self._watches[wake]
 
     async def _events(self, start: str, end: str, revision: int) -> tuple[tuple[Event, ...], int]:
         """Those since ``revision``, once the store can be read."""
@@ -179,9 +180,11 @@ class SqliteStore:
                 await asyncio.sleep(RETRY)
         return (), revision - 1
 
-    def _wake_watches(self) -> None:
-        for wake in self._watches:
-            wake.set()
+    def _wake_watches(self, keys: Collection[str] | None = None) -> None:
+        """keys: what changed, None for anything."""
+        for wake, (start, end) in self._watches.items():
+            if keys is None or any(start <= key < end for key in keys):
+                wake.set()
 
     # --- leases
 
