@@ -132,6 +132,12 @@ class Holder:
                 self._lose_sync(error)
                 await asyncio.sleep(SYNC_RETRY)
 
+    def fenced(self, error: Fenced) -> None:
+        """Another agent is known to write for this node: nothing is given out until that is settled."""
+        if self._holdings.serving:
+            self._lose_sync(error)
+            self._holdings.wake.set()
+
     def _lose_sync(self, error: MoorageError) -> None:
         log.warning("addresses: out of sync with the store", why=str(error))
         self._holdings.problem = str(error)
@@ -397,13 +403,21 @@ class Holder:
 
     # -- DEL
 
-    def plan_release(self, ips: Sequence[IPAddress]) -> list[AddressRow]:
-        """The rows that make assigned addresses cooling; changes nothing. Others are left out."""
+    def plan_release(
+        self, ips: Sequence[IPAddress], endpoint: tuple[str, str] | None = None
+    ) -> list[AddressRow]:
+        """The rows that make assigned addresses cooling; changes nothing.
+
+        Left out are those that are not assigned, or not to ``endpoint`` (container id, interface) if it is given.
+        """
         entries = [self._shelf.held.get(ip) for ip in ips]
         return [
             AddressRow(held.ip, cooling(held.record), held.revision, True)
             for held in entries
-            if held is not None and held.record is not None and held.state is AddressState.ASSIGNED
+            if held is not None
+            and held.record is not None
+            and held.state is AddressState.ASSIGNED
+            and endpoint in (None, (held.record.container_id, held.record.ifname))
         ]
 
     def accept(self, rows: Sequence[AddressRow]) -> None:

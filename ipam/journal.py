@@ -70,5 +70,5 @@ class Journal(Protocol):
         ...
 
     async def make_durable(self) -> None:
-        """What was committed so far survives a power failure from now on."""
+        """What was committed so far survives a power failure from now on. Raises TryAgain."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -30,11 +31,19 @@ def _unknown_fields(kv: KeyValue) -> dict[str, Any]:
 
 
 class Membership:
-    """Keeps ``nodes/<name>`` and, on a lease, ``alive/<name>``."""
+    """Keeps ``nodes/<name>`` and, on a lease, ``alive/<name>``.
 
-    def __init__(self, store: Store, node: Node, instance: str, boot_id: str) -> None:
+    on_fenced: told as soon as another agent turns out to live under this node's name, so that one which has
+    nothing to write does not go on giving out addresses.
+    """
+
+    def __init__(
+        self, store: Store, node: Node, instance: str, boot_id: str, on_fenced: Callable[[Fenced], None]
+    ) -> None:
         self._store = store
         self._node = node
+        self._on_fenced = on_fenced
+        self._missing = False
         self._alive = Alive(instance=instance, boot_id=boot_id)
         self._lease: Lease | None = None
 
@@ -60,6 +69,7 @@ class Membership:
             await lease.abandon()
             raise
         self._lease, lost = lease, self._lease
+        self._missing = False
         if lost is not None:
             await lost.abandon()
 
@@ -73,12 +83,35 @@ class Membership:
     async def keep(self) -> None:
         """Register again whenever the lease was lost, until cancelled."""
         while True:
-            if self._lease is None or not self._lease.alive:
+            if self._lease is None or not self._lease.alive or self._missing:
                 try:
                     await self.register()
-                except (StoreError, Fenced) as error:
+                except Fenced as error:
+                    self._on_fenced(error)
+                except StoreError as error:
                     log.warning("node is not registered", why=str(error))
             await asyncio.sleep(LOOK)
+
+    async def follow(self) -> None:
+        """Watch who lives under this node's name, until cancelled. Raises StoreError; the caller runs it again."""
+        key = keys.ALIVE + self._node.name
+        page = await self._store.page(key, key + "~", limit=1)
+        self._judge(page.items[0] if page.items else None)
+        async for batch in self._store.watch(key, page.revision + 1):
+            for event in batch.events:
+                if event.key == key:
+                    self._judge(event.kv)
+
+    def _judge(self, kv: KeyValue | None) -> None:
+        if kv is None:
+            self._missing = True
+        elif Alive.decode(kv.key, kv.value).instance != self._alive.instance:
+            self._missing = True
+            self._on_fenced(
+                Fenced(
+                    f"another agent took over node {self._node.name}; give one of the two another --node name"
+                )
+            )
 
     async def leave(self) -> None:
         """The agent ends in order: others need not wait for the lease."""

@@ -78,8 +78,8 @@ class Upkeep:
         self._reservation_unknown = False
 
     async def run(self) -> None:
-        """Work until cancelled. Raises Fenced, StoreRewound, StoreError: sync again, then run again."""
-        while True:
+        """Work until ``holdings.problem`` says to sync again. Raises Fenced, StoreRewound, StoreError: likewise."""
+        while not self._holdings.problem:
             while changes := await self._gather():
                 outcomes = await self._writer.commit([change.write for change in changes])
                 self._apply(changes, outcomes)
@@ -150,7 +150,7 @@ class Upkeep:
     async def _make_durable(self) -> bool:
         try:
             await self._holdings.journal.make_durable()
-        except OSError as error:
+        except TryAgain as error:
             log.warning("nothing is given back: the journal cannot be synced to its disk", why=str(error))
             self._journal_failed = True
             return False

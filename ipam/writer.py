@@ -108,6 +108,7 @@ class Writer:
         self._on_trouble = on_trouble
         self._revision = 0
         self._claimed = False
+        self._had_fence = False
         self._lock = asyncio.Lock()
         self.trouble = ""
         self.seq = 0
@@ -119,7 +120,8 @@ class Writer:
         confirmed_seq: what the journal says was confirmed last, 0 if it knows nothing.
         Returns whether the store is as new as the journal; False means that it went back in time, or
         that the node was removed: what the journal holds has to be asserted anew.
-        Raises Fenced while an agent of that name is alive on another boot, StoreUnavailable.
+        Raises Fenced while an agent of that name is alive on another boot, or after another took the fence
+        from this one and is alive: of two agents under one name the newer one has it. StoreUnavailable.
         """
         async with self._lock:
             self._claimed = False
@@ -128,9 +130,10 @@ class Writer:
                 alive = await self._store.get(keys.ALIVE + self._node)
                 if alive is not None:
                     lease = Alive.decode(alive.key, alive.value)
-                    if lease.boot_id != self._boot_id:
+                    ours = lease.instance == self._instance
+                    if not ours and (lease.boot_id != self._boot_id or self._had_fence):
                         raise Fenced(
-                            f"an agent of node {self._node} runs elsewhere (instance {lease.instance}); "
+                            f"another agent runs as node {self._node} (instance {lease.instance}); "
                             "stop it or wait until its lease expires, or give this node another --node name"
                         )
                 found = await self._store.get(self._key)
@@ -159,7 +162,7 @@ class Writer:
 
     def _hold(self, revision: int, seq: int, fresh: bool) -> bool:
         self._revision, self.seq = revision, seq
-        self._claimed = True
+        self._claimed = self._had_fence = True
         self.trouble = ""
         return fresh
 

@@ -326,7 +326,7 @@ class Endpoints:
             self._release(batch)
 
     def _release(self, batch: Sequence[Endpoint]) -> None:
-        rows = self._holder.plan_release([ip for endpoint in batch for ip in endpoint.ips])
+        rows = [row for e in batch for row in self._holder.plan_release(e.ips, e.key)]
         try:
             with self._journal.transaction():
                 for endpoint in batch:

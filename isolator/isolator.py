@@ -126,7 +126,7 @@ class Isolator:
             mtu=underlay.mtu,
             features=["routed"],
         )
-        self._membership = Membership(self._store, node, self.instance, self._boot_id)
+        self._membership = Membership(self._store, node, self.instance, self._boot_id, self._holder.fenced)
         try:
             async with asyncio.timeout(SYNC_PATIENCE):
                 await ensure_schema(self._store)
@@ -158,6 +158,7 @@ class Isolator:
                     ("addresses", self._holder.serve),
                     ("catalogue", self._catalogue.follow),
                     ("membership", self._membership.keep),
+                    ("takeover", self._membership.follow),
                     ("intents", intents.run),
                     ("reaper", self._endpoints.reap),
                     ("collector", self._collect),

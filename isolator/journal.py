@@ -157,8 +157,11 @@ class Journal:
             raise _unwritable(self._path, error) from error
 
     async def make_durable(self) -> None:
-        """What was committed so far survives a power failure from now on."""
-        await asyncio.to_thread(self._sync_log)
+        """What was committed so far survives a power failure from now on. Raises JournalUnwritable."""
+        try:
+            await asyncio.to_thread(self._sync_log)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
 
     def _sync_log(self) -> None:
         # In WAL mode a commit is durable once the log is; a checkpoint syncs what it moves by itself.

@@ -221,9 +221,7 @@ async def read_range(
     page = await store.page(start, end, limit=limit, keys_only=keys_only)
     items.extend(page.items)
     while page.next_key is not None:
-        page = await store.page(
-            page.next_key, end, limit=limit, revision=page.revision, keys_only=keys_only
-        )
+        page = await store.page(page.next_key, end, limit=limit, revision=page.revision, keys_only=keys_only)
         items.extend(page.items)
     return items, page.revision
 

@@ -44,6 +44,8 @@ class Connection:
         self._users = 0
         self._retired = False
         self._closing: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._observer = asyncio.create_task(self._observe(), name="moorage-etcd-connection")
         self._methods: dict[str, Callable[..., Any]] = {
             method.path: (made.stream_stream if method.streams else made.unary_unary)(
                 method.path,
@@ -73,7 +75,7 @@ class Connection:
                     grpc.ChannelConnectivity.SHUTDOWN,
                 ):
                     return False
-                await self.channel.wait_for_state_change(state)
+                await self._changed.wait()
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
@@ -92,10 +94,20 @@ class Connection:
     async def close(self) -> None:
         """Now, whatever is on it."""
         await self.channel.close()
+        await self._observer
 
     def _close_if_idle(self) -> None:
         if self._retired and not self._users and self._closing is None:
-            self._closing = asyncio.create_task(self.channel.close(), name="moorage-etcd-close")
+            self._closing = asyncio.create_task(self.close(), name="moorage-etcd-close")
+
+    async def _observe(self) -> None:
+        """Wakes ``connect``. It alone waits for gRPC, to the end: gRPC cannot be told to stop telling, and
+        tells a loop that is closed already what was cancelled."""
+        with contextlib.suppress(aio.UsageError):  # closed
+            while (state := self.channel.get_state()) is not grpc.ChannelConnectivity.SHUTDOWN:
+                await self.channel.wait_for_state_change(state)
+                self._changed.set()
+                self._changed = asyncio.Event()
 
 
 class Endpoint:

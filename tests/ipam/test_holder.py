@@ -512,7 +512,7 @@ async def test_an_address_is_not_given_away_before_that_is_on_the_disk(
     await warm_now(node, 2)
 
     async def broken() -> None:
-        raise OSError("Input/output error (test)")
+        raise JournalUnwritable("Input/output error (test)")
 
     monkeypatch.setattr(upkeep, "JOURNAL_RETRY", 0.01)
     with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ FACTS = Node(name="n1", version="1.0", underlay=["192.0.2.1"])
 
 async def member(store: Store, instance: str = "a") -> Membership:
     await Writer(store, "n1", instance, "boot").claim(0)
-    return Membership(store, FACTS, instance, "boot")
+    return Membership(store, FACTS, instance, "boot", lambda _: None)
 
 
 async def test_a_registered_node_is_listed_as_alive_with_its_facts(store: Store) -> None:
@@ -48,7 +48,7 @@ async def test_a_node_whose_lease_was_lost_registers_again(
     one = await member(store)
     await one.register()
     assert isinstance(one._lease, SqliteLease)
-    await store.revoke(one._lease.id)  # type: ignore[attr-defined]
+    await one._lease.revoke()
     assert await store.get(keys.ALIVE + "n1") is None
     keeping = asyncio.create_task(one.keep())
     async with asyncio.timeout(3):
@@ -93,3 +93,27 @@ async def test_a_registration_that_fails_leaves_no_lease_that_is_kept_alive(faul
     with pytest.raises(StoreUnavailable):
         await one.register()
     assert asyncio.all_tasks() == before
+
+
+async def test_who_is_replaced_is_told_and_registers_again_when_it_has_the_name_back(store: Store) -> None:
+    told: list[Fenced] = []
+    older = Membership(store, FACTS, "older", "boot", told.append)
+    newer = Membership(store, FACTS, "newer", "boot", lambda _: None)
+    await Writer(store, "n1", "older", "boot").claim(0)
+    await older.register()
+    tasks = [asyncio.create_task(older.follow()), asyncio.create_task(older.keep())]
+    try:
+        await Writer(store, "n1", "newer", "boot").claim(0)
+        await newer.register()
+        async with asyncio.timeout(10):
+            while not told:
+                await asyncio.sleep(0.01)
+        await newer.leave()
+        await Writer(store, "n1", "older", "boot").claim(0)
+        async with asyncio.timeout(10):
+            while (kv := await store.get(keys.ALIVE + FACTS.name)) is None or b"older" not in kv.value:
+                await asyncio.sleep(0.01)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

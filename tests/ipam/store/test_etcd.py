@@ -19,6 +19,7 @@ from ipam.store import (
     WatchBatch,
     etcd_calls,
     etcd_channel,
+    etcd_link,
     open_store,
     read_prefix,
 )
@@ -224,7 +225,8 @@ async def test_a_name_that_does_not_resolve_is_named(opened: Open) -> None:
         await put(store, "a")
 
 
-async def test_a_silent_endpoint_is_given_up_on(opened: Open) -> None:
+async def test_a_silent_endpoint_is_given_up_on(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd_link, "CONNECT", 0.5)
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     store = await opened(f"etcd://127.0.0.1:{port}")
@@ -232,7 +234,7 @@ async def test_a_silent_endpoint_is_given_up_on(opened: Open) -> None:
     with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
         await put(store, "a")
     assert not isinstance(caught.value, Ambiguous)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 2
     await store.close()
     server.close()
 
@@ -252,19 +254,17 @@ async def test_a_watch_goes_on_over_a_restart_and_misses_nothing(own: Cluster, o
     assert [event.revision for event in events] == sorted({event.revision for event in events})
 
 
+@pytest.mark.slow
 async def test_a_lease_outlives_a_restart_shorter_than_its_ttl(own: Cluster, opened: Open) -> None:
     store = await opened(own.url())
-    lease = await store.lease(3)
+    lease = await store.lease(2)
     await store.txn(Txn(then=(Put("alive", b"", lease.id),)))
     (member,) = own.members
     await asyncio.to_thread(member.kill)
     own.restart(member)
-    await asyncio.sleep(3.2)
+    await asyncio.sleep(2.5)
     assert lease.alive
     assert await store.get("alive") is not None
-    await asyncio.to_thread(member.kill)
-    await asyncio.sleep(3.1)
-    assert not lease.alive
 
 
 # --- space

@@ -79,13 +79,15 @@ async def collect(store: Store, prefix: str, start: int, count: int) -> list[str
     raise AssertionError("the watch ended")
 
 
+@pytest.mark.slow
 async def test_the_leader_is_killed_amid_writes_and_nothing_is_lost_or_done_twice(
-    cluster: Cluster, opened: Open
+    cluster: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, watcher = await opened(cluster.url(prefix="/kill")), await opened(cluster.url(prefix="/kill"))
     start = await put(store, "start")
     count = 150
     watching = asyncio.create_task(collect(watcher, "k/", start + 1, count))
+    monkeypatch.setattr(etcd_calls, "ONCE", 2.0)
     leader = cluster.leader()
     slowest = 0.0
     for i in range(count):
@@ -99,6 +101,7 @@ async def test_the_leader_is_killed_amid_writes_and_nothing_is_lost_or_done_twic
     assert await watching == [f"k/{i:03}" for i in range(count)]
 
 
+@pytest.mark.slow
 async def test_reads_leave_a_paused_member_within_a_bound(cluster: Cluster, opened: Open) -> None:
     store = await opened(cluster.url(prefix="/pause"))
     await put(store, "a")
@@ -118,6 +121,7 @@ async def test_reads_leave_a_paused_member_within_a_bound(cluster: Cluster, open
     assert lease.alive
 
 
+@pytest.mark.slow
 async def test_a_watch_leaves_a_paused_member_by_itself(
     cluster: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +131,10 @@ async def test_a_watch_leaves_a_paused_member_by_itself(
     start = await put(writer, "k/0")
     watching = asyncio.create_task(collect(watcher, "k/", start, 2))
     await asyncio.sleep(0.3)
-    in_use(watcher, cluster).pause()
+    paused = in_use(watcher, cluster)
+    paused.pause()
+    others = ",".join(member.address for member in cluster.members if member is not paused)
+    writer = await opened(f"etcd://{others}?prefix=/quiet")
     began = time.monotonic()
     await put_once(writer, "k/1")
     assert await watching == ["k/0", "k/1"]
@@ -147,6 +154,7 @@ async def test_a_transaction_on_a_paused_member_is_in_doubt_within_its_deadline(
     assert 0.8 < time.monotonic() - began < 2.0
 
 
+@pytest.mark.slow
 async def test_a_transaction_in_doubt_may_land_after_it_was_read_as_absent(
     cluster: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,16 +171,19 @@ async def test_a_transaction_in_doubt_may_land_after_it_was_read_as_absent(
         victim.pause()
         with pytest.raises(Ambiguous):
             await put(writer, f"k/{attempt}")
-        assert await reader.get(f"k/{attempt}") is None
+        absent_first = (
+            await reader.get(f"k/{attempt}") is None
+        )  # not stopped at once, it may have passed it on
         victim.resume()
         deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
+        while absent_first and time.monotonic() < deadline:
             if await reader.get(f"k/{attempt}") is not None:
                 return
             await asyncio.sleep(0.02)
     raise AssertionError("no transaction landed late; DESIGN says most do")
 
 
+@pytest.mark.slow
 async def test_without_a_quorum_nothing_is_claimed_and_everything_ends(
     cluster: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
