@@ -153,7 +153,7 @@ async def test_a_node_that_was_removed_is_fenced_and_has_to_assert_anew(store: S
 async def test_an_agent_alive_on_another_boot_keeps_the_fence(store: Store) -> None:
     alive = Alive(instance="other", boot_id="other-boot").encode()
     await store.txn(Txn(then=(Put(keys.ALIVE + "n1", alive),)))
-    with pytest.raises(Fenced, match=r"runs elsewhere \(instance other\)"):
+    with pytest.raises(Fenced, match=r"another agent runs as node n1 \(instance other\)"):
         await writer(store).claim(0)
 
 
