@@ -49,7 +49,8 @@ class Codec:
         return Page(items, revision or reply.header.revision, after)
 
     def events(self, events: Iterable[pb.Message]) -> tuple[Event, ...]:
-        return tuple(self._event(event) for event in events)
+        """In order of revision, and of key within one: etcd's own order there is that of the operations."""
+        return tuple(sorted(map(self._event, events), key=lambda event: (event.revision, event.key)))
 
     def _compare(self, compare: Compare) -> pb.Message:
         return pb.Compare(

@@ -31,8 +31,17 @@ CONNECT = 3.0
 SUSPECT = 5.0
 """Seconds an endpoint that failed is avoided: longer than an election (1 s by default)."""
 
+LOOK = (0.002, 0.05)
+"""Seconds between two looks whether a connection stands: at first, and at most."""
+
+SETTLE = 0.02
+"""Seconds that gRPC has for reporting the end of the calls that closing ended. It does so later, from a
+thread; if the event loop is gone by then, what it has to report to other loops is held up."""
+
 PROBE = 1.0
 """Seconds to find out why no connection could be made."""
+
+_FAILED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
 
 class Connection:
@@ -44,8 +53,6 @@ class Connection:
         self._users = 0
         self._retired = False
         self._closing: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
-        self._observer = asyncio.create_task(self._observe(), name="moorage-etcd-connection")
         self._methods: dict[str, Callable[..., Any]] = {
             method.path: (made.stream_stream if method.streams else made.unary_unary)(
                 method.path,
@@ -65,17 +72,16 @@ class Connection:
 
     async def connect(self) -> bool:
         """Wait until it stands (True) or an attempt failed (False)."""
+        # Looked at now and then: gRPC's own wait for a change may not return when the channel is closed, and
+        # one that was given up on still reports, to an event loop that may be gone.
+        pause = LOOK[0]
         with self.used():
-            while True:
-                state = self.channel.get_state(try_to_connect=True)
+            while (state := self.channel.get_state(try_to_connect=True)) not in _FAILED:
                 if state is grpc.ChannelConnectivity.READY:
                     return True
-                if state in (
-                    grpc.ChannelConnectivity.TRANSIENT_FAILURE,
-                    grpc.ChannelConnectivity.SHUTDOWN,
-                ):
-                    return False
-                await self._changed.wait()
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, LOOK[1])
+        return False
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
@@ -91,23 +97,19 @@ class Connection:
         self._retired = True
         self._close_if_idle()
 
+    @property
+    def closing(self) -> bool:
+        return self._closing is not None
+
     async def close(self) -> None:
         """Now, whatever is on it."""
-        await self.channel.close()
-        await self._observer
+        if self._closing is None:
+            self._closing = asyncio.create_task(self.channel.close(), name="moorage-etcd-close")
+        await self._closing
 
     def _close_if_idle(self) -> None:
         if self._retired and not self._users and self._closing is None:
-            self._closing = asyncio.create_task(self.close(), name="moorage-etcd-close")
-
-    async def _observe(self) -> None:
-        """Wakes ``connect``. It alone waits for gRPC, to the end: gRPC cannot be told to stop telling, and
-        tells a loop that is closed already what was cancelled."""
-        with contextlib.suppress(aio.UsageError):  # closed
-            while (state := self.channel.get_state()) is not grpc.ChannelConnectivity.SHUTDOWN:
-                await self.channel.wait_for_state_change(state)
-                self._changed.set()
-                self._changed = asyncio.Event()
+            self._closing = asyncio.create_task(self.channel.close(), name="moorage-etcd-close")
 
 
 class Endpoint:
@@ -117,6 +119,7 @@ class Endpoint:
         self.address = address
         self._url = url
         self._connection: Connection | None = None
+        self._retired: list[Connection] = []
         self._suspect_until = 0.0
 
     @property
@@ -141,10 +144,13 @@ class Endpoint:
         if failure.deadline:
             self._connection = None
             connection.retire()
+            self._retired = [*(one for one in self._retired if not one.closing), connection]
 
     async def close(self) -> None:
         if self._connection is not None:
-            await self._connection.close()
+            self._retired.append(self._connection)
+        for connection in self._retired:
+            await connection.close()
 
 
 class Link:
@@ -163,6 +169,7 @@ class Link:
             return connection
         if self._finding is None or self._finding.done():
             self._finding = asyncio.create_task(self._find(), name="moorage-etcd-connect")
+            self._finding.add_done_callback(_look_at)  # also if all who waited for it were cancelled
         return await asyncio.shield(self._finding)
 
     def failed(self, connection: Connection, failure: Failure) -> None:
@@ -176,6 +183,7 @@ class Link:
             await asyncio.wait([self._finding])
         for endpoint in self._endpoints:
             await endpoint.close()
+        await asyncio.sleep(SETTLE)
 
     async def _find(self) -> Connection:
         trusted = [endpoint for endpoint in self._endpoints if not endpoint.suspect]
@@ -198,6 +206,11 @@ class Link:
             f"etcd cannot be reached at {names} ({reasons or 'no answer'}); check that it runs, "
             "the addresses and certificates in the store URL, and the network in between"
         )
+
+
+def _look_at(task: asyncio.Task[Connection]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 async def _first_that_stands(endpoints: list[Endpoint], within: float) -> Endpoint | None:

@@ -26,6 +26,10 @@ ATTEMPTS = 3
 """Somebody else may take a port between our looking for a free one and etcd's use of it."""
 
 
+DIRECTORY = "moorage-etcd-"
+"""Prefix of data directories; the pid of the test process follows."""
+
+
 class Member:
     """One etcd process. Its data outlive it until the cluster is stopped."""
 
@@ -156,7 +160,8 @@ class Cluster:
             self._directory = None
 
     def _start(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="moorage-etcd-"))
+        remove_what_the_killed_left()
+        self._directory = Path(tempfile.mkdtemp(prefix=f"{DIRECTORY}{os.getpid()}-"))
         ports = free_ports(2 * self.size)
         self.members = [
             Member(f"m{i}", self._directory, ports[2 * i], ports[2 * i + 1], self._host)
@@ -186,6 +191,14 @@ class Cluster:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
+
+
+def remove_what_the_killed_left() -> None:
+    """Data of test processes that had no chance to remove them."""
+    for path in Path(tempfile.gettempdir()).glob(f"{DIRECTORY}*"):
+        pid = path.name.removeprefix(DIRECTORY).split("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def accepts(host: str, port: int) -> bool:
