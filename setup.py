@@ -1,15 +1,53 @@
 """The build of the package; the tools are configured in pyproject.toml."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "moorage/__init__.py").read_text("utf-8"), re.MULTILINE
 )
 PACKAGES = ["moorage", "netmodules", "marathon", "isolator", "ipam"]
+
+PYTHON_HOOK = "bin/moorage-cni-py"
+NATIVE = HERE / "netmodules/native"
+
+
+class BuildScripts(Distribution().get_command_class("build_scripts")):
+    """Makes ``moorage-cni`` too: the native hook, or without a C compiler the Python one under that name."""
+
+    def run(self):
+        super().run()
+        target = Path(self.build_dir, "moorage-cni")
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+        try:
+            subprocess.run(
+                [*compiler, f"@{NATIVE / 'flags'}", "-o", target, NATIVE / "moorage-cni.c"], check=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.warn(f"moorage-cni becomes the Python program, because it cannot be compiled: {error}")
+            shutil.copyfile(HERE / PYTHON_HOOK, target)
+        target.chmod(0o755)
+
+
+class Wheel(bdist_wheel):
+    """For any Python 3, and for this platform only if there is a native program in it."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        hook = Path(self.get_finalized_command("build_scripts").build_dir, "moorage-cni")
+        if platform == "any" and hook.exists() and hook.read_bytes()[:2] != b"#!":
+            platform = re.sub(r"[-. ]", "_", sysconfig.get_platform())
+        return python, abi, platform
+
 
 setup(
     name="moorage",
@@ -20,8 +58,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
-    # The hook is plain files: it starts in milliseconds, which a generated entry point would not.
-    scripts=["bin/moorage-cni"],
+    # The hook is no entry point: those take 30 ms to start. docs/decisions/native-hook.md
+    scripts=[PYTHON_HOOK],
+    cmdclass={"build_scripts": BuildScripts, "bdist_wheel": Wheel},
     entry_points={"console_scripts": ["moorage = moorage.cli:main"]},
     # Why each of them: docs/decisions/dependencies.md. Exact versions for CI: constraints.txt.
     install_requires=[

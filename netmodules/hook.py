@@ -8,6 +8,13 @@ It holds no logic of networking, only that of not losing a call:
     no agent, DEL      write the request into the spool, try once more, answer 0
     link breaks        send the same request, with the same id, again for WINDOW seconds
 
+Where a C compiler was at hand, the engine executes native/moorage-cni.c instead. That forwards the ordinary call by
+itself and becomes this program for all others, with the same environment and stdin. If the agent may have the request
+by then, it passes on that call's id and time in two arguments; they are between these two programs, and no
+engine's to give:
+
+    moorage-cni-py --resume <32 hex digits> <CLOCK_BOOTTIME in ns>
+
 A container start waits for this program, and most of its time is Python's own start. So it runs with
 ``python -IS``, uses the builtin C modules (``import socket``, ``os`` and ``json`` cost 5-9 ms each), and
 imports what only rare paths need where they need it.
@@ -29,6 +36,8 @@ WINDOW = 30.0
 # Seconds for the agent to answer: an ADD may wait 20 s for a reservation's old holder and 10 s for an
 # address, and Mesos gives an executor 60 s to register.
 ANSWER_TIMEOUT = 55.0
+# Seconds that a resumed call waits at least for an answer that it may have waited for already.
+ANSWER_TIMEOUT_LEAST = 1.0
 PAUSE_FIRST = 0.01
 PAUSE_LONGEST = 0.2
 
@@ -40,6 +49,8 @@ REQUIRED = {
     "STATUS": (),
 }
 KEY_VARIABLES = (b"CNI_COMMAND", b"CNI_CONTAINERID", b"CNI_IFNAME")
+
+JSON_BLANKS = " \t\n\r"
 
 CODE_ENVIRONMENT = 4
 CODE_IO = 5
@@ -68,9 +79,9 @@ class Silent(Exception):
     """The agent took the request and does not answer."""
 
 
-def main() -> int:
+def main(arguments: tuple[str, ...]) -> int:
     """Serve the call that this process was started for; returns the exit code."""
-    exit_code, stdout = run(posix.environ, read_stdin())
+    exit_code, stdout = run(posix.environ, read_stdin(), arguments)
     while stdout:
         stdout = stdout[posix.write(1, stdout) :]
     return exit_code
@@ -79,20 +90,20 @@ def main() -> int:
 def run(
     environ: dict[bytes, bytes],
     stdin: bytes,
+    arguments: tuple[str, ...] = (),
     *,
     window: float = WINDOW,
     answer_timeout: float = ANSWER_TIMEOUT,
 ) -> tuple[int, bytes]:
     """The exit code and stdout of one call. Times are in seconds."""
-    started = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     command = text(environ.get(b"CNI_COMMAND", b""))
-    if command == "VERSION":
-        return 0, version_answer(stdin)
     try:
+        call = resumed_call(arguments, answer_timeout) if arguments else new_call(answer_timeout)
+        if command == "VERSION":
+            return 0, version_answer(stdin)
         check_variables(environ, command)
-        socket = socket_path(environ, stdin, command)
-        call = Call(socket, request_id(), answer_timeout)
-        call.request = encode_request(environ, stdin, command, call.id, started)
+        call.socket = socket_path(environ, stdin, command)
+        call.request = encode_request(environ, stdin, command, call)
         if command == "DEL":
             return deliver_del(call, environ, window)
         if command == "STATUS":
@@ -103,21 +114,30 @@ def run(
 
 
 class Call:
-    """One request, and where it goes."""
+    """One request, and where it goes.
 
-    __slots__ = ("answer_timeout", "id", "request", "socket")
+    started: CLOCK_BOOTTIME in ns.
+    answer_timeout: seconds that the agent has to answer.
+    patience: how many of them are left in this process.
+    resumed: the agent may have the request from before.
+    """
 
-    def __init__(self, socket: bytes, call_id: bytes, answer_timeout: float) -> None:
-        self.socket = socket
+    __slots__ = ("answer_timeout", "id", "patience", "request", "resumed", "socket", "started")
+
+    def __init__(self, call_id: bytes, started: int, answer_timeout: float) -> None:
         self.id = call_id
+        self.started = started
         self.answer_timeout = answer_timeout
+        self.patience = answer_timeout
+        self.resumed = False
+        self.socket = b""
         self.request = b""
 
     def ask(self) -> tuple[int, bytes]:
         """Exit code and stdout from the agent. Raises NoAgent, Broken, Silent."""
         link = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
-            link.settimeout(self.answer_timeout)
+            link.settimeout(self.patience)
             try:
                 link.connect(self.socket)
             except OSError as error:
@@ -132,6 +152,27 @@ class Call:
                 raise Broken(str(error)) from None
         finally:
             link.close()
+
+
+def new_call(answer_timeout: float) -> Call:
+    """A call that begins here, under an id nobody used before."""
+    return Call(posix.urandom(16).hex().encode(), boottime(), answer_timeout)
+
+
+def resumed_call(arguments: tuple[str, ...], answer_timeout: float) -> Call:
+    """The call that the native hook began."""
+    option, call_id, started = arguments if len(arguments) == 3 else ("", "", "")
+    is_id = len(call_id) == 32 and not call_id.strip("0123456789abcdef")
+    is_time = 0 < len(started) < 20 and not started.strip("0123456789")
+    now = boottime()
+    if option != "--resume" or not is_id or not is_time or int(started) > now:
+        raise Refusal(
+            CODE_ENVIRONMENT, "moorage-cni is for container engines to execute, and takes no arguments"
+        )
+    call = Call(call_id.encode(), int(started), answer_timeout)
+    call.patience = max(answer_timeout - (now - call.started) / 1e9, ANSWER_TIMEOUT_LEAST)
+    call.resumed = True
+    return call
 
 
 def deliver(call: Call, window: float) -> tuple[int, bytes]:
@@ -168,7 +209,7 @@ def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple
     pauses = Pauses(window)
     entry = b""
     unwritable: Refusal | None = None
-    broken = False
+    broken = call.resumed
     while True:
         try:
             reply = call.ask()
@@ -300,11 +341,9 @@ def socket_path(environ: dict[bytes, bytes], stdin: bytes, command: str) -> byte
     return path_bytes if path_bytes[:1] == b"/" else DEFAULT_SOCKET
 
 
-def encode_request(
-    environ: dict[bytes, bytes], stdin: bytes, command: str, call_id: bytes, started: int
-) -> bytes:
+def encode_request(environ: dict[bytes, bytes], stdin: bytes, command: str, call: Call) -> bytes:
     """The request frame. A DEL that is too long is cut down to its key, which is all it needs."""
-    fields = {"call": b"cni", "request": call_id, "boot": boot_id(), "started": b"%d" % started}
+    fields = {"call": b"cni", "request": call.id, "boot": boot_id(), "started": b"%d" % call.started}
     variables = {"env." + text(name): value for name, value in environ.items() if name.startswith(b"CNI_")}
     request = frame.encode({**fields, **variables, "stdin": stdin})
     if len(request) - frame.HEADER > frame.MAX_PAYLOAD and command == "DEL":
@@ -344,9 +383,9 @@ def read_stdin() -> bytes:
     return b"".join(chunks)
 
 
-def request_id() -> bytes:
-    """32 hex digits nobody used before."""
-    return posix.urandom(16).hex().encode()
+def boottime() -> int:
+    """CLOCK_BOOTTIME in ns."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def boot_id() -> bytes:
@@ -376,13 +415,43 @@ def no_agent(call: Call, error: Exception) -> str:
 
 def configuration(stdin: bytes) -> dict[str, object]:
     """The CNI configuration, or an empty one if it cannot be read: the agent is who complains."""
-    import json
-
     try:
-        parsed = json.loads(stdin)
+        parsed = parse_json(stdin)
     except (ValueError, RecursionError):
         return {}
     return parsed if isinstance(parsed, dict) else {}
+
+
+class JsonOptions:
+    """What json.loads() gives to the scanner that does its work, which is written in C."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = None
+    array_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = float
+
+
+def parse_json(stdin: bytes) -> object:
+    """json.loads(), without importing it if it would accept this plainly. Raises ValueError, RecursionError."""
+    try:
+        from _json import make_scanner
+
+        document = stdin.decode()
+        start = len(document) - len(document.lstrip(JSON_BLANKS))
+        parsed, end = make_scanner(JsonOptions)(document, start)  # type: ignore[arg-type]
+        if not document[end:].strip(JSON_BLANKS):
+            result: object = parsed
+            return result
+    except (ImportError, AttributeError, TypeError, StopIteration, ValueError, SystemError):
+        # Not plain, or not this Python's way. SystemError: 3.11 looks up the class of its error among the
+        # imported modules, and has none to raise.
+        pass
+    import json
+
+    return json.loads(stdin)
 
 
 def version_answer(stdin: bytes) -> bytes:

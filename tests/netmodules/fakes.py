@@ -19,7 +19,8 @@ from netmodules.cni.handler import CniHandler
 from netmodules.request import Reply, Request
 
 CHECKOUT = Path(__file__).parents[2]
-SCRIPT = CHECKOUT / "bin" / "moorage-cni"
+SCRIPT = CHECKOUT / "bin" / "moorage-cni-py"
+NATIVE = CHECKOUT / "netmodules" / "native"
 GATEWAY4 = "169.254.1.1"
 GATEWAY6 = "fe80::1"
 ASKED = Asked(boot_id="11111111-2222-3333-4444-555555555555", at=1_000_000_000)
@@ -144,10 +145,10 @@ def assert_cni_error(reply: Reply, code: int, *words: str) -> None:
 
 
 async def run_hook(
-    env: Mapping[str, str], stdin: bytes = b'{"name":"web"}', *, program: tuple[str, ...] | None = None
+    env: Mapping[str, str], stdin: bytes = b'{"name":"web"}', *, program: Path | None = None
 ) -> tuple[int, bytes]:
     """The real hook, as a process with this environment only; its exit code and stdout."""
-    command = program or (sys.executable, "-IS", str(SCRIPT))
+    command = [program] if program else [sys.executable, "-IS", SCRIPT]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,

@@ -4,13 +4,10 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,16 +17,9 @@ from netmodules import frame, hook
 from netmodules.server import Reply, Request, Server
 from netmodules.spool import Spool
 from tests.netmodules.fakes import CHECKOUT, SCRIPT, FakeIsolator, cni_env, handler_for, run_hook
+from tests.netmodules.scripted import agent, break_off, reply, spooled
 
 KEY = EndpointKey("c0ffee", "eth0")
-RESULT = frame.encode({"exit": b"0", "stdout": b"result"})
-Conversation = Callable[[socket.socket, bytes], None]
-
-
-@pytest.fixture
-def agent_socket(tmp_path: Path) -> Path:
-    (tmp_path / "run").mkdir(mode=0o700)
-    return tmp_path / "run" / "agent.sock"
 
 
 def environ(command: str, agent_socket: Path, **changes: str | None) -> dict[bytes, bytes]:
@@ -43,51 +33,6 @@ def error_of(answer: tuple[int, bytes]) -> dict[str, object]:
     error: dict[str, object] = json.loads(stdout)
     assert set(error) == {"cniVersion", "code", "msg"}
     return error
-
-
-def spooled(agent_socket: Path) -> list[EndpointKey]:
-    return [entry.key for entry in Spool(agent_socket.parent / "spool").entries()]
-
-
-def receive_frame(link: socket.socket) -> dict[str, bytes]:
-    header = link.recv(frame.HEADER, socket.MSG_WAITALL)
-    return frame.decode(link.recv(frame.payload_length(header), socket.MSG_WAITALL))
-
-
-def reply(link: socket.socket, _: bytes) -> None:
-    link.sendall(RESULT)
-
-
-def break_off(link: socket.socket, _: bytes) -> None:
-    """Leave in the middle of the reply."""
-    link.sendall(RESULT[:-3])
-
-
-@contextmanager
-def agent(path: Path, *conversations: Conversation, after: float = 0.0) -> Iterator[list[bytes]]:
-    """A scripted agent: one connection a conversation, then it is gone. Yields the request ids it saw."""
-    seen: list[bytes] = []
-    listening = socket.socket(socket.AF_UNIX)
-
-    def serve() -> None:
-        time.sleep(after)
-        listening.bind(str(path))
-        listening.listen()
-        for converse in conversations:
-            link, _ = listening.accept()
-            with link:
-                seen.append(receive_frame(link)["request"])
-                converse(link, seen[-1])
-        path.unlink()
-        listening.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    while not after and not path.exists():
-        time.sleep(0.001)
-    yield seen
-    thread.join(5)
-    assert not thread.is_alive()
 
 
 def test_version_is_answered_without_an_agent(agent_socket: Path) -> None:
@@ -159,7 +104,7 @@ def test_a_broken_call_is_sent_again_with_the_same_id(agent_socket: Path, comman
     with agent(agent_socket, break_off, break_off, reply) as seen:
         assert hook.run(environ(command, agent_socket), b"", window=5.0) == (0, b"result")
     assert len(seen) == 3
-    assert len(set(seen)) == 1
+    assert seen[0] == seen[1] == seen[2]
     assert spooled(agent_socket) == []
 
 
@@ -257,31 +202,36 @@ def test_a_socket_that_is_no_path_is_refused(agent_socket: Path, wrong: str) -> 
     assert error["code"] == 7
 
 
-async def test_the_real_process_adds_and_deletes_against_the_real_server(agent_socket: Path) -> None:
+async def test_the_real_process_adds_and_deletes_against_the_real_server(
+    hook_program: Path, agent_socket: Path
+) -> None:
     isolator = FakeIsolator()
     handler = handler_for(isolator)
     server = Server(agent_socket, {"cni": handler}, handler.undo)
     await server.start()
     socket_env = {"MOORAGE_SOCKET": str(agent_socket)}
-    exit_code, stdout = await run_hook({**cni_env("ADD"), **socket_env})
+    exit_code, stdout = await run_hook({**cni_env("ADD"), **socket_env}, program=hook_program)
     assert (exit_code, json.loads(stdout)["ip4"]["ip"]) == (0, "10.1.0.10/32")
     assert list(isolator.live) == [KEY]
     for stdin in (b"", b"{}" + b" " * (1 << 20), b"[" * (1 << 20)):
-        exit_code, stdout = await run_hook({**cni_env("ADD"), **socket_env}, stdin)
+        exit_code, stdout = await run_hook({**cni_env("ADD"), **socket_env}, stdin, program=hook_program)
         assert (exit_code, json.loads(stdout)["code"]) == (1, 6)
-    assert await run_hook({**cni_env("DEL"), **socket_env}) == (0, b"")
+    assert await run_hook({**cni_env("DEL"), **socket_env}, program=hook_program) == (0, b"")
     assert isolator.live == {}
     await server.stop()
 
 
-async def test_del_as_a_process_without_an_agent_is_done_within_a_second(agent_socket: Path) -> None:
+async def test_del_as_a_process_without_an_agent_is_done_within_a_second(
+    hook_program: Path, agent_socket: Path
+) -> None:
     begin = time.monotonic()
-    assert await run_hook({**cni_env("DEL"), "MOORAGE_SOCKET": str(agent_socket)}) == (0, b"")
+    env = {**cni_env("DEL"), "MOORAGE_SOCKET": str(agent_socket)}
+    assert await run_hook(env, program=hook_program) == (0, b"")
     assert time.monotonic() - begin < 1.0
     assert spooled(agent_socket) == [KEY]
 
 
-async def test_an_add_whose_process_is_killed_is_undone(agent_socket: Path) -> None:
+async def test_an_add_whose_process_is_killed_is_undone(hook_program: Path, agent_socket: Path) -> None:
     called = asyncio.Event()
     undone = asyncio.Event()
 
@@ -296,9 +246,7 @@ async def test_an_add_whose_process_is_killed_is_undone(agent_socket: Path) -> N
     server = Server(agent_socket, {"cni": slow}, on_abandoned, return_window=0.1)
     await server.start()
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-IS",
-        str(SCRIPT),
+        hook_program,
         stdin=asyncio.subprocess.DEVNULL,
         env={**cni_env("ADD"), "MOORAGE_SOCKET": str(agent_socket)},
     )
@@ -310,8 +258,8 @@ async def test_an_add_whose_process_is_killed_is_undone(agent_socket: Path) -> N
 
 
 @pytest.mark.parametrize("stdin", [subprocess.DEVNULL, None])
-def test_stdin_may_be_nothing_or_closed(stdin: int | None, agent_socket: Path) -> None:
-    command = f'exec "{SCRIPT}" <&-' if stdin is None else f'exec "{SCRIPT}"'
+def test_stdin_may_be_nothing_or_closed(stdin: int | None, hook_program: Path, agent_socket: Path) -> None:
+    command = f'exec "{hook_program}" <&-' if stdin is None else f'exec "{hook_program}"'
     done = subprocess.run(
         ["/bin/sh", "-c", command],
         stdin=stdin,
@@ -322,7 +270,9 @@ def test_stdin_may_be_nothing_or_closed(stdin: int | None, agent_socket: Path) -
     assert spooled(agent_socket) == [KEY]
 
 
-def test_the_script_finds_the_package_it_was_installed_with_through_links(tmp_path: Path) -> None:
+def test_the_hook_finds_the_package_it_was_installed_with_through_links(
+    native_hook: Path, tmp_path: Path
+) -> None:
     version = "python{}.{}".format(*sys.version_info[:2])
     packages = tmp_path / "venv" / "lib" / version / "site-packages"
     shutil.copytree(CHECKOUT / "netmodules", packages / "netmodules")
@@ -331,13 +281,22 @@ def test_the_script_finds_the_package_it_was_installed_with_through_links(tmp_pa
     binaries = tmp_path / "venv" / "bin"
     binaries.mkdir()
     shutil.copy(SCRIPT, binaries)
+    shutil.copy(native_hook, binaries)
     (binaries / "python3").symlink_to(sys.executable)
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     (plugins / "relative").symlink_to("../venv/bin/moorage-cni")
     (plugins / "absolute").symlink_to(plugins / "relative")
-    for program in (binaries / "moorage-cni", plugins / "relative", plugins / "absolute"):
-        for command in ([program], [sys.executable, "-IS", program], [sys.executable, program]):
+    (plugins / "python").symlink_to("../venv/bin/moorage-cni-py")
+    programs = [
+        *(binaries / "moorage-cni", plugins / "relative", plugins / "absolute"),
+        *(binaries / "moorage-cni-py", plugins / "python"),
+    ]
+    for program in programs:
+        commands: list[list[str | Path]] = [[program]]
+        if program.resolve().name == "moorage-cni-py":
+            commands += [[sys.executable, "-IS", program], [sys.executable, program]]
+        for command in commands:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -345,6 +304,109 @@ def test_the_script_finds_the_package_it_was_installed_with_through_links(tmp_pa
                 env={"CNI_COMMAND": "VERSION", "PATH": os.environ["PATH"]},
             )
             assert b'"cniVersion": "installed"' in done.stdout, (command, done)
+
+
+RESUMED = ("--resume", "0123456789abcdef" * 2, "1000000000")
+
+
+@pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK", "STATUS"])
+def test_a_resumed_call_keeps_its_id_and_its_time(agent_socket: Path, command: str) -> None:
+    with agent(agent_socket, reply) as seen:
+        assert hook.run(environ(command, agent_socket), b"", RESUMED) == (0, b"result")
+    assert (seen[0]["request"], seen[0]["started"]) == (RESUMED[1].encode(), b"1000000000")
+
+
+def test_a_resumed_del_counts_as_broken_and_outlives_a_restart_of_the_agent(agent_socket: Path) -> None:
+    with agent(agent_socket, reply, after=0.3) as seen:
+        assert hook.run(environ("DEL", agent_socket), b"", RESUMED, window=5.0) == (0, b"result")
+    assert seen[0]["request"] == RESUMED[1].encode()
+    assert spooled(agent_socket) == []
+
+
+def test_a_resumed_call_has_only_what_is_left_of_its_time(
+    agent_socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_silent(*_: object) -> None:
+        time.sleep(0.3)
+
+    monkeypatch.setattr(hook, "ANSWER_TIMEOUT_LEAST", 0.1)
+    started = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - 60 * 10**9
+    with agent(agent_socket, be_silent):
+        error = error_of(hook.run(environ("ADD", agent_socket), b"", (*RESUMED[:2], str(started))))
+    assert (error["code"], "did not answer within 55 s" in str(error["msg"])) == (11, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("--resume",),
+        RESUMED[:2],
+        (*RESUMED, ""),
+        ("--resumed", *RESUMED[1:]),
+        ("--resume", "0123456789ABCDEF" * 2, "1"),
+        ("--resume", "0" * 31, "1"),
+        ("--resume", "0" * 33, "1"),
+        (*RESUMED[:2], ""),
+        (*RESUMED[:2], "-1"),
+        (*RESUMED[:2], "1.0"),
+        (*RESUMED[:2], "٣"),
+        (*RESUMED[:2], "9" * 19),
+        (*RESUMED[:2], "0" * 20),
+    ],
+)
+def test_other_arguments_are_refused(agent_socket: Path, arguments: tuple[str, ...]) -> None:
+    for command in ("ADD", "DEL", "VERSION"):
+        error = error_of(hook.run(environ(command, agent_socket), b"", arguments))
+        assert (error["code"], "takes no arguments" in str(error["msg"])) == (4, True)
+    assert spooled(agent_socket) == []
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"cniVersion":"1.0.0"}',
+        b'\xef\xbb\xbf {"cniVersion":"1.0.0"}',
+        '{"cniVersion":"1.0.0"}'.encode("utf-16"),
+        b' \r\n\t{"a":[1,-2.5e3,true,null,NaN,-Infinity,"\\u2603"],"cniVersion":"1.0.0","a":{}} \n',
+        b'{"cniVersion":"1.0.0"}\x0b',
+        b'\xa0{"cniVersion":"1.0.0"}',
+        b'{"cniVersion":"1.0.0"} x',
+        b'{"cniVersion":"1.0.0","x":"\xff"}',
+        b'{"cniVersion":"1.0.0","x":"\xed\xa0\x80"}',
+        b'{"cniVersion":"1.0.0","x":%s}' % (b"1" * 5000),
+        b'["cniVersion"]',
+        b"[" * 100_000,
+        b"",
+    ],
+)
+def test_a_configuration_is_read_as_the_json_module_reads_it(document: bytes) -> None:
+    try:
+        expected = json.loads(document)
+    except (ValueError, RecursionError):
+        expected = {}
+    read = hook.configuration(document)
+    assert repr(read) == repr(expected if isinstance(expected, dict) else {})
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ('{"socket":"/a"}', "b'/a' False"),
+        ('{"socket":"/a","x":NaN}', "b'/a' False"),
+        ('\ufeff{"socket":"/a"}', "b'/a' True"),
+        ('{"socket":"/a"', "b'/run/moorage/agent.sock' True"),
+        ('{"socket":"/a","x":"', "b'/run/moorage/agent.sock' True"),
+        ('{"socket":"/a","x":[1,}', "b'/run/moorage/agent.sock' True"),
+    ],
+)
+def test_json_is_imported_only_for_what_is_not_plain(document: str, expected: str) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); import netmodules.hook as hook; "
+        f'print(hook.socket_path({{}}, {document.encode()!r}, "ADD"), "json" in sys.modules)'
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_the_hook_imports_nothing_but_its_frame_and_c_modules() -> None:
