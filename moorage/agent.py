@@ -32,9 +32,14 @@ from netmodules.spool import Entry, Spool, SpoolWatcher
 
 log = structlog.get_logger(__name__)
 
+SWITCH_INTERVAL = 0.0005
+"""Seconds a thread keeps the interpreter when another wants it. Python's 5 ms is longer than a whole ADD, which
+the store's threads would then hold up."""
+
 
 def run(config: AgentConfig) -> int:
     """Run the agent until it is told to end; returns the exit code."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
     try:
         asyncio.run(_serve(config))
     except MoorageError as error:
