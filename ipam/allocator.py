@@ -3,7 +3,7 @@
 A node takes addresses from its own blocks, in the order of the network's pools. Inside a block the
 address that was released longest ago comes first, so a just-released one is reused last. When its
 blocks are used up, the node claims another, looking from a place that its name hashes to: nodes then
-rarely look at the same block.
+rarely look at the same block. Where no block is left either: ipam/borrowing.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ class BlockSpace:
         self.pool = pool
         self.block = block
         # A dictionary is a queue in which any member is found at once.
-        self._free = dict.fromkeys(ip for ip in pool.dynamic_in(block) if ip not in held)
+        dynamic = list(pool.dynamic_in(block))
+        self._size = len(dynamic)
+        self._free = dict.fromkeys(ip for ip in dynamic if ip not in held)
+
+    @property
+    def untouched(self) -> bool:
+        """Nobody is known to hold any of those that may be given to anybody."""
+        return len(self._free) == self._size
 
     def __len__(self) -> int:
         return len(self._free)

@@ -66,9 +66,9 @@ class Catalogue:
         self._rewound = asyncio.Event()
 
     def load(self) -> None:
-        """Start from what the journal remembers."""
-        for key, value, revision in self._cache.load_cache():
-            self._set(key, value, revision)
+        """Start from what the journal remembers. It may be of another store: revisions say nothing yet."""
+        for key, value, _ in self._cache.load_cache():
+            self._set(key, value, 0)
 
     async def refresh(self) -> int:
         """Read everything anew; returns the revision it was read at. Raises StoreUnavailable."""
@@ -91,6 +91,7 @@ class Catalogue:
     async def start_over(self) -> None:
         """The store went back in time: believe it, and follow it from there. Raises StoreUnavailable."""
         self._heard.clear()
+        self._revisions = dict.fromkeys(self._revisions, 0)
         await self.refresh()
         self._rewound.set()
 

@@ -14,18 +14,25 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
 
 import structlog
 
+from ipam import keys
 from ipam.catalogue import Catalogue, Reserved
-from ipam.errors import AddressTaken, Fenced, InvalidInput, MoorageError, TryAgain
-from ipam.holdings import Conflict, Holdings, cooling, held_by
+from ipam.drain import Drain, refusal
+from ipam.errors import AddressTaken, Fenced, InvalidInput, MoorageError, StoreError, TryAgain
+from ipam.handover import GIVE_UP_WITHIN, hand_over
+from ipam.holdings import Conflict, HeldElsewhere, Holdings, cooling, held_by
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
 from ipam.pools import Geometry
-from ipam.records import AddressState, Label, Network
+from ipam.pressure import Generosity
+from ipam.records import AddressState, Intent, Label, Network
+from ipam.return_block import return_block
 from ipam.shelf import Held, Waiter
 from ipam.store.base import Store
 from ipam.sync import IsLive, SyncReport, sync
@@ -98,6 +105,8 @@ class Holder:
         self._holdings = Holdings(node, catalogue, journal, on_conflict, cooldown)
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings)
+        self._generosity = Generosity(self._holdings)
+        self.drain = Drain(self._holdings, self._fail_all)
 
     def load(self) -> None:
         """Start from the journal, before the store was heard."""
@@ -180,6 +189,8 @@ class Holder:
         ``plan_assign`` and ``accept``, or comes back through ``put_back``.
         """
         network = request.network
+        if self._holdings.drained:
+            raise refusal(self._holdings.node)
         if not self._holdings.serving:
             raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
         self._holdings.used.add(network.name)
@@ -188,7 +199,7 @@ class Holder:
             raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")
         if request.reservation is not None and not self._reserved(request):
             await self._catalogue.look_again()
-        named = self._named(request, pools)
+        named = self._named(request, pools, await self._elsewhere(request))
         only = _pool_named(request.pool, pools, network)
         lent: list[Held] = []
         waiters: list[Waiter] = []
@@ -244,7 +255,20 @@ class Holder:
                 f"{self._holdings.node}; see `moorage status` and `moorage network show {network.name}`"
             ) from error
 
-    def _named(self, request: AddressRequest, pools: Sequence[Geometry]) -> dict[Family, IPAddress]:
+    async def _elsewhere(self, request: AddressRequest) -> set[IPAddress]:
+        """Of a reservation with several addresses, those that other nodes hold, if the store answers."""
+        unknown = [r.ip for r in self._reserved(request) if r.ip not in self._shelf.held]
+        if len(unknown) < 2 or self.problem:
+            return set()
+        try:
+            found = await asyncio.gather(*(self._store.get(keys.address_key(ip)) for ip in unknown))
+        except StoreError:
+            return set()
+        return {ip for ip, kv in zip(unknown, found, strict=True) if kv is not None}
+
+    def _named(
+        self, request: AddressRequest, pools: Sequence[Geometry], elsewhere: Collection[IPAddress]
+    ) -> dict[Family, IPAddress]:
         """The addresses asked for by name or by reservation, by family. Raises InvalidInput, AddressTaken."""
         network = request.network
         named: dict[Family, IPAddress] = {}
@@ -255,7 +279,7 @@ class Holder:
                     f"no address of network {network.name} is reserved under the key {request.reservation!r}; "
                     "reserve one with `moorage ip reserve IP --key KEY`"
                 )
-            for entry in sorted(reserved, key=lambda r: self._distance(r.ip)):
+            for entry in sorted(reserved, key=lambda r: self._distance(r.ip, elsewhere)):
                 named.setdefault(entry.ip.version, entry.ip)
         if len({ip.version for ip in request.ips}) < len(set(request.ips)):
             raise InvalidInput(
@@ -284,21 +308,29 @@ class Holder:
             return []
         return self._catalogue.reserved_under(request.reservation, request.network.name)
 
-    def _distance(self, ip: IPAddress) -> int:
+    def _distance(self, ip: IPAddress, elsewhere: Collection[IPAddress]) -> int:
         """Sorts the addresses of one reservation: what can be had at once comes first."""
         held = self._shelf.held.get(ip)
         if held is None:
-            return 0
+            return 3 if ip in elsewhere else 0
         return 1 if held.state is not AddressState.ASSIGNED and not held.lent else 2
 
     async def _take_named(self, ip: IPAddress, request: AddressRequest) -> Held:
         kept = self._catalogue.reserved(ip)
         reserved = kept is not None and kept.reservation.key == request.reservation
-        deadline = asyncio.get_running_loop().time() + HANDOVER_PATIENCE
+        now = asyncio.get_running_loop().time()
+        deadline = now + HANDOVER_PATIENCE
+        handed_over_by = deadline if reserved else now + GIVE_UP_WITHIN
         while True:
             held = self._shelf.held.get(ip)
             if held is None or (held.is_asked_for and not held.lent):
-                return await self._ask_for(ip, held, request)
+                try:
+                    return await self._ask_for(ip, held, request)
+                except HeldElsewhere as taken:
+                    await hand_over(
+                        self._store, taken, request.reservation if reserved else None, handed_over_by
+                    )
+                    continue
             ready = not held.dirty and not held.lent
             if ready and held.state is AddressState.WARM:
                 return self._shelf.lend_this(held)
@@ -433,7 +465,41 @@ class Holder:
             self._shelf.want(held, row.record)
         self._holdings.nudge()
 
+    # -- what other nodes ask for
+
+    async def give_back(self, intent: Intent) -> dict[str, Any]:
+        """The answer to an intent of kind `give-back`: one address (``ip``), or what is not needed of a pool.
+
+        {"done": whether all of it is gone now, "freed": how many, "why": why not}. Raises InvalidInput.
+        """
+        if self.problem:
+            return {"done": False, "why": f"node {self._holdings.node} is out of sync: {self.problem}"}
+        evidence = intent.evidence
+        if not intent.ip:
+            return await self._generosity.give_back_pool(str(evidence.get("pool", "")))
+        try:
+            ip = ip_address(intent.ip)
+        except ValueError as error:
+            raise InvalidInput(f"{intent.ip!r} is no IP address ({error}); correct the request") from error
+        key = str(evidence.get("reservation", ""))
+        return await self._generosity.give_back_ip(ip, intent.mod_revision, key)
+
+    async def return_block(self, intent: Intent) -> dict[str, Any]:
+        """The answer to an intent of kind `return-block`. Raises InvalidInput."""
+        return await return_block(self._holdings, str(intent.evidence.get("block", "")))
+
     # -- looking in
+
+    def has_warm(self, network: str | None) -> bool:
+        """Whether an ADD on ``network``, or on any, needs nothing from the store now."""
+        return self._holdings.serving and any(
+            held.state is AddressState.WARM
+            and not held.lent
+            and held.revision > 0
+            and held.record is not None
+            and network in (None, held.record.network)
+            for held in self._shelf.held.values()
+        )
 
     def held(self, ip: IPAddress) -> Held | None:
         """What this node knows of one address of its own."""
@@ -451,6 +517,7 @@ class Holder:
                 counts[held.record.network, ip.version, held.record.state.value] += 1
         return {
             "in_sync": not self.problem,
+            "drained": self._holdings.drained,
             "problem": self.problem,
             "fence_seq": self._writer.seq,
             "transactions": self._writer.transactions,

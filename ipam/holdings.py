@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 BEHIND = 0.01
 """Seconds by which writes that nobody waits for are put off: longer than what is left of their ADD or DEL."""
 
+GIVE_BACK_HOLD = 30.0
+"""Seconds after a pool was under pressure in which nothing of it is kept warm here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
@@ -46,6 +49,16 @@ def cooling(record: Address) -> Address:
     return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[])
 
 
+class HeldElsewhere(AddressTaken):
+    """An address asked for by name is another node's. It may be talked into giving it up: ipam/handover.py."""
+
+    def __init__(self, ip: IPAddress, holder: Address, revision: int) -> None:
+        super().__init__(held_by(ip, holder))
+        self.ip = ip
+        self.holder = holder
+        self.revision = revision
+
+
 def held_by(ip: IPAddress, record: Address) -> str:
     """The sentence that names who has an address."""
     if record.state is AddressState.ASSIGNED:
@@ -63,6 +76,8 @@ class Holdings:
     asking: who waits for one certain address to become warm.
     serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
     not when another agent writes for this node; then only after the next sync.
+    drained: nothing is given out or kept ready; ipam/drain.py.
+    returning: own blocks that an operator wants returned; ipam/return_block.py.
     problem: why only warm addresses can be given out, "" if all is well.
     no_new_until: event loop's clock; before it nothing new is taken from the store.
     """
@@ -86,11 +101,14 @@ class Holdings:
         self.wake = asyncio.Event()
         self._nudged = False
         self.serving = False
+        self.drained = False
+        self.returning: set[IPNetwork] = set()
         self.problem = "not in sync with the store yet"
         self.no_new_until = 0.0
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
         self._foreign: dict[IPNetwork, set[IPAddress]] = {}
+        self._held_back: dict[str, float] = {}
 
     def nudge(self) -> None:
         """Something is to be written that nobody waits for: soon, but not in the way of the ADD it came from."""
@@ -105,6 +123,7 @@ class Holdings:
     def load(self) -> None:
         """Start from the journal. What is warm there is served in the boot that wrote it, and only there."""
         self.serving = self.journal.is_of_this_boot
+        self.drained = self.journal.drained
         # Revision 0: claimed or given back, and the store had not confirmed it.
         self.blocks = {row.block: row for row in self.journal.load_blocks() if row.revision}
         for row in self.journal.load_addresses():
@@ -124,6 +143,28 @@ class Holdings:
             and pool.dynamic(held.ip)
             and self.catalogue.reserved(held.ip) is None
         )
+
+    def hold_back(self, pool: str) -> None:
+        """The pool is under pressure: for a while its addresses are only taken for who waits."""
+        self._held_back[pool] = asyncio.get_running_loop().time() + GIVE_BACK_HOLD
+
+    def is_held_back(self, pool: str) -> bool:
+        return self._held_back.get(pool, 0.0) > asyncio.get_running_loop().time()
+
+    def next_unheld(self) -> float | None:
+        """When the next pool may be kept warm again (event loop's clock)."""
+        now = asyncio.get_running_loop().time()
+        return min((t for t in self._held_back.values() if t > now), default=None)
+
+    def is_stray(self, ip: IPAddress) -> bool:
+        """Whether an address lies outside of own blocks."""
+        pool = self.catalogue.pool_of(ip)
+        if pool is not None:
+            return pool.block_of(ip) not in self.blocks
+        return not any(b.version == ip.version and ip in b for b in self.blocks)
+
+    def blocks_of(self, pool: str) -> set[IPNetwork]:
+        return {block for block, row in self.blocks.items() if row.pool == pool}
 
     def open_spaces(self) -> None:
         """Make the free addresses of own blocks available, as the pools are defined now."""
@@ -170,7 +211,7 @@ class Holdings:
     def lose(self, held: Held, holder: Address) -> None:
         """The store wins: the address is somebody else's."""
         assigned = held.state is AddressState.ASSIGNED
-        self.refuse(held.ip, AddressTaken(held_by(held.ip, holder)))
+        self.refuse(held.ip, HeldElsewhere(held.ip, holder, held.revision))
         self.drop(held, reusable=False)
         self.foreign(held.ip)
         if assigned:

@@ -65,8 +65,19 @@ class Journal(Protocol):
     def save_confirmed_seq(self, seq: int) -> None: ...
 
     @property
+    def drained(self) -> bool:
+        """Whether the node is drained; ipam/drain.py."""
+        ...
+
+    def save_drained(self, drained: bool) -> None: ...
+
+    @property
     def is_of_this_boot(self) -> bool:
-        """Whether what was loaded had been written since the machine booted."""
+        """Whether what was loaded had been in agreement with the store since the machine booted."""
+        ...
+
+    def own_boot(self) -> None:
+        """Store and journal agree: what it holds is of this boot from now on."""
         ...
 
     async def make_durable(self) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import structlog
 
 from ipam import keys
-from ipam.errors import Fenced, StoreError
+from ipam.drain import Drain
+from ipam.errors import Fenced, StoreError, TryAgain
 from ipam.records import Alive, Fence, Node
-from ipam.store.base import KeyValue, Lease, Put, Store, Txn
+from ipam.schema import check_schema, read_schema
+from ipam.store.base import KeyValue, Lease, Put, Store, Txn, absent, unchanged
 
 log = structlog.get_logger(__name__)
 
@@ -21,13 +22,8 @@ LEASE = 15.0
 LOOK = 1.0
 """Seconds between looks at the lease."""
 
-
-def _unknown_fields(kv: KeyValue) -> dict[str, Any]:
-    """What a newer version wrote about the node and this one does not know."""
-    try:
-        return Node.decode(kv.key, kv.value).unknown
-    except StoreError:
-        return {}
+TRIES = 100
+"""Each fails only because this node's own fence moved meanwhile."""
 
 
 class Membership:
@@ -35,14 +31,24 @@ class Membership:
 
     on_fenced: told as soon as another agent turns out to live under this node's name, so that one which has
     nothing to write does not go on giving out addresses.
+    drain: says whether the node is drained; told if the store says so and the journal forgot.
     """
 
     def __init__(
-        self, store: Store, node: Node, instance: str, boot_id: str, on_fenced: Callable[[Fenced], None]
+        self,
+        store: Store,
+        node: Node,
+        instance: str,
+        boot_id: str,
+        on_fenced: Callable[[Fenced], None],
+        drain: Drain | None = None,
     ) -> None:
         self._store = store
         self._node = node
         self._on_fenced = on_fenced
+        self._drain = drain
+        self._telling = asyncio.Lock()
+        self._told_drained = False
         self._missing = False
         self._alive = Alive(instance=instance, boot_id=boot_id)
         self._lease: Lease | None = None
@@ -50,20 +56,12 @@ class Membership:
     async def register(self) -> None:
         """Say who and where we are. Raises Fenced unless this agent holds the node's fence, StoreUnavailable."""
         await self._check_fence()
-        known = await self._store.get(keys.NODES + self._node.name)
-        node = self._node
-        if known is not None:
-            node = node.with_(unknown=_unknown_fields(known))
+        known = await self._record()
+        if known is not None and known.drained and self._drain is not None:
+            self._drain.begin()
         lease = await self._store.lease(LEASE)
         try:
-            await self._store.txn(
-                Txn(
-                    then=(
-                        Put(keys.NODES + node.name, node.encode()),
-                        Put(keys.ALIVE + node.name, self._alive.encode(), lease.id),
-                    )
-                )
-            )
+            await self._write(Put(keys.ALIVE + self._node.name, self._alive.encode(), lease.id))
         except BaseException:
             # Nobody would ever end it.
             await lease.abandon()
@@ -73,22 +71,58 @@ class Membership:
         if lost is not None:
             await lost.abandon()
 
-    async def _check_fence(self) -> None:
+    async def tell(self) -> None:
+        """Write what this node is now. Raises Fenced, StoreUnavailable."""
+        await self._write()
+
+    async def _write(self, *also: Put) -> None:
+        """Only while the fence is this agent's, so that what an operator ended does not come back, and while
+        this agent knows the schema, so that nobody who upgrades the store overlooks it."""
+        async with self._telling:
+            for _ in range(TRIES):
+                fence = await self._check_fence()
+                schema = await read_schema(self._store)
+                check_schema(schema)
+                key = keys.NODES + self._node.name
+                kv = await self._store.get(key)
+                known = self._decode(kv)
+                drained = self._drain is not None and self._drain.confirmed
+                node = self._node.with_(drained=drained, unknown=known.unknown if known else {})
+                guards = (schema.guard, unchanged(fence), absent(key) if kv is None else unchanged(kv))
+                if (await self._store.txn(Txn(guards, (Put(key, node.encode()), *also)))).succeeded:
+                    self._told_drained = drained
+                    return
+        raise TryAgain(f"node {self._node.name} wrote too much meanwhile to say what it is; it tries again")
+
+    async def _record(self) -> Node | None:
+        return self._decode(await self._store.get(keys.NODES + self._node.name))
+
+    @staticmethod
+    def _decode(kv: KeyValue | None) -> Node | None:
+        try:
+            return None if kv is None else Node.decode(kv.key, kv.value)
+        except StoreError:
+            return None  # it is written anew
+
+    async def _check_fence(self) -> KeyValue:
         kv = await self._store.get(keys.WRITERS + self._node.name)
         if kv is None or Fence.decode(kv.key, kv.value).instance != self._alive.instance:
             raise Fenced(
                 f"another agent writes for node {self._node.name}, or none; it registers when it holds the fence"
             )
+        return kv
 
     async def keep(self) -> None:
         """Register again whenever the lease was lost, until cancelled."""
         while True:
-            if self._lease is None or not self._lease.alive or self._missing:
+            lost = self._lease is None or not self._lease.alive or self._missing
+            drained = self._drain is not None and self._drain.confirmed
+            if lost or drained != self._told_drained:
                 try:
-                    await self.register()
+                    await (self.register() if lost else self.tell())
                 except Fenced as error:
                     self._on_fenced(error)
-                except StoreError as error:
+                except (StoreError, TryAgain) as error:
                     log.warning("node is not registered", why=str(error))
             await asyncio.sleep(LOOK)
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 from ipam import keys
 from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
@@ -113,13 +114,7 @@ async def create_network(store: Store, network: Network, pools: Sequence[PoolSpe
         )
     parsed: list[Pool] = []
     for spec in pools:
-        pool = parse_pool(
-            spec.cidr,
-            network=network.name,
-            block_size=spec.block_size,
-            static=spec.static,
-            excluded=spec.excluded,
-        )
+        pool = _parsed(network.name, spec)
         if twin := overlapping(ip_network(pool.cidr), parsed):
             raise AlreadyExists(f"the pools {twin.cidr} and {pool.cidr} overlap; leave one out")
         parsed.append(pool)
@@ -220,6 +215,113 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
         warm=total(AddressState.WARM),
         cooling=total(AddressState.COOLING),
         by_node=by_node,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkChange:
+    """What an operator changes of a network; None leaves a field as it is.
+
+    add: pools. disable, enable: CIDRs of its own pools.
+    """
+
+    add: tuple[PoolSpec, ...] = ()
+    disable: tuple[str, ...] = ()
+    enable: tuple[str, ...] = ()
+    mtu: int | None = None
+    nat: bool | None = None
+    dns: tuple[str, ...] | None = None
+    search: tuple[str, ...] | None = None
+    warm: int | None = None
+    preload: bool | None = None
+    strict: bool | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The changed fields of the network's own record."""
+        plain = {name: getattr(self, name) for name in ("mtu", "nat", "warm", "preload", "strict")}
+        lists = {"dns": self.dns, "search": self.search}
+        return {
+            **{name: value for name, value in plain.items() if value is not None},
+            **{name: list(value) for name, value in lists.items() if value is not None},
+        }
+
+
+async def set_network(store: Store, name: str, change: NetworkChange) -> tuple[Network, list[Pool]]:
+    """Change a network and its pools in one transaction; returns them as they are then.
+
+    Agents follow: a disabled pool gives out nothing more and what is warm of it goes back, other fields hold
+    for endpoints attached from then on. Raises NotFound, InvalidInput, AlreadyExists; nothing is written then.
+    """
+    for _ in range(CHANGE_TRIES):
+        guard = await store.get(keys.POOLSET)
+        stored = await store.get(keys.NETWORKS + name)
+        existing = await _pools(store)
+        if stored is None:
+            await get_network(store, name)  # raises
+            continue
+        network = Network.decode(stored.key, stored.value)
+        own = {pool.name: kv for kv, pool in existing if pool.name in network.pools}
+        changed = _switched(network, [pool for _, pool in existing], change)
+        added = _added(network, [pool for _, pool in existing], change.add)
+        record = network.with_(**change.fields(), pools=[*network.pools, *(pool.name for pool in added)])
+        validate(record)
+        if len(record.pools) > MAX_POOLS:
+            raise InvalidInput(
+                f"the network {name} would have {len(record.pools)} pools; {MAX_POOLS} are possible, take larger ones"
+            )
+        operations: list[Op] = [Put(keys.POOLSET, _next(guard)), Put(stored.key, record.encode())]
+        operations += [Put(keys.POOLS + pool.name, pool.encode()) for pool in (*changed, *added)]
+        compares = (_guard(guard), unchanged(stored), *(unchanged(own[pool.name]) for pool in changed))
+        if (await store.txn(Txn(compares, tuple(operations)))).succeeded:
+            return await get_network(store, name)
+    raise TryAgain(f"pools changed {CHANGE_TRIES} times while {name} was changed; try again")
+
+
+def _switched(network: Network, pools: Sequence[Pool], change: NetworkChange) -> list[Pool]:
+    """The pools to disable and to enable, as they shall be. Raises NotFound, InvalidInput."""
+    own = [pool for pool in pools if pool.name in network.pools]
+    wanted: dict[str, Pool] = {}
+    for cidrs, disabled in ((change.disable, True), (change.enable, False)):
+        for text in cidrs:
+            pool = next((p for p in own if _same_cidr(text, p)), None)
+            if pool is None:
+                raise NotFound(
+                    f"the network {network.name} has no pool {text!r} (it has "
+                    f"{', '.join(p.cidr for p in own)}); correct the CIDR"
+                )
+            if pool.name in wanted and wanted[pool.name].disabled != disabled:
+                raise InvalidInput(f"the pool {pool.cidr} cannot be both disabled and enabled; leave one out")
+            wanted[pool.name] = pool.with_(disabled=disabled)
+    return list(wanted.values())
+
+
+def _same_cidr(text: str, pool: Pool) -> bool:
+    try:
+        return ip_network(text) == ip_network(pool.cidr)
+    except ValueError:
+        return False
+
+
+def _added(network: Network, existing: Sequence[Pool], specs: Sequence[PoolSpec]) -> list[Pool]:
+    """The new pools. Raises InvalidInput, AlreadyExists naming what they overlap."""
+    added: list[Pool] = []
+    for spec in specs:
+        pool = _parsed(network.name, spec)
+        if other := overlapping(ip_network(pool.cidr), [*existing, *added]):
+            raise AlreadyExists(
+                f"the pool {pool.cidr} overlaps {other.cidr} of network {other.network}; choose another CIDR"
+            )
+        added.append(pool)
+    return added
+
+
+def _parsed(network: str, spec: PoolSpec) -> Pool:
+    return parse_pool(
+        spec.cidr,
+        network=network,
+        block_size=spec.block_size,
+        static=spec.static,
+        excluded=spec.excluded,
     )
 
 

@@ -59,6 +59,7 @@ class Network(Record, frozen=True, kw_only=True):
     nat: masquerade traffic that leaves all pools.
     warm: addresses per family that an agent which uses the network keeps ready.
     preload: keep them ready even before the network is first used.
+    strict: addresses nobody asked for by name come from a node's own blocks only, none are borrowed.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Network(Record, frozen=True, kw_only=True):
     search: list[str] = []
     warm: int = 8
     preload: bool = False
+    strict: bool = False
 
 
 class Pool(Record, frozen=True, kw_only=True):
@@ -140,13 +142,17 @@ class Reservation(Record, frozen=True, kw_only=True):
 
 
 class Node(Record, frozen=True, kw_only=True):
-    """``nodes/<name>``: facts about a node, written by its agent."""
+    """``nodes/<name>``: facts about a node, written by its agent.
+
+    drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
+    """
 
     name: str
     version: str
     underlay: list[str] = []
     mtu: int = 0
     features: list[str] = []
+    drained: bool = False
     since: float = 0.0
 
 
@@ -158,11 +164,16 @@ class Alive(Record, frozen=True, kw_only=True):
 
 
 class Fence(Record, frozen=True, kw_only=True):
-    """``writers/<name>``: who may write for the node, and how far it got."""
+    """``writers/<name>``: who may write for the node, and how far it got.
+
+    vacant: an operator took it away from its agent: whoever starts next under the name has it, one that
+    runs already has not (`moorage node adopt`).
+    """
 
     instance: str
     boot_id: str
     seq: int
+    vacant: bool = False
 
 
 class IntentKind(enum.StrEnum):
@@ -173,6 +184,8 @@ class IntentKind(enum.StrEnum):
     RELEASE = "release"
     GIVE_BACK = "give-back"
     CHECK = "check"
+    DRAIN = "drain"
+    RETURN_BLOCK = "return-block"
 
 
 class Intent(Record, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import structlog
 
 from ipam import keys
-from ipam.errors import StoreError
+from ipam.errors import StoreError, TryAgain
 from ipam.holdings import Holdings, cooling
 from ipam.journal import BlockRow
 from ipam.keys import IPAddress, IPNetwork
@@ -73,6 +73,11 @@ async def sync(store: Store, writer: Writer, holdings: Holdings, is_live: IsLive
     merge(holdings, stored, is_live, report)
     holdings.open_spaces()
     holdings.save(holdings.shelf.held.values(), writer.seq)
+    if not holdings.has_unsaved:
+        try:
+            holdings.journal.own_boot()
+        except TryAgain as error:
+            log.warning("journal is still of an earlier boot", why=str(error))
     for key, why in report.unreadable.items():
         log.error("record is left as it is", key=key, why=why)
     holdings.problem = ""

@@ -15,19 +15,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from ipam import keys
 from ipam.allocator import first_block
+from ipam.borrowing import Borrowing
 from ipam.errors import AddressTaken, Exhausted, StoreError, TryAgain
 from ipam.holdings import Holdings, cooling, warm
 from ipam.journal import BlockRow
 from ipam.keys import Family, IPNetwork
 from ipam.networks import pool_usage
 from ipam.pools import Geometry
+from ipam.pressure import Pressure, Relief
 from ipam.records import Address, AddressState, Block, Network, Pool
 from ipam.shelf import Held, Waiter
 from ipam.store.base import KeyValue, Store, absent, none_between, read_range
@@ -43,6 +45,15 @@ HIGH_WATER = 2
 
 BLOCKS_AT_ONCE = GROUP // 2
 """Blocks claimed or given back in one group, so that addresses always have room beside them."""
+
+SURPLUS_AFTER = 60.0
+"""Seconds a block has to be empty, and not needed, before it goes back to its pool unasked."""
+
+SURPLUS_RESERVE = 2
+"""Times the warm target that has to be free in another own block for an empty one to be surplus."""
+
+FULL_FOR = 0.5
+"""Seconds for which it is believed that a pool has no unclaimed block."""
 
 RETURN_RETRY = 5.0
 """Seconds before an own block that others have addresses in is offered back once more."""
@@ -72,18 +83,31 @@ class Upkeep:
         self._writer = writer
         self._holdings = holdings
         self._shelf = holdings.shelf
+        self._borrowing = Borrowing(store, holdings)
+        self._pressure = Pressure(store, holdings, self._relieved)
         self._return_after: dict[IPNetwork, float] = {}
+        self._empty_since: dict[IPNetwork, float] = {}
+        self._full_until: dict[str, float] = {}
         self._undurable = False
         self._journal_failed = False
         self._reservation_unknown = False
 
     async def run(self) -> None:
         """Work until ``holdings.problem`` says to sync again. Raises Fenced, StoreRewound, StoreError: likewise."""
-        while not self._holdings.problem:
-            while changes := await self._gather():
-                outcomes = await self._writer.commit([change.write for change in changes])
-                self._apply(changes, outcomes)
-            await self._woken()
+        try:
+            while not self._holdings.problem:
+                while changes := await self._gather():
+                    outcomes = await self._writer.commit([change.write for change in changes])
+                    self._apply(changes, outcomes)
+                await self._woken()
+        finally:
+            self._pressure.cancel()
+
+    def _relieved(self, pool: str) -> None:
+        """Others were asked to give back: look once more."""
+        self._borrowing.look_anew(pool)
+        self._full_until.pop(pool, None)
+        self._holdings.wake.set()
 
     async def _woken(self) -> None:
         """Wait until something became dirty or a cooldown is over."""
@@ -91,6 +115,12 @@ class Upkeep:
         times = [
             self._shelf.next_ready(),
             min((t for t in self._return_after.values() if t > now), default=None),
+            min(
+                (t + SURPLUS_AFTER for t in self._empty_since.values() if t + SURPLUS_AFTER > now),
+                default=None,
+            ),
+            self._pressure.next_round(),
+            self._holdings.next_unheld(),
         ]
         if self._holdings.has_unsaved or self._journal_failed:
             times.append(now + JOURNAL_RETRY)
@@ -127,7 +157,9 @@ class Upkeep:
         if leaving:
             self._undurable = self._holdings.forget(leaving) or self._undurable
         strays = [
-            held for held in dirty if held.is_asked_for and not held.journalled and self._is_stray(held)
+            held
+            for held in dirty
+            if held.is_asked_for and not held.journalled and self._holdings.is_stray(held.ip)
         ]
         if strays:
             self._holdings.save(strays)
@@ -143,9 +175,6 @@ class Upkeep:
             else:
                 ready.append(held)
         return ready[:most]
-
-    def _is_stray(self, held: Held) -> bool:
-        return not any(b.version == held.ip.version and held.ip in b for b in self._holdings.blocks)
 
     async def _make_durable(self) -> bool:
         try:
@@ -169,8 +198,7 @@ class Upkeep:
             record = held.record
             assert record is not None
             family = held.ip.version
-            network = self._network(record.network)
-            target = network.warm * HIGH_WATER if network else 0
+            target = self._most_warm(held)
             wanted = len(self._shelf.waiters(record.network, family)) + target
             ready = self._shelf.warm_count(record.network, family) + self._shelf.coming(
                 record.network, family
@@ -183,12 +211,19 @@ class Upkeep:
     def _drop_unwanted(self) -> None:
         """Warm addresses of pools that were disabled or deleted, that were reserved since, or that are more
         than anybody will need soon, go back."""
-        for name, queue in self._shelf.queues():
-            network = self._network(name)
-            most = network.warm * HIGH_WATER if network else 0
+        for _, queue in self._shelf.queues():
             for place, held in enumerate(queue):
-                if place >= most or not self._holdings.may_be_warm(held):
+                if place >= self._most_warm(held) or not self._holdings.may_be_warm(held):
                     self._shelf.want(held, None)
+
+    def _most_warm(self, held: Held) -> int:
+        """How many of its kind may lie ready unasked. Borrowed ones, and those of a pool under pressure: none."""
+        network = self._network(held.record.network) if held.record else None
+        if network is None or held.record is None or self._holdings.drained:
+            return 0
+        if self._holdings.is_stray(held.ip) or self._holdings.is_held_back(held.record.pool):
+            return 0
+        return network.warm * HIGH_WATER
 
     def _network(self, name: str) -> Network | None:
         return next((n for n in self._holdings.catalogue.networks() if n.name == name), None)
@@ -198,7 +233,7 @@ class Upkeep:
     async def _refill(self) -> list[Change]:
         """Ask for addresses where too few are warm; returns the blocks to claim for it."""
         claims: list[Change] = []
-        if self._now() < self._holdings.no_new_until:
+        if self._holdings.drained or self._now() < self._holdings.no_new_until:
             return claims
         if self._reservation_unknown:
             self._reservation_unknown = False
@@ -218,30 +253,54 @@ class Upkeep:
         waiters = self._shelf.waiters(network.name, family)
         have = self._shelf.warm_count(network.name, family) + self._shelf.coming(network.name, family)
         need = min(len(waiters) + network.warm - have, max(room, 0))
+        waiting = min(len(waiters) - have, max(room, 0))
         picky = {w.pool for w in waiters if w.pool is not None}
         claims: list[Change] = []
         dry: set[str] = set()
         for pool in (p for p in pools if not p.disabled):
             for_them = sum(1 for w in waiters if w.pool == pool.name) if pool.name in picky else 0
-            wanted = max(need, for_them, 0)
+            wanted = max(waiting if self._holdings.is_held_back(pool.name) else need, for_them, 0)
             missing = self._ask(network, pool, wanted)
             if missing and await self._look_again(pool):
                 missing = self._ask(network, pool, missing)
-            need -= wanted - missing
+            got = wanted - missing
+            need, waiting = need - got, waiting - got
             if missing:
                 block = await self._unclaimed(pool)
-                if block is None:
-                    dry.add(pool.name)
-                else:
+                if block is not None:
                     claims += self._claim(pool, block)
-                    need = 0
+                    need = waiting = 0
+                elif (starving := min(missing, max(waiting, for_them - got))) > 0:
+                    got, is_dry = await self._borrow(network, pool, starving)
+                    need, waiting = need - got, waiting - got
+                    if is_dry:
+                        dry.add(pool.name)
         dry |= {p.name for p in pools if p.disabled}
         hopeless = [
             w for w in waiters if w.pool in dry or (w.pool is None and dry >= {p.name for p in pools})
         ]
         if hopeless and not self._shelf.coming(network.name, family):
-            await self._give_up(hopeless, network, family, pools)
+            # All are asked before one answer is waited for.
+            reliefs = [self._pressure.relief(p) for p in pools if not p.disabled and p.name in dry]
+            if all(relief is not None for relief in reliefs):
+                await self._give_up(hopeless, network, family, pools, [r for r in reliefs if r])
         return claims
+
+    async def _borrow(self, network: Network, pool: Geometry, count: int) -> tuple[int, bool]:
+        """Take up to ``count`` addresses of other nodes' blocks for who waits.
+
+        Returns how many, and whether the pool has no more.
+        """
+        if network.strict:
+            return 0, True
+        found = await self._borrowing.find(pool, count)
+        for ip in found.ips:
+            self._holdings.ask_for(ip, network.name, pool)
+        if found.scarce:
+            self._pressure.note_scarcity(pool)
+        if len(found.ips) < count and not found.all_round:
+            self._holdings.wake.set()  # there is more to look at, once what was found is written
+        return len(found.ips), found.all_round and not found.ips
 
     def _ask(self, network: Network, pool: Geometry, count: int) -> int:
         """Take ``count`` free addresses of own blocks of ``pool``; returns how many are missing."""
@@ -249,7 +308,7 @@ class Upkeep:
         for space in self._shelf.spaces.values():
             if count <= 0:
                 break
-            if space.pool.name == pool.name:
+            if space.pool.name == pool.name and space.block not in self._holdings.returning:
                 for ip in space.take(count, reserved):
                     self._holdings.ask_for(ip, network.name, pool)
                     count -= 1
@@ -270,12 +329,15 @@ class Upkeep:
 
     async def _unclaimed(self, pool: Geometry) -> IPNetwork | None:
         """A block of ``pool`` that nobody has and that holds an address for everybody."""
+        if self._now() < self._full_until.get(pool.name, 0.0):
+            return None
         start = first_block(self._holdings.node, pool)
         for first, last in ((start, pool.block_count), (0, start)):
             async for gap, end in self._gaps(pool, first, last):
                 index = pool.next_block_with_dynamic(gap)
                 if index is not None and index < end:
                     return pool.block(index)
+        self._full_until[pool.name] = self._now() + FULL_FOR
         return None
 
     async def _gaps(self, pool: Geometry, first: int, last: int) -> AsyncIterator[tuple[int, int]]:
@@ -304,7 +366,12 @@ class Upkeep:
         return [Change(Write(keys.block_key(block), record.encode(), 0), block=BlockRow(block, pool.name, 0))]
 
     async def _give_up(
-        self, waiters: Sequence[Waiter], network: Network, family: Family, pools: Sequence[Geometry]
+        self,
+        waiters: Sequence[Waiter],
+        network: Network,
+        family: Family,
+        pools: Sequence[Geometry],
+        reliefs: Sequence[Relief],
     ) -> None:
         """Nothing is left for those who wait, unless a cooldown is over soon enough."""
         soonest = self._shelf.soonest(network.name, family)
@@ -318,9 +385,11 @@ class Upkeep:
                     f"{pool.cidr}: {await pool_usage(self._store, Pool.decode(record.key, record.value))}"
                 )
         disabled = [str(p.cidr) for p in pools if p.disabled]
+        away = sorted({f"{node} ({count} warm)" for r in reliefs for node, count in r.away.items()})
         error = Exhausted(
             f"network {network.name} has no free IPv{family} address left ({'; '.join(used)}"
             + (f"; disabled: {', '.join(disabled)}" if disabled else "")
+            + (f"; not running, so they give nothing back: {', '.join(away)}" if away else "")
             + "); end containers or add a pool"
         )
         self._shelf.fail_waiters(error, waiters)
@@ -328,7 +397,7 @@ class Upkeep:
     # -- giving blocks back
 
     def _returned_blocks(self, most: int) -> list[Change]:
-        """Up to ``most`` own blocks of pools that are disabled or gone, once nothing of ours is in them."""
+        """Up to ``most`` own blocks that are not wanted, once nothing of ours is in them."""
         changes = []
         for row in list(self._unwanted_blocks())[:most]:
             if not self._holdings.doubt(row.block, row.pool):
@@ -341,14 +410,41 @@ class Upkeep:
 
     def _unwanted_blocks(self) -> Iterable[BlockRow]:
         pools = {pool.name: pool for pool in self._holdings.catalogue.pools()}
+        surplus = self._surplus(pools)
         for block, row in self._holdings.blocks.items():
             pool = pools.get(row.pool)
-            if pool is not None and not pool.disabled:
+            wanted = pool is not None and not pool.disabled and not self._holdings.drained
+            if wanted and block not in surplus | self._holdings.returning:
                 self._return_after.pop(block, None)
             elif self._return_after.get(block, 0.0) <= self._now() and not any(
                 ip.version == block.version and ip in block for ip in self._shelf.held
             ):
                 yield row
+
+    def _surplus(self, pools: Mapping[str, Geometry]) -> set[IPNetwork]:
+        """Empty own blocks of enabled pools that others shall have: at once while the pool is under pressure,
+        else when they have long been empty while another own block has enough free."""
+        now, spaces = self._now(), self._shelf.spaces
+        empty = {block for block, space in spaces.items() if space.untouched}
+        surplus: set[IPNetwork] = set()
+        idle: set[IPNetwork] = set()
+        for block in empty:
+            pool = pools.get(spaces[block].pool.name)
+            network = self._network(pool.network) if pool is not None else None
+            if pool is None or network is None or pool.disabled:
+                continue
+            if self._holdings.is_held_back(pool.name):
+                if not self._shelf.waiters(network.name, pool.family):
+                    surplus.add(block)
+                continue
+            enough = max(network.warm, 1) * SURPLUS_RESERVE
+            if any(
+                other != block and other not in idle and space.pool.name == pool.name and len(space) >= enough
+                for other, space in spaces.items()
+            ):
+                idle.add(block)
+        self._empty_since = {block: self._empty_since.get(block, now) for block in idle}
+        return surplus | {block for block, since in self._empty_since.items() if since + SURPLUS_AFTER <= now}
 
     # -- what came of it
 
@@ -370,6 +466,7 @@ class Upkeep:
             self._holdings.open_spaces()
             if not claimed:
                 self._return_after[row.block] = self._now() + RETURN_RETRY
+                self._empty_since.pop(row.block, None)
         else:
             # Given back, or another node was faster; the next refill looks further.
             self._holdings.drop_block(row.block)

@@ -138,6 +138,11 @@ class Writer:
                         )
                 found = await self._store.get(self._key)
                 stood = Fence.decode(found.key, found.value) if found else None
+                if stood is not None and stood.vacant and self._had_fence:
+                    raise Fenced(
+                        f"node {self._node} was taken from this agent by `moorage node adopt`: the next agent that "
+                        "starts under this name has it; restart this one to have it back, or give it another --node"
+                    )
                 if (
                     found is not None
                     and stood is not None
@@ -233,7 +238,9 @@ class Writer:
         fence = Fence.decode(stood.key, stood.value)
         if fence.instance != self._instance:
             raise Fenced(
-                f"another agent (instance {fence.instance}) took over node {self._node}; "
+                f"node {self._node} was removed, or taken from this agent, by an operator"
+                if not fence.boot_id
+                else f"another agent (instance {fence.instance}) took over node {self._node}; "
                 "stop one of the two, or give this one another --node name"
             )
         if fence.seq != self.seq + 1:

@@ -86,6 +86,7 @@ def _endpoint_findings(endpoint: Endpoint, holder: Holder) -> list[Finding]:
 
 def _orphans(endpoints: Endpoints, holder: Holder) -> list[Finding]:
     """Invariant 2, from the address's side."""
+    carried = {ip for endpoint in endpoints.all() for ip in endpoint.ips}
     return [
         Finding(
             2,
@@ -95,7 +96,7 @@ def _orphans(endpoints: Endpoints, holder: Holder) -> list[Finding]:
             "released if no route leads to it",
         )
         for ip, held in holder.assigned().items()
-        if held.record is not None and endpoints.of_ip(ip) is None
+        if held.record is not None and ip not in carried
     ]
 
 

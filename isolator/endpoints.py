@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,14 +26,15 @@ from dataclasses import replace
 import structlog
 
 from ipam.catalogue import Catalogue
-from ipam.errors import MoorageError, TryAgain
+from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import AddressRequest, Holder, Owner
 from ipam.holdings import Conflict
-from ipam.keys import IPAddress
+from ipam.keys import IPAddress, IPNetwork
+from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
 from isolator.drivers.naming import host_ifname, mac_for
-from isolator.errors import EndpointExists, JournalUnwritable, NotAttached, Superseded
+from isolator.errors import EndpointExists, JournalUnwritable, KernelRefused, NotAttached, Superseded
 from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
@@ -45,12 +47,21 @@ log = structlog.get_logger(__name__)
 TOMBSTONE_TTL = 120 * 10**9
 """Nanoseconds in which an ADD that was asked for before a DEL is refused (docs/design.md, section 7)."""
 
+LOG_BEHIND = 0.002
+"""Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
+
 REAP_TOGETHER = 0.03
 """Seconds in which removals gather: one batch costs the kernel about as much as one interface, and holds up
 whoever attaches meanwhile."""
 
 REMOVE_RETRY = 1.0
 """Seconds before interfaces are removed again after the kernel refused it."""
+
+ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
+"""States whose traffic the firewall lets pass."""
+
+COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
+"""States that end when the interface, and so the namespace, is gone."""
 
 END_PATIENCE = 5.0
 """Seconds that whoever needs an endpoint to be gone waits for it; removing takes some 20 ms."""
@@ -84,7 +95,9 @@ class Endpoints:
     def load(self) -> None:
         """Start from the journal."""
         self._endpoints = {endpoint.key: endpoint for endpoint in self._journal.load_endpoints()}
-        self._tombstones = self._journal.load_tombstones()
+        buried = self._journal.load_tombstones()
+        # Another boot's clock says nothing about this one's calls.
+        self._tombstones = {key: asked for key, asked in buried.items() if asked.boot_id == self._boot_id}
 
     # -- looking in
 
@@ -93,10 +106,6 @@ class Endpoints:
 
     def get(self, key: EndpointKey) -> Endpoint | None:
         return self._endpoints.get(key)
-
-    def of_link(self, name: str) -> Endpoint | None:
-        """The endpoint whose node end is called ``name``."""
-        return next((e for e in self._endpoints.values() if e.host_ifname == name), None)
 
     def of_ip(self, ip: IPAddress) -> Endpoint | None:
         return next((e for e in self._endpoints.values() if ip in e.ips), None)
@@ -110,22 +119,42 @@ class Endpoints:
         TryAgain, KernelRefused, JournalUnwritable; nothing is left behind then.
         """
         reached("attach:begun")
+        begun = time.monotonic()
         async with self._locks.of(spec.key):
             self._refuse_superseded(spec)
             known = await self._known(spec)
             if known is not None and known.state is EndpointState.ATTACHED:
                 return known
             network = await self._catalogue.network(spec.network)
+            self._check_mtu(spec, network)
             self._kernel.check_namespace(spec.netns)
             if known is None:
                 known = await self._begin(spec, network)
-            return await self._connect(known)
+            attached = await self._connect(known)
+        asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
+        return attached
+
+    @staticmethod
+    def _tell(endpoint: Endpoint, seconds: float) -> None:
+        log.info(
+            "endpoint attached",
+            endpoint=str(endpoint.key),
+            ips=[str(ip) for ip in endpoint.ips],
+            network=endpoint.network,
+            ms=round(seconds * 1000, 1),
+        )
 
     def _refuse_superseded(self, spec: AttachSpec) -> None:
         buried = self._tombstones.get(spec.key)
         if buried is not None and buried.boot_id == spec.asked.boot_id and buried.at > spec.asked.at:
             raise Superseded(
                 f"the ADD of {spec.key} was asked for before its DEL, which came first; nothing needs to be done"
+            )
+
+    def _check_mtu(self, spec: AttachSpec, network: Network) -> None:
+        if spec.mtu is not None and spec.mtu < MTU[0] and self._catalogue.pools_of(network, 6):
+            raise InvalidInput(
+                f"an MTU of {spec.mtu} is too small for IPv6, which network {network.name} has; at least {MTU[0]} is"
             )
 
     async def _known(self, spec: AttachSpec) -> Endpoint | None:
@@ -173,7 +202,7 @@ class Endpoints:
             with self._journal.transaction():
                 self._journal.save_endpoint(endpoint)
                 self._journal.save_addresses(rows)
-        except JournalUnwritable:
+        except BaseException:
             self._holder.put_back(lent)
             raise
         self._holder.accept(rows)
@@ -207,7 +236,7 @@ class Endpoints:
     async def _connect(self, endpoint: Endpoint) -> Endpoint:
         """Steps 3 to 5, and the one undo path."""
         try:
-            await self._kernel.connect(endpoint)
+            await self._wire(endpoint)
             attached = replace(endpoint, state=EndpointState.ATTACHED)
             self._journal.save_endpoint(attached)
         except BaseException:
@@ -218,6 +247,27 @@ class Endpoints:
         self._endpoints[endpoint.key] = attached
         reached("attach:attached")
         return attached
+
+    async def _wire(self, endpoint: Endpoint) -> None:
+        try:
+            await self._kernel.connect(endpoint)
+        except KernelRefused as error:
+            if error.errno != errno.ENOENT or await self._kernel.policy_is_intact():
+                raise
+            # Somebody flushed the ruleset a moment ago.
+            await self.restore_policy()
+            await self._kernel.connect(endpoint)
+
+    async def restore_policy(self, *, keep: bool = False) -> None:
+        """Put the firewall's table in place for what is attached; keep: what it admits already stays admitted."""
+        admitted = [e for e in self._endpoints.values() if e.state in ADMITTED]
+        await self._kernel.restore_policy(admitted, *self.pools(), keep=keep)
+
+    def pools(self) -> tuple[list[IPNetwork], list[IPNetwork]]:
+        """(all pools, those whose traffic to the outside is masqueraded), for the firewall."""
+        natted = {network.name for network in self._catalogue.networks() if network.nat}
+        pools = self._catalogue.pools()
+        return [p.cidr for p in pools], [p.cidr for p in pools if p.network in natted]
 
     # -- DEL
 
@@ -237,24 +287,33 @@ class Endpoints:
             elif asked.boot_id == endpoint.asked.boot_id and asked.at >= endpoint.asked.at:
                 await self._begin_end(endpoint)
 
-    async def abandon(self, key: EndpointKey, request_id: str) -> None:
-        """The caller of that ADD went away for good: undo it, unless a newer one took its place."""
+    async def undo_unfinished(self, key: EndpointKey, request_id: str) -> None:
+        """Undo an ADD that a killed agent had begun and whose caller did not come back for it."""
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
-            if endpoint is not None and endpoint.request_id == request_id:
+            unfinished = endpoint is not None and endpoint.state is EndpointState.ATTACHING
+            if endpoint is not None and unfinished and endpoint.request_id == request_id:
                 log.warning("ADD undone: its caller went away", endpoint=str(key))
                 await self._begin_end(endpoint)
 
-    async def end(self, key: EndpointKey) -> None:
-        """Detach whatever is there under that key now, and wait until it is gone. Raises TimeoutError."""
+    async def end(self, key: EndpointKey, *, only_if_gone: bool = False) -> bool:
+        """Detach what is there under that key, and wait until it is gone; says whether it is.
+
+        only_if_gone: leave it if its interface is there. Raises TimeoutError.
+        """
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
-            if endpoint is not None:
-                await self._begin_end(endpoint)
-                await self._ended(key)
+            if endpoint is None:
+                return True
+            if only_if_gone and endpoint.host_ifname in await self._kernel.links():
+                return False
+            await self._begin_end(endpoint)
+            await self._ended(key)
+            return True
 
     def _bury(self, key: EndpointKey, asked: Asked) -> None:
-        if asked.boot_id != self._boot_id:
+        newest = self._tombstones.get(key)
+        if asked.boot_id != self._boot_id or (newest is not None and newest.at >= asked.at):
             return
         self._tombstones[key] = asked
         expired = [k for k, a in self._tombstones.items() if a.at < boottime() - TOMBSTONE_TTL]
@@ -287,16 +346,14 @@ class Endpoints:
         reached("detach:journalled")
         try:
             await self._kernel.disconnect(doomed)
-        except MoorageError as error:
-            log.error(
-                "endpoint is not cut off; its interface is removed",
-                endpoint=str(endpoint.key),
-                why=str(error),
-            )
+        except Exception as error:
+            # Whatever it was, the reaper removes the interface, and revokes its addresses once more.
+            log.error("endpoint is not cut off yet", endpoint=str(endpoint.key), why=repr(error))
+        finally:
+            self._doomed[endpoint.key] = doomed
+            self._gone.setdefault(endpoint.key, asyncio.Event())
+            self._reap.set()
         reached("detach:withdrawn")
-        self._doomed[endpoint.key] = doomed
-        self._gone.setdefault(endpoint.key, asyncio.Event())
-        self._reap.set()
 
     async def _ended(self, key: EndpointKey) -> None:
         """Wait until nothing is left of it. Raises TimeoutError."""
@@ -313,17 +370,25 @@ class Endpoints:
             await asyncio.sleep(REAP_TOGETHER)
             self._reap.clear()
             batch = list(self._doomed.values())
-            if not batch:
-                continue
-            try:
-                await self._kernel.remove(batch)
-            except MoorageError as error:
-                log.error("interfaces are not removed; tried again", count=len(batch), why=str(error))
-                await asyncio.sleep(REMOVE_RETRY)
-                self._reap.set()
-                continue
-            reached("detach:removed")
-            self._release(batch)
+            if not await self._removed(batch):
+                # One that the kernel refuses must not hold up the others.
+                for endpoint in batch:
+                    await self._removed([endpoint])
+            if self._doomed:
+                asyncio.get_running_loop().call_later(REMOVE_RETRY, self._reap.set)
+
+    async def _removed(self, batch: Sequence[Endpoint]) -> bool:
+        if not batch:
+            return True
+        try:
+            await self._kernel.remove(batch)
+        except Exception as error:
+            names = ", ".join(str(endpoint.key) for endpoint in batch)
+            log.error("interfaces are not removed; tried again", endpoints=names, why=repr(error))
+            return False
+        reached("detach:removed")
+        self._release(batch)
+        return True
 
     def _release(self, batch: Sequence[Endpoint]) -> None:
         rows = [row for e in batch for row in self._holder.plan_release(e.ips, e.key)]
@@ -341,17 +406,25 @@ class Endpoints:
             del self._endpoints[endpoint.key]
             del self._doomed[endpoint.key]
             self._gone.pop(endpoint.key).set()
+            log.info("endpoint removed", endpoint=str(endpoint.key), ips=[str(ip) for ip in endpoint.ips])
         reached("detach:released")
 
     # -- CHECK and what happens by itself
 
-    async def check(self, key: EndpointKey) -> Endpoint:
-        """The endpoint, if kernel and IPAM are as it says. Raises NotAttached naming every difference."""
+    async def check(self, key: EndpointKey, netns: str = "") -> Endpoint:
+        """The endpoint, if kernel and IPAM are as it says. Raises NotAttached naming every difference.
+
+        netns: where the caller says it is; believed if the journal lost it.
+        """
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
             if endpoint is None or endpoint.state is not EndpointState.ATTACHED:
                 state = "unknown" if endpoint is None else endpoint.state.value
                 raise NotAttached(f"{key} is {state} on this node; it needs an ADD")
+            if not endpoint.netns and netns:
+                self._kernel.check_namespace(netns)
+                endpoint = replace(endpoint, netns=netns)
+                self.adopt(endpoint)
             wrong = await self._kernel.differences(endpoint)
             assigned = self._holder.assigned()
             wrong.extend(f"{ip} is not assigned to it" for ip in endpoint.ips if ip not in assigned)
@@ -365,13 +438,13 @@ class Endpoints:
         names: of node ends that were seen to vanish; None looks at all.
         """
         if names is not None and not any(
-            e.host_ifname in names and e.state is EndpointState.ATTACHED for e in self._endpoints.values()
+            e.host_ifname in names and e.state in COLLECTED for e in self._endpoints.values()
         ):
             return
         links = await self._kernel.links()
         for endpoint in self.all():
             suspect = names is None or endpoint.host_ifname in names
-            if suspect and endpoint.state is EndpointState.ATTACHED and endpoint.host_ifname not in links:
+            if suspect and endpoint.state in COLLECTED and endpoint.host_ifname not in links:
                 async with self._locks.of(endpoint.key):
                     unchanged = self._endpoints.get(endpoint.key) is endpoint
                     # Looked at again: it may have been wired after the first look.
@@ -379,15 +452,18 @@ class Endpoints:
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._begin_end(endpoint)
 
-    async def cut_off(self, conflict: Conflict) -> None:
-        """The store gave an address of ours to somebody else: its endpoint must not answer for it."""
+    async def cut_off(self, conflict: Conflict) -> bool:
+        """The store gave an address of ours to somebody else: its endpoint must not answer for it.
+
+        Returns whether that is so now; if not, the caller tries again.
+        """
         endpoint = self.of_ip(conflict.ip)
         if endpoint is None:
-            return
+            return True
         async with self._locks.of(endpoint.key):
             current = self._endpoints.get(endpoint.key)
-            if current is None or current.state in (EndpointState.DETACHING, EndpointState.CONFLICT):
-                return
+            if current is None or current.state is EndpointState.DETACHING:
+                return True
             log.error(
                 "CONFLICT: endpoint is cut off, its address belongs to another",
                 endpoint=str(current.key),
@@ -398,10 +474,18 @@ class Endpoints:
             cut = replace(current, state=EndpointState.CONFLICT)
             self._endpoints[current.key] = cut
             try:
-                self._journal.save_endpoint(cut)
                 await self._kernel.disconnect(cut)
-            except TryAgain as error:
-                log.warning("conflict is not journalled", why=str(error))
+            except Exception as error:
+                log.error(
+                    "endpoint in conflict is not cut off yet", endpoint=str(current.key), why=repr(error)
+                )
+                return False
+            try:
+                self._journal.save_endpoint(cut)
+            except JournalUnwritable as error:
+                # A restart asks the store again, and learns the same.
+                log.warning("conflict is not journalled", endpoint=str(current.key), why=str(error))
+            return True
 
     # -- for recovery
 

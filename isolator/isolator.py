@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.errors import Fenced, MoorageError, StoreError, TryAgain
 from ipam.holder import COOLDOWN, Holder
@@ -29,8 +30,8 @@ from ipam.holdings import Conflict
 from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
-from ipam.records import Address, AddressState, Intent, IntentKind, Node
-from ipam.schema import SchemaTooNew, ensure_schema
+from ipam.records import Address, AddressState, Fence, Intent, IntentKind, Node
+from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
 from isolator.audit import audit
 from isolator.endpoints import Endpoints
@@ -40,7 +41,7 @@ from isolator.kernel import Kernel
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import LinkMonitor
-from isolator.recovery import ADMITTED, adopted_endpoint, owner_of, policy_pools, recover
+from isolator.recovery import adopted_endpoint, owner_of, recover
 
 log = structlog.get_logger(__name__)
 
@@ -53,8 +54,14 @@ RETURN_WINDOW = 30.0
 COLLECT_EVERY = 5.0
 """Seconds between looks for endpoints whose namespace is gone; the link monitor is faster."""
 
+FENCE_EVERY = 5.0
+"""Seconds between looks at the node's fence; who writes is told sooner. Well within sync.REWIND_GRACE."""
+
 HEAL_EVERY = 1.0
 """Seconds between looks at the firewall."""
+
+DRAIN_WITHIN = 2.0
+"""Seconds a drain has before it is answered with what is left; who asked asks again."""
 
 RETRY = 1.0
 """Seconds before a background task that failed is started again."""
@@ -124,17 +131,19 @@ class Isolator:
             version=self._settings.version,
             underlay=[str(ip) for ip in underlay.addresses],
             mtu=underlay.mtu,
-            features=["routed"],
+            features=["routed", f"{FEATURE}{VERSION}"],
         )
-        self._membership = Membership(self._store, node, self.instance, self._boot_id, self._holder.fenced)
+        self._membership = Membership(
+            self._store, node, self.instance, self._boot_id, self._holder.fenced, self._holder.drain
+        )
         try:
             async with asyncio.timeout(SYNC_PATIENCE):
                 await ensure_schema(self._store)
                 await self._holder.sync()
                 await self._membership.register()
-        except SchemaTooNew:
+        except SchemaMismatch:
             raise
-        except (StoreError, Fenced, TimeoutError) as error:
+        except (StoreError, TryAgain, TimeoutError) as error:
             log.warning("store is not in sync; serving what the journal knows", why=str(error) or "no answer")
         await self._recover()
 
@@ -159,6 +168,7 @@ class Isolator:
                     ("catalogue", self._catalogue.follow),
                     ("membership", self._membership.keep),
                     ("takeover", self._membership.follow),
+                    ("fence", self._look_at_fence),
                     ("intents", intents.run),
                     ("reaper", self._endpoints.reap),
                     ("collector", self._collect),
@@ -187,22 +197,16 @@ class Isolator:
         """See Endpoints.detach."""
         await self._endpoints.detach(key, asked)
 
-    async def abandon(self, key: EndpointKey, request_id: str) -> None:
-        """See Endpoints.abandon."""
-        await self._endpoints.abandon(key, request_id)
-
-    async def check(self, key: EndpointKey) -> Endpoint:
+    async def check(self, key: EndpointKey, netns: str = "") -> Endpoint:
         """See Endpoints.check."""
-        return await self._endpoints.check(key)
+        return await self._endpoints.check(key, netns)
 
     async def ready(self, network: str | None = None) -> None:
-        """Raises what an ADD on ``network`` would fail with now, if it surely would."""
+        """Raises TryAgain when an ADD on ``network`` could not work now for want of the store, NotFound."""
         if network is not None:
             await self._catalogue.network(network)
-        if self._holder.problem:
-            raise TryAgain(
-                f"the store is not in sync: {self._holder.problem}; only warm addresses are given out"
-            )
+        if self._holder.problem and not self._holder.has_warm(network):
+            raise TryAgain(f"no address is warm and the store is not in sync: {self._holder.problem}")
 
     @property
     def node(self) -> str:
@@ -258,9 +262,33 @@ class Isolator:
     def _on_conflict(self, conflict: Conflict) -> None:
         self._conflicts.put_nowait(conflict)
 
+    async def _look_at_fence(self) -> None:
+        """Notices a store that went back in time also where nothing is written, before others take what it forgot."""
+        while True:
+            await asyncio.sleep(FENCE_EVERY)
+            before = self._journal.confirmed_seq
+            if self._holder.problem:
+                continue
+            try:
+                kv = await self._store.get(keys.WRITERS + self.node)
+                stood = 0 if kv is None else Fence.decode(kv.key, kv.value).seq
+            except StoreError as error:
+                log.info("fence was not looked at", why=str(error))
+                continue
+            # A sync that ended meanwhile has settled it, and left a lower number.
+            if stood < min(before, self._journal.confirmed_seq):
+                self._holder.fenced(
+                    Fenced(
+                        f"the store was restored from a backup, or node {self.node} was removed from it; "
+                        "what this node holds is asserted anew"
+                    )
+                )
+
     async def _cut_off(self) -> None:
         while True:
-            await self._endpoints.cut_off(await self._conflicts.get())
+            conflict = await self._conflicts.get()
+            if not await self._endpoints.cut_off(conflict):
+                asyncio.get_running_loop().call_later(RETRY, self._conflicts.put_nowait, conflict)
 
     async def _collect(self) -> None:
         """Ends endpoints whose namespace is gone: at once when told, and in any case regularly."""
@@ -272,6 +300,19 @@ class Isolator:
             except TimeoutError:
                 pass
             await self._endpoints.collect(names)
+            if names is None:
+                await self._restore_elements()
+
+    async def _restore_elements(self) -> None:
+        """Somebody may have flushed a set and left the table as it is."""
+        attached = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHED]
+        there = await self._kernel.elements()
+        lost = [e for e in attached if any((e.host_ifname, ip) not in there for ip in e.ips)]
+        # What was attached or detached meanwhile is no loss.
+        lost = [e for e in lost if self._endpoints.get(e.key) is e]
+        if lost:
+            log.warning("firewall elements were missing; restored", endpoints=[str(e.key) for e in lost])
+            await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
 
     async def _heal(self) -> None:
         """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
@@ -283,11 +324,14 @@ class Isolator:
                 pass
             if self._pools_changed.is_set():
                 self._pools_changed.clear()
-                await self._kernel.set_pools(*policy_pools(self._catalogue))
+                try:
+                    await self._kernel.set_pools(*self._endpoints.pools())
+                except BaseException:
+                    self._pools_changed.set()
+                    raise
             if not await self._kernel.policy_is_intact():
                 log.warning("firewall table inet moorage was missing or changed; restored")
-                admitted = [e for e in self._endpoints.all() if e.state in ADMITTED]
-                await self._kernel.restore_policy(admitted, *policy_pools(self._catalogue))
+                await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
 
@@ -296,9 +340,7 @@ class Isolator:
         begun = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHING]
         await asyncio.sleep(RETURN_WINDOW)
         for endpoint in begun:
-            current = self._endpoints.get(endpoint.key)
-            if current is not None and current.state is EndpointState.ATTACHING:
-                await self._endpoints.abandon(endpoint.key, endpoint.request_id)
+            await self._endpoints.undo_unfinished(endpoint.key, endpoint.request_id)
         await asyncio.Event().wait()
 
     # -- intents
@@ -311,8 +353,27 @@ class Isolator:
                 )
             case IntentKind.VERIFY | IntentKind.RELEASE:
                 return await self._answer_release(intent)
+            case IntentKind.GIVE_BACK:
+                return await self._holder.give_back(intent)
+            case IntentKind.RETURN_BLOCK:
+                return await self._holder.return_block(intent)
+            case IntentKind.DRAIN:
+                return await self._answer_drain(undo=bool(intent.evidence.get("undo")))
             case _:
                 return {"done": False, "why": f"this agent does not know the request {intent.kind.value!r}"}
+
+    async def _answer_drain(self, *, undo: bool) -> dict[str, Any]:
+        assert self._membership is not None, "start() comes first"
+        drain = self._holder.drain
+        if undo and drain.is_on:
+            drain.withdraw()
+            await self._membership.tell()
+            drain.end()
+        elif not undo:
+            drain.begin()
+            await drain.settle(DRAIN_WITHIN)
+            await self._membership.tell()
+        return drain.report()
 
     async def _answer_release(self, intent: Intent) -> dict[str, Any]:
         """VERIFY releases what nobody uses; RELEASE ends the endpoint that uses it."""
@@ -328,22 +389,20 @@ class Isolator:
         if endpoint is None:
             self._holder.accept(self._holder.plan_release([ip]))
             return {"done": True, "why": f"{ip} had no endpoint and is released"}
-        live = endpoint.host_ifname in await self._kernel.links()
-        if live and intent.kind is IntentKind.VERIFY:
-            return {
-                "done": False,
-                "why": f"{ip} is carried by the live container {endpoint.key.container_id} ({endpoint.key.ifname}); "
-                "end the container, or use --force to cut it off",
-            }
         try:
-            await self._endpoints.end(endpoint.key)
+            ended = await self._endpoints.end(endpoint.key, only_if_gone=intent.kind is IntentKind.VERIFY)
         except TimeoutError:
             return {
                 "done": False,
                 "why": f"{endpoint.key} is cut off, but its interface is not removed yet; look again",
             }
-        how = "was cut off" if live else "was gone"
-        return {"done": True, "why": f"{endpoint.key} {how} and {ip} is released"}
+        if not ended:
+            return {
+                "done": False,
+                "why": f"{ip} is carried by the live container {endpoint.key.container_id} ({endpoint.key.ifname}); "
+                "end the container, or use --force to cut it off",
+            }
+        return {"done": True, "why": f"{endpoint.key} is gone and {ip} is released"}
 
 
 async def _supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:

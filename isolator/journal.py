@@ -88,7 +88,6 @@ class Journal:
         except OSError as error:
             raise _unwritable(path, error) from error
         self.is_of_this_boot = self._meta("boot_id") == boot_id
-        self._set_meta("boot_id", boot_id)
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -110,13 +109,21 @@ class Journal:
                     f"the journal {self._path} was written by a newer moorage (schema {version}); "
                     "start that version, or move the file away to rebuild it from kernel and store"
                 )
-            self._set_meta("schema", str(SCHEMA_VERSION))
-            for load in (self.load_endpoints, self.load_addresses, self.load_blocks):
+            if self._meta("schema") is None:
+                self._set_meta("schema", str(SCHEMA_VERSION))
+            int(self._meta("confirmed_seq") or 0)
+            for load in (
+                self.load_endpoints,
+                self.load_addresses,
+                self.load_blocks,
+                self.load_cache,
+                self.load_tombstones,
+            ):
                 load()
         except sqlite3.OperationalError as error:
             db.close()
             raise _unwritable(self._path, error) from error
-        except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError, KeyError) as error:
+        except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
             db.close()
             raise JournalCorrupt(f"the journal {self._path} is damaged: {error}") from error
         except JournalCorrupt:
@@ -183,6 +190,11 @@ class Journal:
     def _set_meta(self, key: str, value: str) -> None:
         self._run("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(key, value)])
 
+    def own_boot(self) -> None:
+        """Store and journal agree: from now on what it holds is of this boot, also after a restart."""
+        if self._meta("boot_id") != self._boot_id:
+            self._set_meta("boot_id", self._boot_id)
+
     @property
     def confirmed_seq(self) -> int:
         """The last write of this node that the store confirmed, 0 if none is known."""
@@ -190,6 +202,14 @@ class Journal:
 
     def save_confirmed_seq(self, seq: int) -> None:
         self._set_meta("confirmed_seq", str(seq))
+
+    @property
+    def drained(self) -> bool:
+        """Whether the node is drained (ipam/drain.py)."""
+        return self._meta("drained") == "yes"
+
+    def save_drained(self, drained: bool) -> None:
+        self._set_meta("drained", "yes" if drained else "no")
 
     # -- endpoints and tombstones
 

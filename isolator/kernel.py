@@ -114,12 +114,16 @@ class Kernel:
         await self._wiring.run(self._disconnect, endpoint)
 
     def _disconnect(self, endpoint: Endpoint) -> None:
-        self._wiring.driver(endpoint.driver).withdraw(wiring(endpoint))
-        self._policy.revoke(endpoint.host_ifname, endpoint.ips)
+        try:
+            self._wiring.driver(endpoint.driver).withdraw(wiring(endpoint))
+        finally:
+            self._policy.revoke(endpoint.host_ifname, endpoint.ips)
 
     async def remove(self, endpoints: Sequence[Endpoint]) -> None:
         """Remove disconnected endpoints' interfaces, and every connection of their addresses."""
         await self._reaping.run(self._remove, endpoints)
+        # Once more: when they were disconnected the firewall may have been in nobody's state.
+        await self._wiring.run(self._policy.revoke_all, [(e.host_ifname, e.ips) for e in endpoints])
 
     def _remove(self, endpoints: Sequence[Endpoint]) -> None:
         for name in {endpoint.driver for endpoint in endpoints}:
@@ -175,9 +179,6 @@ class Kernel:
 
     async def revoke(self, elements: Iterable[tuple[str, IPAddress]]) -> None:
         await self._wiring.run(self._policy.revoke_all, [(name, [ip]) for name, ip in elements])
-
-    async def flush_conntrack(self, ips: Iterable[IPAddress]) -> None:
-        await self._reaping.run(flush_conntrack, list(ips))
 
     # -- policy
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 import structlog
 
 from ipam.catalogue import Catalogue
-from ipam.keys import IPNetwork
 from ipam.records import Address
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.endpoints import Endpoints
@@ -27,15 +26,6 @@ from isolator.model import Asked, Endpoint, EndpointKey, EndpointState, IPAddres
 from isolator.netlink import HostLink
 
 log = structlog.get_logger(__name__)
-
-ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
-
-
-def policy_pools(catalogue: Catalogue) -> tuple[list[IPNetwork], list[IPNetwork]]:
-    """(all pools, the pools whose traffic to the outside is masqueraded)."""
-    natted = {network.name for network in catalogue.networks() if network.nat}
-    pools = catalogue.pools()
-    return [p.cidr for p in pools], [p.cidr for p in pools if p.network in natted]
 
 
 def adopted_endpoint(
@@ -76,11 +66,13 @@ async def recover(
             log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
             endpoints.forget(endpoint)
     links = await kernel.links()
-    admitted = [e for e in endpoints.all() if e.state in ADMITTED]
-    await kernel.restore_policy(admitted, *policy_pools(catalogue), keep=not in_sync)
+    if in_sync or catalogue.pools() or not await kernel.elements():
+        await endpoints.restore_policy(keep=not in_sync)
     for endpoint in endpoints.all():
         if endpoint.state is EndpointState.DETACHING:
             await endpoints.resume_end(endpoint)
+        elif endpoint.state is EndpointState.CONFLICT:
+            await kernel.disconnect(endpoint)
     await endpoints.collect()
     if in_sync:
         await remove_strays(kernel, endpoints, links)

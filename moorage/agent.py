@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -32,6 +33,9 @@ from netmodules.spool import Entry, Spool, SpoolWatcher
 
 log = structlog.get_logger(__name__)
 
+STOP_WITHIN = 55.0
+"""Seconds for requests in flight when the agent ends: as long as a hook waits for its answer."""
+
 SWITCH_INTERVAL = 0.0005
 """Seconds a thread keeps the interpreter when another wants it. Python's 5 ms is longer than a whole ADD, which
 the store's threads would then hold up."""
@@ -40,11 +44,17 @@ the store's threads would then hold up."""
 def run(config: AgentConfig) -> int:
     """Run the agent until it is told to end; returns the exit code."""
     sys.setswitchinterval(SWITCH_INTERVAL)
+    if os.geteuid() != 0:
+        log.error("agent cannot run", why="it needs root, for namespaces and netlink; run it with sudo")
+        return 1
     try:
         asyncio.run(_serve(config))
     except MoorageError as error:
         log.error("agent cannot run", why=str(error))
-        sys.stderr.flush()
+        return 1
+    except OSError as error:
+        places = f"{config.socket.parent} and {config.state_dir}"
+        log.error("agent cannot run", why=f"{error}; see that {places} can be used")
         return 1
     return 0
 
@@ -96,10 +106,15 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
         await server.start()
         log.info("agent serves", node=config.node, socket=str(config.socket), instance=isolator.instance)
         notify(READY)
-        await ending.wait()
+        ended = asyncio.create_task(ending.wait())
+        await asyncio.wait({ended, beside}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
         notify(STOPPING)
+        if beside.done():
+            # Without it nothing is written, reaped or watched: better to be started again.
+            beside.result()
     finally:
-        await server.stop()
+        await server.stop(STOP_WITHIN)
         await watcher.stop()
         beside.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -38,8 +38,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 STORE_SCHEMES = ("sqlite", "etcd")
 
-SOCKET_LIMIT = 107
-"""Bytes: sockaddr_un.sun_path less its final NUL, unix(7)."""
+SOCKET_LIMIT = 103
+"""Bytes: sockaddr_un.sun_path less its final NUL, unix(7), and less the four that a socket being made has more."""
 
 INTERFACE_LIMIT = 15
 """Bytes: IFNAMSIZ less its final NUL, netdevice(7)."""

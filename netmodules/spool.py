@@ -47,6 +47,7 @@ class Spool:
     """The reading side of one spool directory, which need not exist."""
 
     def __init__(self, directory: Path) -> None:
+        self._distrusted: set[Path] = set()
         self._directory = directory
         self._uid = os.geteuid()
 
@@ -54,6 +55,9 @@ class Spool:
         """All entries, or one endpoint's, in the order the calls were made; bad ones are moved aside."""
         prefix = f"{_digest(key)}-" if key else ""
         try:
+            if not _is_private(self._directory):
+                self._distrust(self._directory)
+                return []
             names = os.listdir(self._directory)
         except FileNotFoundError:
             return []
@@ -103,14 +107,29 @@ class Spool:
             raise ValueError("its name does not belong to what it holds")
         return Entry(path, key, request)
 
+    def _distrust(self, directory: Path) -> None:
+        """Say once that others could have put anything there, or could lead us elsewhere through it."""
+        if directory not in self._distrusted:
+            self._distrusted.add(directory)
+            log.error("spool is not used: it is no directory of ours that only we may write", path=str(directory))
+
     def _move_aside(self, path: Path, why: str) -> None:
         bad = self._directory / "bad"
         try:
             bad.mkdir(mode=0o700, exist_ok=True)
+            if not _is_private(bad):
+                self._distrust(bad)
+                return
             path.rename(bad / f"{time.time_ns()}-{path.name}")
             log.warning("spool entry moved aside", path=str(path), to=str(bad), why=why)
         except OSError as error:
             log.error("bad spool entry cannot be moved aside", path=str(path), why=why, error=str(error))
+
+
+def _is_private(directory: Path) -> bool:
+    """A real directory, ours, and writable by nobody else. Raises FileNotFoundError."""
+    facts = directory.lstat()
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022
 
 
 class SpoolWatcher:

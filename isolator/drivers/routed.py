@@ -14,6 +14,8 @@ import socket
 from collections import defaultdict
 from collections.abc import Sequence
 
+import structlog
+
 from isolator import sysctl
 from isolator.drivers.base import Wiring
 from isolator.drivers.naming import route_table
@@ -33,6 +35,8 @@ from isolator.netlink.codec import Request
 from isolator.netlink.inventory import delete_links, link_by_name
 from isolator.netlink.node import Namespace, Node
 from isolator.netlink.socket import NetlinkSocket
+
+log = structlog.get_logger(__name__)
 
 _ATTEMPTS = 3
 
@@ -87,17 +91,15 @@ class Routed:
         for wiring in wirings:
             if wiring.netns is not None:
                 by_netns[wiring.netns].append(wiring)
-        refused: KernelRefused | None = None
         for netns, gone in by_netns.items():
             try:
                 with self._node.open_namespace(netns) as container:
                     _delete_rules(container, gone)
             except (NamespaceGone, NotANamespace):
                 continue
-            except KernelRefused as error:  # the other namespaces' turn comes first
-                refused = refused or error
-        if refused is not None:
-            raise refused
+            except (KernelRefused, OSError) as error:
+                # The interfaces are gone, which is what counts; a rule without its interface leads nowhere.
+                log.warning("source rules are left in a namespace", netns=netns, why=str(error))
 
     def check(self, wiring: Wiring) -> list[str]:
         """See Driver.check."""

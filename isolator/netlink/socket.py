@@ -75,7 +75,7 @@ class NetlinkSocket:
         refused: KernelRefused | None = None
         waiting = len(batch)
         while waiting:
-            for message in codec.messages(self._socket.recv(16384)):
+            for message in codec.messages(self._receive(16384, batch[0])):
                 place = message.seq - first
                 if message.kind != codec.NLMSG_ERROR or not 0 <= place < len(batch):
                     continue
@@ -113,7 +113,7 @@ class NetlinkSocket:
         self._seq += 1
         self._send(request.encode(codec.NLM_F_REQUEST | codec.NLM_F_DUMP, self._seq), request)
         while True:
-            datagram = self._socket.recv(65536)
+            datagram = self._receive(65536, request)
             last = codec.last_message(datagram)
             if last.seq != self._seq:
                 continue
@@ -132,7 +132,7 @@ class NetlinkSocket:
         self._seq += 1
         self._send(request.encode(codec.NLM_F_REQUEST, self._seq), request)
         while True:
-            for message in codec.messages(self._socket.recv(65536)):
+            for message in codec.messages(self._receive(65536, request)):
                 if message.seq != self._seq:
                     continue
                 if message.kind != codec.NLMSG_ERROR:
@@ -148,6 +148,15 @@ class NetlinkSocket:
         except OSError as error:
             raise KernelRefused(
                 f"could not {request.doing}: {error.strerror}", errno=error.errno or 0
+            ) from error
+
+    def _receive(self, size: int, request: Request) -> bytes:
+        try:
+            return self._socket.recv(size)
+        except OSError as error:
+            raise KernelRefused(
+                f"could not {request.doing}: the kernel's answer was lost ({error.strerror}); try again",
+                errno=error.errno or 0,
             ) from error
 
 

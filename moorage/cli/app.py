@@ -14,7 +14,7 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, endpoint, ip, network, node, status
+from moorage.cli import agent, block, endpoint, ip, network, node, status, store
 from moorage.cli.session import Session
 
 
@@ -75,7 +75,16 @@ def cli(ctx: click.Context, store: str | None, socket: str | None, output: str |
     log.configure("debug" if debug else "warning", "console")
 
 
-for group in (agent.agent, network.network, ip.ip, endpoint.endpoint, node.node, status.status):
+for group in (
+    agent.agent,
+    network.network,
+    block.block,
+    ip.ip,
+    endpoint.endpoint,
+    node.node,
+    store.store,
+    status.status,
+):
     cli.add_command(group)
 
 

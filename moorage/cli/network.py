@@ -12,7 +12,7 @@ import click
 
 from ipam import networks
 from ipam.errors import InvalidInput
-from ipam.networks import PoolSpec
+from ipam.networks import NetworkChange, PoolSpec
 from ipam.pools import parse_range
 from ipam.records import Network, Pool
 from ipam.store.base import Store
@@ -98,6 +98,11 @@ def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[
 @click.option(
     "--preload", is_flag=True, help="Keep them ready on all nodes, before the network is first used."
 )
+@click.option(
+    "--strict/--no-strict",
+    default=False,
+    help="Never take addresses from other nodes' blocks, even when no block is left.",
+)
 @pass_session
 def create(
     session: Session,
@@ -112,6 +117,7 @@ def create(
     search: tuple[str, ...],
     warm: int,
     preload: bool,
+    strict: bool,
 ) -> None:
     """Create a network with its pools.
 
@@ -134,6 +140,7 @@ def create(
         search=list(search),
         warm=warm,
         preload=preload,
+        strict=strict,
     )
 
     async def act(store: Store) -> tuple[Network, list[Pool]]:
@@ -294,11 +301,123 @@ def show(session: Session, name: str) -> None:
             **{state: states.get(state, 0) for state in ("assigned", "warm", "cooling")},
         }
         for pool in found["pools"]
-        for node, states in sorted(pool["usage"]["by_node"].items())
+        for node, states in sorted(pool["usage"]["by_node"].items(), key=largest_first)
     ]
     if by_node:
         click.echo()
         session.out.rows(by_node, [Column(title) for title in by_node[0]], none="")
+
+
+def largest_first(holder: tuple[str, dict[str, int]]) -> tuple[int, str]:
+    """Sorts (node, addresses by state)."""
+    node, states = holder
+    return -sum(states.values()), node
+
+
+@network.command("set", short_help="Change a network, live.")
+@click.argument("name")
+@click.option("--add-pool", "add", metavar="CIDR", multiple=True, help="One more pool; repeatable.")
+@click.option(
+    "--block-size",
+    "block_sizes",
+    metavar="N",
+    multiple=True,
+    callback=_prefix_length,
+    help="Prefix length of the slices of added pools, as with create; repeatable.  [default: 26, 122]",
+)
+@click.option(
+    "--disable-pool",
+    "disable",
+    metavar="CIDR",
+    multiple=True,
+    help="Give out nothing more of this pool; what is assigned stays; repeatable.",
+)
+@click.option("--enable-pool", "enable", metavar="CIDR", multiple=True, help="The opposite; repeatable.")
+@click.option(
+    "--mtu",
+    metavar="BYTES",
+    type=int,
+    help="Largest packet of containers; 0: as the underlay allows.  [default: as it is]",
+)
+@click.option("--nat/--no-nat", default=None, help="Masquerade traffic that leaves all pools.")
+@click.option(
+    "--dns",
+    metavar="IP",
+    type=IP,
+    multiple=True,
+    help="Name server for containers, in place of those there are; repeatable.",
+)
+@click.option("--no-dns", is_flag=True, help="No name server of its own.")
+@click.option(
+    "--search",
+    metavar="DOMAIN",
+    multiple=True,
+    help="Search domain for containers, in place of those there are; repeatable.",
+)
+@click.option("--no-search", is_flag=True, help="No search domain.")
+@click.option(
+    "--warm",
+    metavar="N",
+    type=int,
+    help="Addresses per family that a node keeps ready.  [default: as it is]",
+)
+@click.option(
+    "--preload/--no-preload", default=None, help="Keep them ready on all nodes, before it is first used."
+)
+@click.option("--strict/--no-strict", default=None, help="Never take addresses from other nodes' blocks.")
+@pass_session
+def set_(
+    session: Session,
+    name: str,
+    add: tuple[str, ...],
+    block_sizes: list[int],
+    disable: tuple[str, ...],
+    enable: tuple[str, ...],
+    mtu: int | None,
+    nat: bool | None,
+    dns: tuple[IPAddress, ...],
+    no_dns: bool,
+    search: tuple[str, ...],
+    no_search: bool,
+    warm: int | None,
+    preload: bool | None,
+    strict: bool | None,
+) -> None:
+    """Change a network while it is used; agents follow at once.
+
+    Running containers stay as they are: MTU, name servers and search domains are those of containers
+    started from now on. A disabled pool is drained as its containers end; `network show` says what is
+    left in it.
+
+    \b
+    Examples:
+      moorage network set web --add-pool 10.66.0.0/16 --disable-pool 10.64.0.0/24
+      moorage network set web --warm 32 --dns 10.0.0.2 --no-nat
+    """
+    if (dns and no_dns) or (search and no_search):
+        raise InvalidInput("a list cannot be both given and emptied; leave one of the two out")
+    change = NetworkChange(
+        add=tuple(pool_specs(add, block_sizes, (), ())),
+        disable=disable,
+        enable=enable,
+        mtu=mtu,
+        nat=nat,
+        dns=tuple(str(ip) for ip in dns) if dns or no_dns else None,
+        search=search if search or no_search else None,
+        warm=warm,
+        preload=preload,
+        strict=strict,
+    )
+    if change == NetworkChange():
+        raise InvalidInput("nothing is to be changed; see `moorage network set --help`")
+
+    async def act(store: Store) -> tuple[Network, list[Pool]]:
+        return await networks.set_network(store, name, change)
+
+    record, pools = session.run(act)
+    if change.dns is not None and (warning := resolver_warning(record)):
+        click.echo(f"Warning: {warning}", err=True)
+    session.out.done(f"network {name} changed", row(record, pools))
 
 
 @network.command(short_help="Delete a network that nobody uses.")

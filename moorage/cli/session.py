@@ -39,13 +39,17 @@ class Session:
         # Commands other than `agent` name no node; a host whose name may not be one runs them as well.
         return config.load({"node": "any", "store": self.store, "socket": self.socket})
 
-    def run(self, action: Callable[[Store], Awaitable[T]], *, create: bool = False) -> T:
-        """Run ``action`` on the store, which ``create`` makes if there is none. Raises MoorageError."""
+    def run(self, action: Callable[[Store], Awaitable[T]], *, create: bool = False, check: bool = True) -> T:
+        """Run ``action`` on the store, which ``create`` makes if there is none. Raises MoorageError.
+
+        check: refuse a store with a schema that this program does not know.
+        """
 
         async def opened() -> T:
             store = await open_store(self.config().store, create=create)
             try:
-                await ensure_schema(store)
+                if check:
+                    await ensure_schema(store)
                 return await action(store)
             finally:
                 await store.close()

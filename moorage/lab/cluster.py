@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from moorage.lab.etcd import EtcdCluster, Member
 from moorage.lab.node import LabNode
@@ -16,19 +17,20 @@ class Lab:
             lab.start()
             lab.partition(lab.nodes[0], *lab.etcd.members)
 
-    Agents are started by ``start``, or one by one by their nodes.
+    Agents are started by ``start``, or one by one by their nodes. etcd_flags: more of etcd's command line.
     """
 
-    def __init__(self, nodes: int, etcd: int = 1) -> None:
+    def __init__(self, nodes: int, etcd: int = 1, etcd_flags: Sequence[str] = ()) -> None:
         self._node_count = nodes
         self._member_count = etcd
+        self._etcd_flags = etcd_flags
         self._resources = contextlib.ExitStack()
         self.nodes: list[LabNode] = []
 
     def __enter__(self) -> Lab:
         with contextlib.ExitStack() as stack:
             self.switch = stack.enter_context(Switch())
-            self.etcd = stack.enter_context(EtcdCluster(self.switch, self._member_count))
+            self.etcd = stack.enter_context(EtcdCluster(self.switch, self._member_count, self._etcd_flags))
             for number in range(1, self._node_count + 1):
                 node = LabNode(f"n{number}", store=self.etcd.url, switch=self.switch, host=number)
                 self.nodes.append(stack.enter_context(node))

@@ -89,11 +89,13 @@ def main() -> int:
     # An interrupt unwinds like an error, so that everything is cleaned up.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(130))
+    before = _on_this_machine()
+    made: list[Path] = []
     try:
         with contextlib.ExitStack() as stack:
-            _demo(stack)
+            _demo(stack, made)
         with step("nothing is left on this machine"):
-            _expect_nothing_left()
+            _expect_nothing_left(before, made)
     except (Failed, subprocess.SubprocessError, RuntimeError, OSError) as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
@@ -101,16 +103,21 @@ def main() -> int:
     return 0
 
 
-def _demo(stack: contextlib.ExitStack) -> None:
+def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
+    """made: gets the path of every file and namespace that has to be gone afterwards."""
     print("\nmoorage: every container its own IP, on a node in a namespace of its own\n")
     with step("a node, with the embedded store and an agent"):
         orders = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrg-demo-")))
         node = stack.enter_context(LabNode("demo", agent=mortal.command(orders)))
+        made += [orders, node.directory, node.namespace.path]
         node.start()
     with step("a dual-stack network: moorage network create web --pool 10.64.0.0/16 --pool fd64::/64"):
         node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
 
-    web, client, static = (stack.enter_context(node.container(name)) for name in ("web", "client", "static"))
+    names = ("web", "client", "static", "late", "refused")
+    containers = [stack.enter_context(node.container(name)) for name in names]
+    made += [container.namespace.path for container in containers]
+    web, client, static, late, refused = containers
     with step("a container 'web', its hook called as Mesos calls it"):
         ips = succeed(web.add("web", labels={"role": "frontend"})).ips
     with step("a container 'client'"):
@@ -131,14 +138,13 @@ def _demo(stack: contextlib.ExitStack) -> None:
     show("$ moorage endpoint list", node.cli("endpoint", "list").stdout)
 
     with step("the agent is killed (kill -9) in the middle of an ADD; its hook waits for the next agent"):
-        late = stack.enter_context(node.container("late"))
         late_ips = _add_across_a_kill(node, orders, late)
         expect(client.namespace.pings(late_ips[4]), f"{late_ips[4]} does not answer")
         expect(client.namespace.pings(late_ips[6]), f"{late_ips[6]} does not answer")
     with step("a wrong request is refused in one sentence"):
-        refused = stack.enter_context(node.container("refused")).add("web", labels={"moorage.ip": STATIC_IP})
-        expect(refused.exit != 0 and static.id in refused.stdout, refused.stdout)
-    print(f"    {refused.json['msg']}")
+        answer = refused.add("web", labels={"moorage.ip": STATIC_IP})
+        expect(answer.exit != 0 and static.id in answer.stdout, answer.stdout)
+    print(f"    {answer.json['msg']}")
 
     with step("all four containers are deleted"):
         for container in (web, client, static, late):
@@ -171,11 +177,26 @@ def _links(node: LabNode) -> list[str]:
     return [line.split(":")[1].strip() for line in links if ": mrg" in line]
 
 
-def _expect_nothing_left() -> None:
-    mine = f"{os.getpid()}"
-    left = [path.name for path in Path("/run/netns").glob("mrg-demo-*")]
-    expect(not left, f"namespaces are left: {left}")
-    children = Path(f"/proc/{mine}/task/{mine}/children").read_text().split()
+def _on_this_machine() -> set[str]:
+    """Interfaces, routes and nft tables of ours where the demo itself runs."""
+    found: set[str] = set()
+    for command, mark in (
+        (("ip", "-o", "link"), ": mrg"),
+        (("ip", "route", "show", "table", "all", "proto", "157"), ""),
+        (("ip", "-6", "route", "show", "table", "all", "proto", "157"), ""),
+        (("nft", "list", "tables"), "moorage"),
+    ):
+        lines = subprocess.run(command, text=True, check=True, capture_output=True).stdout.splitlines()
+        found |= {line for line in lines if mark in line}
+    return found
+
+
+def _expect_nothing_left(before: set[str], made: list[Path]) -> None:
+    """before: what an agent beside us had there already. made: files and namespaces of this run."""
+    left = sorted(_on_this_machine() - before) + [str(path) for path in made if path.exists()]
+    expect(not left, f"left: {left}")
+    me = os.getpid()
+    children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
     expect(not children, f"processes are left: {children}")
 
 

@@ -136,16 +136,57 @@ class EtcdCluster:
                 raise RuntimeError(f"etcd does not answer:\n{log[-3000:]}")
             time.sleep(0.1)
 
-    def ctl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def kill(self) -> None:
+        """kill -9 of every member."""
+        for member in self.members:
+            member.kill()
+
+    def ctl(
+        self, *arguments: str, check: bool = True, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run etcdctl against all members, from the first one's namespace."""
         endpoints = ",".join(member.client for member in self.members)
+        return self._etcdctl(
+            "--endpoints", endpoints, "--command-timeout", "2s", *arguments, check=check, stdin=stdin
+        )
+
+    def _etcdctl(
+        self, *arguments: str, check: bool = True, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return self.members[0].namespace.run(
-            "env", "ETCDCTL_API=3", "etcdctl", "--endpoints", endpoints, "--command-timeout", "2s",
-            *arguments, check=check,
-        )  # fmt: skip
+            "env", "ETCDCTL_API=3", "etcdctl", *arguments, check=check, stdin=stdin
+        )
+
+    def revision(self) -> int:
+        """The store's revision now."""
+        status = json.loads(self.ctl("endpoint", "status", "-w", "json").stdout)
+        return max(int(s["Status"]["header"]["revision"]) for s in status)
+
+    def back_up(self) -> Path:
+        """A snapshot of the store as it is now; the file."""
+        file = self.directory / f"backup-{os.urandom(3).hex()}"
+        self._etcdctl("--endpoints", self.members[0].client, "snapshot", "save", str(file))
+        return file
+
+    def restore(self, backup: Path) -> None:
+        """All members lose their data and begin anew with a backup's, as after a disaster; returns when they serve."""
+        self.kill()
+        for member in self.members:
+            member.forget()
+            self._etcdctl(
+                "snapshot", "restore", str(backup),
+                "--name", member.name,
+                "--data-dir", str(member.directory),
+                "--initial-advertise-peer-urls", member.peer,
+                "--initial-cluster", self.initial_cluster,
+            )  # fmt: skip
+        self.start()
+        self.wait_ready()
 
     def leader(self) -> Member:
         """The member that leads now."""
         status = json.loads(self.ctl("endpoint", "status", "-w", "json").stdout)
-        leading = next(s["Endpoint"] for s in status if s["Status"]["leader"] == s["Status"]["header"]["member_id"])
+        leading = next(
+            s["Endpoint"] for s in status if s["Status"]["leader"] == s["Status"]["header"]["member_id"]
+        )
         return next(member for member in self.members if member.client == leading)

@@ -41,9 +41,13 @@ class Namespace:
         """The command line that runs ``command`` inside. Only the network namespace changes."""
         return ["nsenter", f"--net={self.path}", "--", *command]
 
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run it inside and wait. Raises CalledProcessError unless told not to check."""
-        return subprocess.run(self.command(*command), text=True, check=check, capture_output=True)
+        return subprocess.run(
+            self.command(*command), text=True, check=check, capture_output=True, input=stdin
+        )
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start it inside and do not wait; the caller ends it."""

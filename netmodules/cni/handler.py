@@ -11,10 +11,8 @@ Whatever happens, the engine gets a result or a CNI error of one sentence, never
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
 import structlog
@@ -31,9 +29,6 @@ from netmodules.request import Reply, Request, refusal
 
 log = structlog.get_logger(__name__)
 
-LOG_BEHIND = 0.002
-"""Seconds by which the line of a call that succeeded is put off: formatting it takes longer than its reply."""
-
 
 class Isolator(Protocol):
     """What this handler needs of the isolator."""
@@ -46,8 +41,8 @@ class Isolator(Protocol):
         """Succeeds for an endpoint that is not there."""
         ...
 
-    async def check(self, key: EndpointKey) -> Endpoint:
-        """The endpoint, if it is there and as it should be. Raises MoorageError."""
+    async def check(self, key: EndpointKey, netns: str) -> Endpoint:
+        """The endpoint, if it is there, in ``netns``, and as it should be. Raises MoorageError."""
         ...
 
     async def ready(self, network: str | None) -> None:
@@ -97,7 +92,7 @@ class CniHandler:
         except Exception:
             log.exception("failed", **request.names())
             return _error(request, MoorageError.code, "moorage failed unexpectedly; the agent's log says why")
-        asyncio.get_running_loop().call_later(LOG_BEHIND, partial(log.info, "done", **request.names()))
+        log.debug("done", **request.names())
         return Reply(0, stdout)
 
     async def undo(self, request: Request) -> None:
@@ -142,7 +137,7 @@ class CniHandler:
         _require_version(config, "CHECK", "0.4.0")
         if config.prev_result is None:
             raise InvalidInput('CHECK needs the result of ADD as "prevResult" in the configuration')
-        endpoint = await self._isolator.check(environment.key)
+        endpoint = await self._isolator.check(environment.key, environment.netns)
         found = differences(endpoint, config.prev_result)
         if found:
             raise NotAttached(f"{environment.key} is not what ADD returned: {'; '.join(found)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from ipam import holder, upkeep, writer
 from ipam.store import Store, open_store
 from tests.ipam.faulty import FaultyStore
 from tests.ipam.nodes import Node
+from tests.ipam.store.etcd_members import Cluster
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +20,21 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holder, "SYNC_RETRY", 0.02)
     monkeypatch.setattr(upkeep, "JOURNAL_RETRY", 0.02)
     monkeypatch.setattr(upkeep, "RETURN_RETRY", 0.05)
+
+
+@pytest.fixture(scope="session")
+def etcd_member() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", pytest.param("etcd", marks=pytest.mark.etcd)])
+def store_url(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """Makes the URL of an empty store: a file in the given directory, or a prefix of a real etcd."""
+    if request.param == "sqlite":
+        return lambda directory: f"sqlite://{directory}/store.db"
+    cluster: Cluster = request.getfixturevalue("etcd_member")
+    return lambda _: cluster.url(prefix=f"/{uuid.uuid4().hex}")
 
 
 @pytest.fixture

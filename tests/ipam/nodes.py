@@ -14,13 +14,17 @@ from ipam.catalogue import Catalogue
 from ipam.errors import MoorageError
 from ipam.holder import AddressRequest, Holder, Owner
 from ipam.holdings import Conflict
+from ipam.intents import IntentServer
 from ipam.keys import IPAddress
+from ipam.membership import Membership
 from ipam.networks import PoolSpec, create_network
-from ipam.records import Address, Network
+from ipam.records import Address, Intent, Network
+from ipam.records import Node as NodeRecord
 from ipam.shelf import Held
 from ipam.store import Store, read_prefix
 from ipam.sync import SyncReport
 from isolator.journal import Journal
+from tests.ipam.faulty import FaultyStore
 
 
 class Node:
@@ -37,8 +41,10 @@ class Node:
         self.live: set[IPAddress] = set()
         self.conflicts: list[Conflict] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self.asked: list[Intent] = []
 
     def load(self) -> None:
+        self.instance = uuid.uuid4().hex
         self.journal = Journal(self.path, self.boot_id)
         self.catalogue = Catalogue(self.store, self.journal, self._catalogue_changed)
         self.holder = Holder(
@@ -46,7 +52,7 @@ class Node:
             self.store,
             self.catalogue,
             self.journal,
-            instance=uuid.uuid4().hex,
+            instance=self.instance,
             boot_id=self.boot_id,
             is_live=lambda ip, record: record.state == "assigned" and ip in self.live,
             on_conflict=self.conflicts.append,
@@ -61,6 +67,29 @@ class Node:
     def serve(self) -> None:
         for work in (self.holder.serve, self.catalogue.follow):
             self._tasks.append(asyncio.create_task(_supervised(work)))
+
+    async def join(self) -> None:
+        """Be seen alive by other nodes, and answer their intents; after start()."""
+        self.live_on()
+        await self.membership.register()
+
+    def live_on(self) -> None:
+        """The same, as soon as the fence is held. Signs of life meet no faults: late ones are tested elsewhere."""
+        store = self.store.store if isinstance(self.store, FaultyStore) else self.store
+        record = NodeRecord(name=self.name, version="1")
+        self.membership = Membership(store, record, self.instance, self.boot_id, self.holder.fenced)
+        intents = IntentServer(self.store, self.name, self._answer)
+        for work in (self.membership.keep, intents.run):
+            self._tasks.append(asyncio.create_task(_supervised(work)))
+
+    async def _answer(self, intent: Intent) -> dict[str, object]:
+        self.asked.append(intent)
+        return await self.holder.give_back(intent)
+
+    async def leave(self) -> None:
+        """The agent is gone and its sign of life too."""
+        await self.membership.leave()
+        await self.crash()
 
     async def start(self) -> SyncReport:
         self.load()

@@ -1,6 +1,7 @@
 """Everything at once, against a model that knows only who was told to have which address.
 
-Two nodes share the pools of one network. Containers start, stop and are refused, agents are killed,
+Nodes share the pools of one network: two that have room, or three in pools so small that they borrow from each
+other and are asked to give back. Containers start, stop and are refused, agents are killed,
 the store goes away, loses replies and delivers late. The model is a dictionary; what it asserts is what
 DESIGN.md section 5 promises. A failing seed is printed and shrinks: `run` takes the list of steps.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from ipam.store import open_store
 from tests.ipam.faulty import FaultyStore
 from tests.ipam.nodes import Node, stored
 
-STATIC = [f"10.64.0.{n}" for n in (24, 25, 26)]
+STATIC = [f"10.64.0.{n}" for n in (12, 13, 14)]
 RESERVED = ip_address("10.64.0.9")
 COOLDOWN = 0.01
 
@@ -34,25 +37,45 @@ Step = tuple[str, int]
 ACTIONS = (
     ["take"] * 6
     + ["release"] * 5
-    + ["static", "static", "reservation", "put back", "burst", "cancel", "pause", "pause"]
+    + ["static", "static", "by name", "reservation", "move", "put back", "burst", "cancel", "pause", "pause"]
     + ["crash", "outage", "lost replies", "late replies", "deliver", "disable", "reserve", "resync"]
 )
 steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1000)), min_size=5, max_size=40)
 
 
+@dataclass(frozen=True)
+class Shape:
+    nodes: int
+    pool: PoolSpec
+    pool6: PoolSpec
+
+    @property
+    def pool_name(self) -> str:
+        return self.pool.cidr.replace("/", "-")
+
+
+STATIC_RANGE = (f"{STATIC[0]}-{STATIC[-1]}",)
+ROOMY = Shape(
+    2, PoolSpec("10.64.0.0/27", block_size=29, static=STATIC_RANGE), PoolSpec("fd00:64::/120", block_size=126)
+)
+TIGHT = Shape(
+    3, PoolSpec("10.64.0.0/28", block_size=29, static=STATIC_RANGE), PoolSpec("fd00:64::/125", block_size=127)
+)
+
+
 class World:
     """The nodes, their store, and the model: container -> (node, addresses)."""
 
-    def __init__(self, path: Path, store: FaultyStore, net: Network) -> None:
-        self.store, self.net = store, net
-        self.nodes = [Node(path, store, name, cooldown=COOLDOWN) for name in ("n1", "n2")]
+    def __init__(self, path: Path, store: FaultyStore, net: Network, shape: Shape) -> None:
+        self.store, self.net, self.shape = store, net, shape
+        self.nodes = [Node(path, store, f"n{i + 1}", cooldown=COOLDOWN) for i in range(shape.nodes)]
         self.holds: dict[str, tuple[Node, list[IPAddress]]] = {}
         self.released_at: dict[IPAddress, float] = {}
         self.names = (f"c{i}" for i in itertools.count())
         self.disabled = self.reserved = False
 
     def node(self, n: int) -> Node:
-        return self.nodes[n % 2]
+        return self.nodes[n % len(self.nodes)]
 
     async def add(self, node: Node, *ips: str, key: str | None = None) -> None:
         try:
@@ -85,6 +108,13 @@ class World:
                 await asyncio.gather(*(self.add(self.node(i)) for i in range(n % 10)))
             case "static":
                 await self.add(node, STATIC[n % 3])
+            case "by name":
+                await self.add(node, f"10.64.0.{1 + n % 11}")
+            case "move":
+                for name, (_, ips) in list(self.holds.items()):
+                    if RESERVED in ips:
+                        self.release(name)
+                await self.add(node, key="db")
             case "reservation":
                 await self.add(node, key="db")
             case "put back":
@@ -101,14 +131,12 @@ class World:
                     node.holder.put_back(answer)
             case "release":
                 if self.holds:
-                    name = sorted(self.holds)[n % len(self.holds)]
-                    node, ips = self.holds.pop(name)
-                    node.delete(*ips)
-                    self.released_at |= dict.fromkeys(ips, asyncio.get_running_loop().time())
+                    self.release(sorted(self.holds)[n % len(self.holds)])
             case "crash":
                 await node.crash()
                 node.load()
                 node.serve()
+                node.live_on()
             case "resync":
                 node.holder._writer._claimed = False  # as after a store error; the next commit notices
             case "outage":
@@ -120,12 +148,17 @@ class World:
                 await self.store.deliver()
             case "disable":
                 self.disabled = not self.disabled
-                await set_pools_disabled(self.store.store, ["10.64.0.0-27"], self.disabled)
+                await set_pools_disabled(self.store.store, [self.shape.pool_name], self.disabled)
             case "reserve":
                 self.reserved = not self.reserved
                 await (reserve(self.store.store, RESERVED, "db") if self.reserved else self.unreserve())
             case "pause":
                 await asyncio.sleep((n % 4) / 200)
+
+    def release(self, name: str) -> None:
+        node, ips = self.holds.pop(name)
+        node.delete(*ips)
+        self.released_at |= dict.fromkeys(ips, asyncio.get_running_loop().time())
 
     async def unreserve(self) -> None:
         await unreserve(self.store.store, RESERVED)
@@ -168,18 +201,15 @@ class World:
         await self.settle()
 
 
-async def run(path: Path, script: list[Step]) -> None:
-    real = await open_store(f"sqlite://{path}/store.db")
+async def run(path: Path, url: str, shape: Shape, script: list[Step]) -> None:
+    real = await open_store(url)
     try:
-        specs = [
-            PoolSpec("10.64.0.0/27", block_size=29, static=(f"{STATIC[0]}-{STATIC[-1]}",)),
-            PoolSpec("fd00:64::/120", block_size=126),
-        ]
-        net = await create_network(real, Network(name="prod", pools=[], warm=2), specs)
-        world = World(path, FaultyStore(real), net)
+        net = await create_network(real, Network(name="prod", pools=[], warm=2), [shape.pool, shape.pool6])
+        world = World(path, FaultyStore(real), net, shape)
         try:
             for node in world.nodes:
                 await node.start()
+                await node.join()
             for action, n in script:
                 await world.do(action, n)
             await world.settle()
@@ -191,6 +221,26 @@ async def run(path: Path, script: list[Step]) -> None:
         await real.close()
 
 
+PATIENCE = {
+    "ipam.holder.REFILL_PATIENCE": 0.15,
+    "ipam.holder.HANDOVER_PATIENCE": 0.1,
+    "ipam.holder.GIVE_UP_WITHIN": 0.05,
+    "ipam.handover.GIVE_UP_WITHIN": 0.05,
+    "ipam.handover.LOOK_AGAIN": 0.005,
+    "ipam.pressure.ASK_EVERY": 0.05,
+    "ipam.pressure.SCARCE_EVERY": 0.1,
+    "ipam.pressure.ANSWER_WITHIN": 0.1,
+    "ipam.pressure.CONFIRMED_WITHIN": 0.1,
+    "ipam.pressure.BLOCKS_WITHIN": 0.02,
+    "ipam.holdings.GIVE_BACK_HOLD": 0.1,
+    "ipam.borrowing.NOTHING_FOR": 0.01,
+    "ipam.upkeep.FULL_FOR": 0.01,
+    "ipam.upkeep.SURPLUS_AFTER": 0.1,
+    "ipam.membership.LOOK": 0.02,
+}
+
+
+@pytest.mark.parametrize("shape", [pytest.param(ROOMY, id="roomy"), pytest.param(TIGHT, id="tight")])
 @settings(
     max_examples=60,
     deadline=None,
@@ -200,9 +250,13 @@ async def run(path: Path, script: list[Step]) -> None:
 )
 @given(script=steps)
 def test_no_address_is_ever_double_booked_lost_or_leaked(
-    tmp_path_factory: pytest.TempPathFactory, script: list[Step]
+    tmp_path_factory: pytest.TempPathFactory,
+    store_url: Callable[[Path], str],
+    shape: Shape,
+    script: list[Step],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for constant, seconds in (("REFILL_PATIENCE", 0.15), ("HANDOVER_PATIENCE", 0.05)):
-            patch.setattr(f"ipam.holder.{constant}", seconds)
-        asyncio.run(run(tmp_path_factory.mktemp("world"), script))
+        for constant, seconds in PATIENCE.items():
+            patch.setattr(constant, seconds)
+        path = tmp_path_factory.mktemp("world")
+        asyncio.run(run(path, store_url(path), shape, script))

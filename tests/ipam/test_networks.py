@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -13,12 +14,14 @@ from ipam import keys
 from ipam.errors import AlreadyExists, InvalidInput, NotFound, StoreUnavailable, TryAgain
 from ipam.networks import (
     MAX_POOLS,
+    NetworkChange,
     PoolSpec,
     create_network,
     delete_network,
     get_network,
     list_networks,
     pool_usage,
+    set_network,
     set_pools_disabled,
     validate,
 )
@@ -283,3 +286,105 @@ async def test_two_nodes_never_share_an_address_of_a_small_pool(
     for node in nodes:
         await eventually(node.is_quiet)
     assert {ip for ip, r in (await stored(store)).items() if r.state == "assigned"} == set(given)
+
+
+# -- set
+
+
+async def test_a_change_keeps_what_it_does_not_name(store: Store) -> None:
+    before = await network(store, "10.64.0.0/24", dns=["10.0.0.2"], mtu=1400)
+    changed, pools = await set_network(
+        store,
+        "prod",
+        NetworkChange(add=(PoolSpec("10.65.0.0/24", 28),), warm=9, nat=False, search=("a.org",)),
+    )
+    assert changed == before.with_(
+        pools=["10.64.0.0-24", "10.65.0.0-24"], warm=9, nat=False, search=["a.org"]
+    )
+    assert [(pool.cidr, pool.block_size) for pool in pools] == [("10.64.0.0/24", 26), ("10.65.0.0/24", 28)]
+    assert (await set_network(store, "prod", NetworkChange(dns=()))) == (changed.with_(dns=[]), pools)
+
+
+async def test_a_pool_is_disabled_and_enabled(store: Store) -> None:
+    await network(store, "10.64.0.0/24", "10.65.0.0/24")
+    _, pools = await set_network(store, "prod", NetworkChange(disable=("10.64.0.0/24",)))
+    assert [pool.disabled for pool in pools] == [True, False]
+    change = NetworkChange(enable=("10.64.0.0/24",), disable=("10.65.0.0/24",))
+    assert [pool.disabled for pool in (await set_network(store, "prod", change))[1]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        (NetworkChange(mtu=100), InvalidInput, "the MTU 100 is not between"),
+        (NetworkChange(warm=-1), InvalidInput, "warm -1 is not between"),
+        (NetworkChange(dns=("x",)), InvalidInput, "is no IP address"),
+        (
+            NetworkChange(add=(PoolSpec("10.64.0.0/25"),)),
+            AlreadyExists,
+            "overlaps 10.64.0.0/24 of network prod",
+        ),
+        (
+            NetworkChange(add=(PoolSpec("10.66.1.0/24"),)),
+            AlreadyExists,
+            "overlaps 10.66.0.0/16 of network other",
+        ),
+        (
+            NetworkChange(add=(PoolSpec("10.7.0.0/24"), PoolSpec("10.7.0.0/25"))),
+            AlreadyExists,
+            "overlaps 10.7.0.0/24",
+        ),
+        (
+            NetworkChange(disable=("10.66.0.0/16",)),
+            NotFound,
+            "has no pool '10.66.0.0/16' (it has 10.64.0.0/24)",
+        ),
+        (NetworkChange(enable=("ten",)), NotFound, "has no pool 'ten'"),
+        (
+            NetworkChange(enable=("10.64.0.0/24",), disable=("10.64.0.0/24",)),
+            InvalidInput,
+            "both disabled and enabled",
+        ),
+        (
+            NetworkChange(add=tuple(PoolSpec(f"10.9.{n}.0/24") for n in range(MAX_POOLS))),
+            InvalidInput,
+            f"{MAX_POOLS + 1} pools",
+        ),
+    ],
+)
+async def test_a_change_that_makes_no_sense_changes_nothing(
+    store: Store, change: NetworkChange, error: type[Exception], sentence: str
+) -> None:
+    await network(store, "10.64.0.0/24")
+    await network(store, "10.66.0.0/16", name="other")
+    before = await list_networks(store)
+    with pytest.raises(error, match=re.escape(sentence)):
+        await set_network(store, "prod", change)
+    assert await list_networks(store) == before
+
+
+async def test_changes_at_the_same_moment_all_count(store: Store) -> None:
+    await network(store, "10.64.0.0/24")
+    await asyncio.gather(
+        *(set_network(store, "prod", NetworkChange(add=(PoolSpec(f"10.65.{n}.0/24"),))) for n in range(8)),
+        set_network(store, "prod", NetworkChange(warm=3)),
+    )
+    found, pools = await get_network(store, "prod")
+    assert (found.warm, len(pools)) == (3, 9)
+
+
+async def test_an_agent_moves_to_the_pool_that_was_added_when_the_old_one_is_disabled(
+    store: Store, node: Node
+) -> None:
+    net = await network(store, "10.64.0.0/24")
+    await node.start()
+    (old,) = await node.add(net, "c1")
+    net, _ = await set_network(
+        store, "prod", NetworkChange(disable=("10.64.0.0/24",), add=(PoolSpec("10.65.0.0/24"),), warm=2)
+    )
+    found = await stored_when(
+        store, lambda found: [str(ip)[:6] for ip in found] == ["10.64.", "10.65.", "10.65."]
+    )
+    assert found[old].state is AddressState.ASSIGNED
+    (new,) = await node.add(net, "c2")
+    assert str(new).startswith("10.65.")

@@ -72,15 +72,36 @@ def test_everything_written_is_there_when_it_is_opened_again(path: Path) -> None
     assert again.load_cache() == [("networks/web", b"{}", 4)]
     assert again.load_tombstones() == {KEY: Asked(BOOT, 99)}
     assert again.confirmed_seq == 12
-    assert again.is_of_this_boot
     again.close()
 
 
-def test_what_another_boot_wrote_is_known_as_such(path: Path) -> None:
-    Journal(path, "another boot").close()
-    journal = Journal(path, BOOT)
-    assert not journal.is_of_this_boot
+def test_it_is_of_this_boot_only_once_it_agreed_with_the_store(path: Path) -> None:
+    journal = Journal(path, "another boot")
+    journal.own_boot()
     journal.close()
+    for _ in range(2):
+        # However often an agent starts without hearing the store.
+        journal = Journal(path, BOOT)
+        assert not journal.is_of_this_boot
+        journal.close()
+    journal = Journal(path, BOOT)
+    journal.own_boot()
+    journal.close()
+    journal = Journal(path, BOOT)
+    assert journal.is_of_this_boot
+    journal.close()
+
+
+def test_it_opens_on_a_full_disk_once_it_exists(path: Path) -> None:
+    journal = Journal(path, BOOT)
+    journal.own_boot()
+    journal.save_endpoint(ENDPOINT)
+    before = journal._db.total_changes
+    journal.close()
+    again = Journal(path, BOOT)
+    again.own_boot()
+    assert (again._db.total_changes, before > 0) == (0, True)
+    again.close()
 
 
 def test_a_new_journal_is_of_no_boot_and_private(path: Path) -> None:

@@ -33,6 +33,8 @@ LEAVES = [path for path, command in COMMANDS.items() if not isinstance(command, 
 def test_the_command_tree() -> None:
     assert sorted(" ".join(path) for path in LEAVES) == [
         "agent",
+        "block list",
+        "block release",
         "endpoint list",
         "endpoint show",
         "ip check",
@@ -46,9 +48,17 @@ def test_the_command_tree() -> None:
         "network create",
         "network delete",
         "network list",
+        "network set",
         "network show",
+        "node adopt",
+        "node drain",
         "node list",
+        "node remove",
+        "node show",
         "status",
+        "store dump",
+        "store load",
+        "store upgrade",
     ]
 
 

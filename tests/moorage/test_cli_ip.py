@@ -213,6 +213,7 @@ def test_nodes_are_listed_with_their_life(filled: CommandLine) -> None:
     assert row == {
         "name": "a",
         "alive": True,
+        "drained": False,
         "version": "0.1.0",
         "underlay": ["192.0.2.1"],
         "instance": "i1",
@@ -220,7 +221,8 @@ def test_nodes_are_listed_with_their_life(filled: CommandLine) -> None:
         "blocks": 0,
     }
     assert (
-        filled.ok("node", "list").splitlines()[0].split() == "NAME ALIVE VERSION UNDERLAY BLOCKS AGE".split()
+        filled.ok("node", "list").splitlines()[0].split()
+        == "NAME ALIVE DRAINED VERSION UNDERLAY BLOCKS AGE".split()
     )
 
 

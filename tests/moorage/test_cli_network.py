@@ -23,7 +23,7 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "--static", "10.65.0.10-10.65.0.19", "--static", "fd00:65::100/120",
         "--exclude", "10.65.0.1", "--mtu", "1400", "--no-nat",
         "--dns", "10.0.0.2", "--dns", "fd00::2", "--search", "db.example.org",
-        "--warm", "4", "--preload",
+        "--warm", "4", "--preload", "--strict",
     )  # fmt: skip
     assert created == {
         "name": "db",
@@ -54,6 +54,7 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "search": ["db.example.org"],
         "warm": 4,
         "preload": True,
+        "strict": True,
     }
     assert moorage.json("network", "list") == [created]
 
@@ -62,6 +63,7 @@ def test_defaults(moorage: CommandLine) -> None:
     created = moorage.json("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd00:64::/64")
     assert [pool["block_size"] for pool in created["pools"]] == [26, 122]
     assert (created["nat"], created["mtu"], created["warm"], created["preload"]) == (True, 0, 8, False)
+    assert created["strict"] is False
 
 
 def test_the_table_names_the_pools(moorage: CommandLine) -> None:
@@ -121,6 +123,41 @@ def test_a_network_without_pool_is_exit_2(moorage: CommandLine) -> None:
     assert "'--pool'" in moorage.fails("network", "create", "web", code=2)
 
 
+def test_a_network_is_changed(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24", "--dns", "10.0.0.2", "--search", "a.org")
+    changed = moorage.json(
+        "network", "set", "web",
+        "--add-pool", "10.65.0.0/24", "--add-pool", "fd00:65::/64", "--block-size", "28",
+        "--disable-pool", "10.64.0.0/24", "--no-nat", "--mtu", "1400", "--warm", "2", "--no-dns",
+        "--search", "b.org", "--preload", "--strict",
+    )  # fmt: skip
+    assert [(pool["cidr"], pool["block_size"], pool["disabled"]) for pool in changed["pools"]] == [
+        ("10.64.0.0/24", 26, True),
+        ("10.65.0.0/24", 28, False),
+        ("fd00:65::/64", 122, False),
+    ]
+    assert {key: changed[key] for key in ("nat", "mtu", "warm", "dns", "search", "preload", "strict")} == {
+        "nat": False,
+        "mtu": 1400,
+        "warm": 2,
+        "dns": [],
+        "search": ["b.org"],
+        "preload": True,
+        "strict": True,
+    }
+    assert moorage.json("network", "list") == [changed]
+    assert moorage.ok("network", "set", "web", "--enable-pool", "10.64.0.0/24") == "network web changed\n"
+    assert moorage.json("network", "list")[0]["pools"][0]["disabled"] is False
+
+
+def test_a_change_of_nothing_and_a_contradiction_are_refused(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    assert "nothing is to be changed" in moorage.fails("network", "set", "web")
+    assert "both given and emptied" in moorage.fails("network", "set", "web", "--dns", "10.0.0.2", "--no-dns")
+    assert "there is no network 'wbe'" in moorage.fails("network", "set", "wbe", "--warm", "1")
+    assert "there is none" in moorage.fails("network", "set", "web", "--warm", "1", "--block-size", "28")
+
+
 def test_an_overlapping_pool_names_the_other(moorage: CommandLine) -> None:
     moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16")
     said = moorage.fails("network", "create", "db", "--pool", "10.64.3.0/24")
@@ -156,6 +193,21 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
         "NODE  CIDR          ASSIGNED  WARM  COOLING",
         "a     10.64.0.0/24  1         1     0",
     ]
+
+
+async def a_larger_holder(store: Store) -> None:
+    for number in range(20, 25):
+        record = Address(pool="10.64.0.0-24", state=AddressState.ASSIGNED, node="b", network="web")
+        key = keys.address_key(ip_address(f"10.64.0.{number}"))
+        await store.txn(Txn(then=(Put(key, record.encode()),)))
+
+
+def test_show_names_the_largest_holder_first(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    moorage.on_store(two_addresses)
+    moorage.on_store(a_larger_holder)
+    table = moorage.ok("network", "show", "web").splitlines()
+    assert [line.split()[0] for line in table[-2:]] == ["b", "a"]
 
 
 def test_a_network_in_use_is_not_deleted(moorage: CommandLine) -> None:

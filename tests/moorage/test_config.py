@@ -145,8 +145,8 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str) -> None:
         ("store", "etcd://root:secret@10.0.0.1:2379", "without user and password"),
         ("store", "http://[::1", "a store URL"),
         ("state_dir", "state", "an absolute path of a directory"),
-        ("socket", "agent.sock", "an absolute path of at most 107 bytes"),
-        ("socket", "/" + "a" * 107, "at most 107 bytes"),
+        ("socket", "agent.sock", "an absolute path of at most 103 bytes"),
+        ("socket", "/" + "a" * 103, "at most 103 bytes"),
         ("log_level", "loud", "one of debug, info, warning, error"),
         ("log_format", "xml", "one of console, json"),
         ("underlay", "an-interface-too-long", "the name of a network interface"),
@@ -162,8 +162,8 @@ def test_nonsense_is_refused_naming_place_and_expectation(key: str, text: str, e
 
 
 def test_the_longest_socket_and_node_are_accepted() -> None:
-    loaded = config.load({"node": "a" * 63, "socket": "/" + "s" * 106}, {})
-    assert (len(loaded.node), len(str(loaded.socket))) == (63, 107)
+    loaded = config.load({"node": "a" * 63, "socket": "/" + "s" * 102}, {})
+    assert (len(loaded.node), len(str(loaded.socket))) == (63, 103)
 
 
 def test_a_host_name_that_cannot_name_a_node_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

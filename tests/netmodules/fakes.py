@@ -75,7 +75,7 @@ class FakeIsolator:
         self.detached.append((key, asked))
         self.live.pop(key, None)
 
-    async def check(self, key: EndpointKey) -> Endpoint:
+    async def check(self, key: EndpointKey, netns: str) -> Endpoint:
         self._fail()
         if key not in self.live:
             raise NotAttached(f"{key} is not attached")

@@ -176,10 +176,11 @@ async def test_an_entry_that_fails_stays_and_is_tried_again_without_holding_up_o
     leave(directory, OTHER)
     watcher = SpoolWatcher(Spool(directory), carrier, interval=0.02)
     await watcher.start()
-    await asyncio.sleep(0.4)
+    async with asyncio.timeout(10):
+        while Spool(directory).entries():
+            await asyncio.sleep(0.01)
     await watcher.stop()
     assert {entry.key for entry in carrier.done} == {KEY, OTHER}
-    assert Spool(directory).entries() == []
 
 
 async def test_drain_does_one_keys_entries_now_and_passes_failure_on(directory: Path) -> None:
@@ -209,3 +210,30 @@ async def test_an_entry_is_never_carried_out_twice_at_once(directory: Path) -> N
     await asyncio.gather(*(watcher.drain(KEY) for _ in range(5)))
     await watcher.stop()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("what", ["link", "writable"])
+def test_a_spool_that_others_could_have_filled_is_not_used(tmp_path: Path, what: str) -> None:
+    real = tmp_path / "real"
+    real.mkdir(mode=0o700)
+    directory = tmp_path / "spool"
+    if what == "link":
+        directory.symlink_to(real)
+    else:
+        directory = real
+        real.chmod(0o777)
+    (real / "evil.del").write_bytes(b"evil")
+    assert Spool(directory).entries() == []
+    assert (real / "evil.del").exists()
+    assert not (real / "bad").exists()
+
+
+def test_nothing_is_moved_aside_through_a_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    spool = tmp_path / "spool"
+    spool.mkdir(mode=0o700)
+    (spool / "bad").symlink_to(elsewhere)
+    (spool / "evil.del").write_bytes(b"evil")
+    assert Spool(spool).entries() == []
+    assert list(elsewhere.iterdir()) == []

@@ -240,3 +240,40 @@ def test_the_service_manager_is_told_when_the_agent_serves_and_when_it_ends(node
         assert node.answers()
         node.stop()
         assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_flushed_elements_are_restored_although_the_table_is_there(node: LabNode) -> None:
+    with node.container("a") as a, node.container("b") as b:
+        a.add("web")
+        ips = b.add("web").ips
+        for family in (4, 6):
+            node.namespace.run("nft", "flush", "set", "inet", "moorage", f"endpoints{family}")
+        assert not a.namespace.pings(ips[4], wait=1)
+        eventually(lambda: a.namespace.pings(ips[4], wait=1) and a.namespace.pings(ips[6], wait=1))
+        assert "firewall elements were missing" in node.log.read_text()
+        for each in (a, b):
+            each.delete("web")
+
+
+def test_an_add_right_after_a_flush_succeeds(node: LabNode) -> None:
+    with node.container() as container:
+        node.namespace.run("nft", "flush", "ruleset")
+        answer = container.add("web")
+        assert answer.exit == 0, answer.stdout
+        assert node.namespace.pings(answer.ips[4])
+        container.delete("web")
+
+
+def test_a_lost_journal_costs_no_check(node: LabNode) -> None:
+    with node.container() as container:
+        config = {"cniVersion": "1.0.0", "name": "web", "type": "moorage-cni", "socket": str(node.socket)}
+        result = container.call("ADD", config).json
+        eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
+        node.kill()
+        for file in node.state_dir.glob("journal.db*"):
+            file.unlink()
+        node.start()
+        check = container.call("CHECK", {**config, "prevResult": result})
+        assert (check.exit, check.stdout) == (0, "")
+        container.call("DEL", config)
+        assert_nothing_left(node)

@@ -411,8 +411,7 @@ def test_removing_many_goes_on_after_a_namespace_that_refuses(
     wirings = [machine.attach(one, "eth0", A4), machine.attach(other, "eth0", B4)]
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     wirings[0] = dataclasses.replace(wirings[0], netns=str(tmp_path / "loop"))
-    with pytest.raises(KernelRefused, match="could not open"):
-        machine.do(machine.driver.remove, wirings)
+    machine.do(machine.driver.remove, wirings)
     assert machine.holds()["links"] == []
     assert holds_inside(other) == NOTHING_INSIDE
 

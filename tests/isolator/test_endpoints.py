@@ -1,0 +1,225 @@
+"""What endpoints make of a kernel, a disk and callers that misbehave; the kernel here is a stub that can."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from ipam.catalogue import Catalogue
+from ipam.errors import NotFound
+from ipam.holder import Holder
+from ipam.holdings import Conflict
+from ipam.networks import PoolSpec, create_network
+from ipam.records import Address, AddressState, Network
+from ipam.store import open_store
+from isolator.endpoints import Endpoints
+from isolator.errors import JournalUnwritable, KernelRefused, Superseded
+from isolator.journal import Journal
+from isolator.kernel import Kernel
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+
+BOOT = "boot"
+
+
+@dataclass
+class StubKernel:
+    """Remembers what it was told, and fails where a test says."""
+
+    there: set[str] = field(default_factory=set)
+    calls: list[str] = field(default_factory=list)
+    fail: dict[str, Callable[[Endpoint], Exception | None]] = field(default_factory=dict)
+    intact: bool = True
+
+    def _told(self, what: str, endpoint: Endpoint) -> None:
+        self.calls.append(f"{what} {endpoint.key.container_id}")
+        error = self.fail.get(what, lambda _: None)(endpoint)
+        if error is not None:
+            raise error
+
+    def check_namespace(self, path: str) -> None:
+        pass
+
+    async def connect(self, endpoint: Endpoint) -> None:
+        await asyncio.sleep(0)
+        self._told("connect", endpoint)
+        self.there.add(endpoint.host_ifname)
+
+    async def disconnect(self, endpoint: Endpoint) -> None:
+        await asyncio.sleep(0)
+        self._told("disconnect", endpoint)
+
+    async def remove(self, endpoints: list[Endpoint]) -> None:
+        await asyncio.sleep(0)
+        for endpoint in endpoints:
+            self._told("remove", endpoint)
+        self.there -= {endpoint.host_ifname for endpoint in endpoints}
+
+    async def links(self) -> dict[str, object]:
+        await asyncio.sleep(0)
+        return dict.fromkeys(self.there)
+
+    async def delete_links(self, names: list[str]) -> None:
+        self.there -= set(names)
+
+    async def policy_is_intact(self) -> bool:
+        return self.intact
+
+    async def restore_policy(self, *_: object, **__: object) -> None:
+        self.calls.append("restore")
+        self.intact = True
+
+
+@dataclass
+class Node:
+    endpoints: Endpoints
+    kernel: StubKernel
+    holder: Holder
+    journal: Journal
+
+    def spec(self, container: str = "c1", at: int = 1000, request: str = "r1") -> AttachSpec:
+        return AttachSpec(EndpointKey(container, "eth0"), request, Asked(BOOT, at), "cni", "web", "/netns")
+
+    async def gone(self, container: str = "c1") -> None:
+        async with asyncio.timeout(5):
+            while self.endpoints.get(EndpointKey(container, "eth0")) is not None:
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    store = await open_store(f"sqlite://{tmp_path}/store.db")
+    await create_network(store, Network(name="web", pools=[]), [PoolSpec("10.0.0.0/24")])
+    journal = Journal(tmp_path / "journal.db", BOOT)
+    catalogue = Catalogue(store, journal, lambda: None)
+    holder = Holder(
+        "a", store, catalogue, journal,
+        instance="i", boot_id=BOOT, is_live=lambda *_: False, on_conflict=lambda _: None, cooldown=0.05,
+    )  # fmt: skip
+    await holder.sync()
+    kernel = StubKernel()
+    endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda: 1500)
+    tasks = [asyncio.create_task(holder.serve()), asyncio.create_task(endpoints.reap())]
+    yield Node(endpoints, kernel, holder, journal)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    journal.close()
+    await store.close()
+
+
+async def test_a_flushed_firewall_is_restored_within_the_add_that_meets_it(node: Node) -> None:
+    node.kernel.intact = False
+    node.kernel.fail["connect"] = lambda _: (
+        None if node.kernel.intact else KernelRefused("no such table", errno=2)
+    )
+    assert (await node.endpoints.attach(node.spec())).state is EndpointState.ATTACHED
+    assert node.kernel.calls == ["connect c1", "restore", "connect c1"]
+
+
+async def test_a_failed_add_leaves_no_endpoint_and_no_assigned_address(node: Node) -> None:
+    node.kernel.fail["connect"] = lambda _: KernelRefused("no")
+    with pytest.raises(KernelRefused):
+        await node.endpoints.attach(node.spec())
+    assert node.endpoints.all() == []
+    assert node.journal.load_endpoints() == []
+    assert node.holder.assigned() == {}
+
+
+async def test_an_unknown_network_takes_no_address(node: Node) -> None:
+    with pytest.raises(NotFound, match="web"):
+        await node.endpoints.attach(replace(node.spec(), network="wbe"))
+    assert node.holder.assigned() == {}
+
+
+async def test_an_endpoint_that_the_kernel_will_not_remove_does_not_hold_up_others(node: Node) -> None:
+    node.kernel.fail["remove"] = lambda e: OSError("stale") if e.key.container_id == "bad" else None
+    for name in ("bad", "good"):
+        await node.endpoints.attach(node.spec(name))
+    for name in ("bad", "good"):
+        await node.endpoints.detach(EndpointKey(name, "eth0"), Asked(BOOT, 2000))
+    await node.gone("good")
+    assert [e.key.container_id for e in node.endpoints.all()] == ["bad"]
+    node.kernel.fail.clear()
+    await node.gone("bad")
+
+
+@pytest.mark.parametrize("error", [OSError("no buffer space"), KernelRefused("no"), ZeroDivisionError()])
+async def test_a_del_goes_on_whatever_cutting_off_raises(node: Node, error: Exception) -> None:
+    await node.endpoints.attach(node.spec())
+    node.kernel.fail["disconnect"] = lambda _: error
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    await node.gone()
+    assert node.holder.assigned() == {}
+
+
+async def test_an_add_asked_for_before_the_newest_del_is_refused_whatever_dels_come_later(node: Node) -> None:
+    key = EndpointKey("c1", "eth0")
+    await node.endpoints.detach(key, Asked(BOOT, 2**62))
+    await node.endpoints.detach(key, Asked(BOOT, 5))
+    with pytest.raises(Superseded):
+        await node.endpoints.attach(node.spec(at=2**62 - 1))
+
+
+async def test_a_del_asked_for_before_the_add_leaves_it_alone(node: Node) -> None:
+    await node.endpoints.attach(node.spec(at=1000))
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 999))
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked("another boot", 5000))
+    assert [e.state for e in node.endpoints.all()] == [EndpointState.ATTACHED]
+
+
+async def test_an_unfinished_add_is_not_undone_once_it_is_finished(node: Node) -> None:
+    attaching = asyncio.create_task(node.endpoints.attach(node.spec()))
+    await asyncio.sleep(0)
+    await node.endpoints.undo_unfinished(EndpointKey("c1", "eth0"), "r1")
+    assert (await attaching).state is EndpointState.ATTACHED
+    assert [e.state for e in node.endpoints.all()] == [EndpointState.ATTACHED]
+
+
+async def test_what_is_there_is_not_ended_by_who_only_wants_what_is_gone(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    assert not await node.endpoints.end(endpoint.key, only_if_gone=True)
+    node.kernel.there.clear()
+    assert await node.endpoints.end(endpoint.key, only_if_gone=True)
+    assert node.endpoints.all() == []
+
+
+def conflict(endpoint: Endpoint) -> Conflict:
+    other = Address(
+        pool="10.0.0.0-24", state=AddressState.ASSIGNED, node="b", container_id="x", network="web"
+    )
+    return Conflict(endpoint.ips[0], other)
+
+
+async def test_a_conflict_is_cut_off_even_if_the_journal_cannot_say_so(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+
+    def full(_: Endpoint) -> None:
+        raise JournalUnwritable("disk full")
+
+    monkeypatch.setattr(node.journal, "save_endpoint", full)
+    assert await node.endpoints.cut_off(conflict(endpoint))
+    assert node.kernel.calls[-1] == "disconnect c1"
+    assert [e.state for e in node.endpoints.all()] == [EndpointState.CONFLICT]
+
+
+async def test_a_conflict_that_could_not_be_cut_off_is_tried_again(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    node.kernel.fail["disconnect"] = lambda _: KernelRefused("busy")
+    assert not await node.endpoints.cut_off(conflict(endpoint))
+    node.kernel.fail.clear()
+    assert await node.endpoints.cut_off(conflict(endpoint))
+
+
+async def test_an_endpoint_in_conflict_is_collected_when_its_namespace_is_gone(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    await node.endpoints.cut_off(conflict(endpoint))
+    node.kernel.there.clear()
+    await node.endpoints.collect()
+    await node.gone()

@@ -1,0 +1,98 @@
+"""Nodes drained, removed and adopted, with real agents and containers."""
+
+from __future__ import annotations
+
+import pytest
+
+from moorage.lab import LabNode
+from tests.system.conftest import eventually
+
+pytestmark = pytest.mark.kernel
+
+
+def test_a_drained_node_runs_its_containers_refuses_new_ones_and_is_removed_when_they_end(
+    node: LabNode,
+) -> None:
+    with node.container() as old, node.container() as new:
+        ips = old.add("web").ips
+        drained = node.ask("node", "drain", "node")
+        assert [(row["state"], row["count"]) for row in drained["left"]] == [("assigned", 1), ("assigned", 1)]
+        assert drained["blocks"] == 2
+        refused = new.add("web")
+        assert refused.json["code"] == 11
+        assert "node node is drained" in refused.json["msg"]
+        node.kill()
+        node.start()
+        assert node.ask("status")["drained"] is True
+        assert new.add("web").json["code"] == 11
+        assert node.namespace.pings(ips[4])
+        assert old.delete("web").exit == 0
+        eventually(lambda: {row["state"] for row in node.ask("ip", "list")} <= {"cooling"})
+        assert node.stop() == 0
+        removed = node.ask("node", "remove", "node")
+        assert set(removed["addresses"]) <= {"cooling"}
+        assert node.ask("node", "list") == node.ask("ip", "list") == []
+
+
+def test_a_drain_is_undone(node: LabNode) -> None:
+    with node.container() as container:
+        node.cli("node", "drain", "node")
+        node.cli("node", "drain", "node", "--undo")
+        assert node.ask("node", "show", "node")["drained"] is False
+        assert container.add("web").exit == 0
+        container.delete("web")
+
+
+def test_a_node_is_not_removed_while_it_lives_and_by_force_once_it_is_dead(node: LabNode) -> None:
+    with node.container() as container:
+        ips = container.add("web").ips
+        assert "is running" in node.cli("node", "remove", "node", check=False).stderr
+        node.stop()
+        refused = node.cli("node", "remove", "node", check=False)
+        assert refused.returncode == 1
+        assert "2 assigned" in refused.stderr
+        removed = node.ask("node", "remove", "node", "--force", "--yes", "node")
+        assert removed["addresses"]["assigned"] == 2
+        assert node.ask("ip", "list") == []
+        # It was alive after all: what its container uses is asserted anew.
+        node.start()
+        eventually(lambda: node.ask("status")["problem"] == "")
+        eventually(
+            lambda: (
+                {row["address"] for row in node.ask("ip", "list", "--state", "assigned")}
+                == {str(ip) for ip in ips.values()}
+            )
+        )
+        assert node.namespace.pings(ips[4])
+        assert node.cli("ip", "check").returncode == 0
+        assert container.delete("web").exit == 0
+
+
+def test_an_adopted_name_is_the_next_agents_and_the_old_one_is_fenced(node: LabNode) -> None:
+    with (
+        LabNode(node.name, store=node.store) as twin,
+        node.container() as refused,
+        twin.container() as served,
+    ):
+        assert node.ask("node", "adopt", "node", "--yes", "node")["was_alive"] is True
+        eventually(lambda: "moorage node adopt" in node.ask("status")["problem"])
+        answer = refused.add("web")
+        assert answer.json["code"] == 11
+        assert "moorage node adopt" in answer.json["msg"]
+        twin.start()
+        assert served.add("web").exit == 0
+        assert twin.ask("status")["problem"] == ""
+        assert node.ask("status")["problem"] != ""
+        served.delete("web")
+
+
+def test_a_block_is_released_once_its_containers_ended(node: LabNode) -> None:
+    with node.container() as container:
+        container.add("web")
+        (block,) = [row["block"] for row in node.ask("block", "list", "--pool", "10.64.0.0/16")]
+        refused = node.cli("block", "release", block, check=False)
+        assert refused.returncode == 1
+        assert "is assigned to" in refused.stderr
+        container.delete("web")
+        eventually(lambda: node.cli("block", "release", block, check=False).returncode == 0, within=60)
+        assert node.cli("ip", "check").returncode == 0
