@@ -111,7 +111,9 @@ class Spool:
         """Say once that others could have put anything there, or could lead us elsewhere through it."""
         if directory not in self._distrusted:
             self._distrusted.add(directory)
-            log.error("spool is not used: it is no directory of ours that only we may write", path=str(directory))
+            log.error(
+                "spool is not used: it is no directory of ours that only we may write", path=str(directory)
+            )
 
     def _move_aside(self, path: Path, why: str) -> None:
         bad = self._directory / "bad"
