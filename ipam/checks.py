@@ -69,7 +69,9 @@ class _Look:
     addresses: int = 0
     asked: int = 0
     silent: list[str] = field(default_factory=list)
-    carried: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    assigned: dict[str, str] = field(default_factory=dict)
+    carried: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    unwritten: set[str] = field(default_factory=set)
 
 
 async def check(store: Store, *, repair: bool = False) -> CheckReport:
@@ -104,11 +106,7 @@ async def _look(store: Store, *, repair: bool) -> _Look:
                 f"node {node} holds {count} addresses and its agent is not running: they are kept, not verified"
             )
     await asyncio.gather(*(_ask(store, node, look, repair=repair) for node in sorted(alive)))
-    for ip, places in sorted(look.carried.items()):
-        if len(places) > 1:
-            look.findings.append(
-                Finding(1, ip, "is carried by two live endpoints", {"endpoints": ", ".join(sorted(places))})
-            )
+    look.findings.extend(_carried_findings(look))
     return look
 
 
@@ -121,6 +119,19 @@ async def _pools(store: Store, look: _Look) -> list[Geometry]:
         except StoreError as error:
             look.findings.append(Finding(5, kv.key, "is no valid pool record", {"error": str(error)}))
     return shapes
+
+
+def _carried_findings(look: _Look) -> list[Finding]:
+    """What live endpoints carry, held against each other and against the store's records."""
+    found = []
+    for ip, places in sorted(look.carried.items()):
+        endpoints = ", ".join(sorted(f"{endpoint} on {node}" for node, endpoint in places))
+        if len(places) > 1:
+            found.append(Finding(1, ip, "is carried by two live endpoints", {"endpoints": endpoints}))
+        elif ip not in look.unwritten and look.assigned.get(ip) != places[0][0]:
+            evidence = {"endpoint": endpoints, "assigned to node": look.assigned.get(ip, "none")}
+            found.append(Finding(3, ip, "is carried by an endpoint and not assigned to its node", evidence))
+    return found
 
 
 async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Look) -> dict[str, int]:
@@ -138,6 +149,8 @@ async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Loo
                 look.findings.append(Finding(5, kv.key, "is no valid address record", {"error": str(error)}))
                 continue
             holders[address.node] += 1
+            if address.state is AddressState.ASSIGNED:
+                look.assigned[str(ip)] = address.node
             look.findings.extend(_address_findings(ip, address, pools))
         cursor, revision = page.next_key, page.revision
     return holders
@@ -186,7 +199,8 @@ async def _ask(store: Store, node: str, look: _Look, *, repair: bool) -> None:
     look.repaired.extend(_finding(row) for row in answer.get("repaired", []))
     look.notes.extend(answer.get("notes", []))
     for ip, endpoint in answer.get("carried", {}).items():
-        look.carried[ip].append(f"{endpoint} on {node}")
+        look.carried[ip].append((node, endpoint))
+    look.unwritten.update(answer.get("unwritten", []))
 
 
 def _finding(row: dict[str, Any]) -> Finding:

@@ -18,7 +18,11 @@ from isolator.recovery import remove_strays
 
 
 async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair: bool) -> dict[str, Any]:
-    """The answer to an intent of kind ``check``: findings, repaired, notes, and ip -> endpoint carried."""
+    """The answer to an intent of kind ``check``.
+
+    findings, repaired: Finding as dicts. notes: sentences. carried: ip -> endpoint that has it. unwritten:
+    addresses whose assignment the store has not confirmed yet.
+    """
     links = await kernel.links()
     routed = {str(route.destination.network_address) for route in await kernel.routes()}
     elements = await kernel.elements()
@@ -63,6 +67,7 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
         "findings": [asdict(finding) for finding in findings],
         "repaired": [asdict(finding) for finding in repaired],
         "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
+        "unwritten": [str(ip) for ip, held in holder.assigned().items() if held.dirty],
         "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips},
     }
 

@@ -122,6 +122,15 @@ async def test_an_address_carried_on_two_nodes_is_found(store: Store) -> None:
     assert finding.evidence == {"endpoints": "n1-c (eth0) on n1, n2-c (eth0) on n2"}
 
 
+@pytest.mark.parametrize(("unwritten", "found"), [([], 1), (["10.64.0.9"], 0)])
+async def test_a_carried_address_that_the_store_does_not_know_is_found_unless_it_is_on_its_way(
+    store: Store, unwritten: list[str], found: int
+) -> None:
+    answer = {"carried": {"10.64.0.9": "c (eth0)"}, "unwritten": unwritten}
+    findings = (await checked(store, {"n1": answer})).findings
+    assert [(f.invariant, f.subject) for f in findings] == [(3, "10.64.0.9")] * found
+
+
 async def test_what_agents_find_and_repair_is_reported(store: Store) -> None:
     row = {
         "invariant": 4,
