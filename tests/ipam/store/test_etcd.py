@@ -198,7 +198,7 @@ async def test_a_store_that_nobody_serves_opens_at_once_and_says_why_it_cannot_w
     with pytest.raises(StoreUnavailable, match=f"cannot be reached at 127.0.0.1:{port} .*refused") as caught:
         await put(store, "a")
     assert not isinstance(caught.value, Ambiguous)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
     watch = asyncio.ensure_future(anext(store.watch("k/", 1)))
     await asyncio.sleep(0.2)
     assert not watch.done()
@@ -234,7 +234,7 @@ async def test_a_silent_endpoint_is_given_up_on(opened: Open, monkeypatch: pytes
     with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
         await put(store, "a")
     assert not isinstance(caught.value, Ambiguous)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
     await store.close()
     server.close()
 

@@ -113,7 +113,7 @@ def test_ipv6_works_at_once_without_waiting_for_duplicate_address_detection(
     socket = container.udp(ip_address(A6))  # binding to a tentative address fails
     started = time.monotonic()
     assert heard(container, ip_address(A6), machine.world) == str(WORLD6)
-    assert time.monotonic() - started < 0.25
+    assert time.monotonic() - started < 0.8
     socket.close()
 
 
@@ -346,7 +346,7 @@ def test_thirty_endpoints_are_removed_in_one_wait(machine: Machine, container: R
     wirings = [machine.attach(container, f"eth{i}", f"10.0.1.{i}") for i in range(30)]
     started = time.monotonic()
     machine.do(machine.driver.remove, wirings)
-    assert time.monotonic() - started < 0.25, "30 single deletions take half a second"
+    assert time.monotonic() - started < 0.45, "30 single deletions take half a second"
     assert machine.holds()["links"] == []
     assert holds_inside(container) == NOTHING_INSIDE
 
