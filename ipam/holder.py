@@ -386,6 +386,9 @@ class Holder:
         held.lent = True
         asked: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         self._holdings.asking[ip] = asked
+        if self._catalogue.reserved(ip) is not None:
+            # _named() has compared the key.
+            self._holdings.keyed.add(ip)
         self._holdings.wake.set()
         try:
             async with asyncio.timeout(REFILL_PATIENCE):
@@ -399,6 +402,8 @@ class Holder:
             if isinstance(error, TimeoutError):
                 raise TryAgain(f"the store did not answer for {ip} in time; try again") from error
             raise
+        finally:
+            self._holdings.keyed.discard(ip)
 
     def put_back(self, lent: Sequence[Held]) -> None:
         """An ADD did not use these after all; nothing of them had reached the kernel."""

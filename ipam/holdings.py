@@ -98,6 +98,7 @@ class Holdings:
         self.blocks: dict[IPNetwork, BlockRow] = {}
         self.used: set[str] = set()
         self.asking: dict[IPAddress, asyncio.Future[Held]] = {}
+        self.keyed: set[IPAddress] = set()
         self.wake = asyncio.Event()
         self._nudged = False
         self.serving = False

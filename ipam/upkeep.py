@@ -187,9 +187,9 @@ class Upkeep:
         return True
 
     def _change_of(self, held: Held) -> Change:
-        # Who asked for an address by name was checked against its reservation; a refill must not race one.
-        unnamed = held.is_asked_for and held.ip not in self._holdings.asking
-        guards = (absent(keys.reservation_key(held.ip)),) if unnamed else ()
+        # Only who presented a reservation's key may take a reserved address, however new the reservation is.
+        keyless = held.is_asked_for and held.ip not in self._holdings.keyed
+        guards = (absent(keys.reservation_key(held.ip)),) if keyless else ()
         value = None if held.record is None else held.record.encode()
         return Change(Write(keys.address_key(held.ip), value, held.revision, guards), held, held.record)
 
@@ -490,7 +490,7 @@ class Upkeep:
             self._apply_found(held, outcome.found)
         elif held.state in (AddressState.ASSIGNED, AddressState.COOLING):
             held.revision = 0
-        elif change.write.guards and held.ip in holdings.asking:
+        elif change.write.guards and held.ip in holdings.keyed:
             pass  # reserved, and asked for with its key while the refill was on its way: asked for once more
         else:
             # Absent: a reservation was faster than our refill, or somebody freed what we were to free.
