@@ -441,6 +441,8 @@ def parse_json(stdin: bytes) -> object:
 
         document = stdin.decode()
         start = len(document) - len(document.lstrip(JSON_BLANKS))
+        # Declared for a JSONDecoder; it reads only the attributes that JsonOptions has, and importing json to
+        # make a real one is what this function is there to avoid.
         parsed, end = make_scanner(JsonOptions)(document, start)  # type: ignore[arg-type]
         if not document[end:].strip(JSON_BLANKS):
             result: object = parsed

@@ -147,7 +147,7 @@ class Load:
 
     def _guard(self, work: object, arguments: tuple[object, ...]) -> None:
         try:
-            work(*arguments)  # type: ignore[operator]
+            work(*arguments)
         except Exception as error:
             self._broken.append(error)
 

@@ -55,7 +55,7 @@ async def new_node(tmp_path: Path, faulty: FaultyStore) -> AsyncIterator[Callabl
     made: list[Node] = []
 
     def make(name: str = "n1", **options: object) -> Node:
-        made.append(Node(tmp_path, options.pop("store", faulty), name, **options))  # type: ignore[arg-type]
+        made.append(Node(tmp_path, options.pop("store", faulty), name, **options))
         return made[-1]
 
     yield make

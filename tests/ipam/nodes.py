@@ -144,7 +144,7 @@ class Node:
 
     def states(self) -> dict[str, int]:
         counts: dict[str, int] = {}
-        for row in self.holder.status()["addresses"]:  # type: ignore[attr-defined]
+        for row in self.holder.status()["addresses"]:
             counts[row["state"]] = counts.get(row["state"], 0) + row["count"]
         return counts
 

@@ -74,7 +74,7 @@ async def test_a_change_between_snapshot_and_watch_is_not_missed(faulty: FaultyS
 
         return late()
 
-    faulty.watch = watch  # type: ignore[method-assign]
+    faulty.watch = watch
     following = asyncio.create_task(known.follow())
     await eventually(lambda: known.names() == ["prod"])
     await reserve(faulty.store, IP, "db")
@@ -92,7 +92,7 @@ async def test_a_snapshot_that_the_watch_has_overtaken_takes_nothing_back(faulty
     other, real = ip_address("10.64.0.8"), faulty.page
 
     async def page(start: str, end: str, **options: object) -> Page:
-        answer = await real(start, end, **options)  # type: ignore[arg-type]
+        answer = await real(start, end, **options)
         if start == keys.RESERVATIONS:
             # While the answer is on its way, one reservation ends and another begins, and the watch tells.
             await unreserve(faulty.store, IP)
@@ -100,7 +100,7 @@ async def test_a_snapshot_that_the_watch_has_overtaken_takes_nothing_back(faulty
             await eventually(lambda: known.reserved(other) and not known.reserved(IP))
         return answer
 
-    faulty.page = page  # type: ignore[method-assign, assignment]
+    faulty.page = page
     await known.refresh()
     assert known.reserved(other)
     assert not known.reserved(IP)
@@ -121,7 +121,7 @@ async def test_a_key_deleted_and_written_again_within_one_batch_is_there(faulty:
 
         return held_back()
 
-    faulty.watch = watch  # type: ignore[method-assign]
+    faulty.watch = watch
     following = asyncio.create_task(known.follow())
     await eventually(lambda: known.reserved(IP))
     await unreserve(faulty.store, IP)
@@ -140,7 +140,7 @@ async def test_a_network_whose_pools_were_not_heard_of_yet_is_looked_up_before_i
     def watch(prefix: str, from_revision: int) -> AsyncIterator[WatchBatch]:
         return real("nothing/" if prefix == keys.POOLS else prefix, from_revision)
 
-    faulty.watch = watch  # type: ignore[method-assign]
+    faulty.watch = watch
     following = asyncio.create_task(known.follow())
     await asyncio.sleep(0.02)
     await network(faulty.store, "10.64.0.0/24", "fd00:64::/64")
@@ -197,7 +197,7 @@ async def test_a_compacted_watch_is_followed_from_a_new_snapshot(faulty: FaultyS
 
         return failing()
 
-    faulty.watch = watch  # type: ignore[method-assign]
+    faulty.watch = watch
     following = asyncio.create_task(known.follow())
     await network(faulty.store, "10.64.0.0/24")
     await eventually(lambda: known.names() == ["prod"])
@@ -214,7 +214,7 @@ async def test_a_store_that_fails_while_it_is_followed_is_a_store_error_and_no_g
 
         return failing()
 
-    faulty.watch = watch  # type: ignore[method-assign]
+    faulty.watch = watch
     with pytest.raises(StoreError, match="cannot be watched"):
         await catalogue(faulty).follow()
 

@@ -37,7 +37,7 @@ async def nodes(tmp_path: Path, store: Store) -> AsyncIterator[Nodes]:
 
     async def start(count: int, **options: object) -> list[Node]:
         for i in range(count):
-            made.append(Node(tmp_path, store, f"n{i + 1}", **options))  # type: ignore[arg-type]
+            made.append(Node(tmp_path, store, f"n{i + 1}", **options))
             await made[-1].start()
             await made[-1].join()
         return made
@@ -216,9 +216,9 @@ async def test_a_full_pool_is_not_read_again_for_every_asker(
 class CountingStore(FaultyStore):
     pages = 0
 
-    async def page(self, start: str, end: str, **options: object) -> object:  # type: ignore[override]
+    async def page(self, start: str, end: str, **options: object) -> object:
         self.pages += 1
-        return await super().page(start, end, **options)  # type: ignore[arg-type]
+        return await super().page(start, end, **options)
 
 
 # -- pressure
@@ -324,7 +324,7 @@ async def test_a_node_out_of_sync_gives_nothing_back(
     (one,) = await nodes(1)
     await one.add(net, "c1")
     one.holder._holdings.problem = "test"
-    answer = await one.holder.give_back(Intent(kind=IntentKind.GIVE_BACK, **asked))  # type: ignore[arg-type]
+    answer = await one.holder.give_back(Intent(kind=IntentKind.GIVE_BACK, **asked))
     assert answer == {"done": False, "why": "node n1 is out of sync: test"}
 
 

@@ -264,7 +264,7 @@ async def test_a_refill_does_not_take_an_address_reserved_since_the_catalogue_wa
     await reserve(store, ip_address("10.64.0.1"), "db")
     serving = asyncio.create_task(node.holder.serve())  # and nobody follows the catalogue
     assert str((await node.take(net))[0].ip) == "10.64.0.2"
-    assert node.holder.status()["transactions"] < 10  # type: ignore[operator]
+    assert node.holder.status()["transactions"] < 10
     serving.cancel()
 
 
@@ -633,7 +633,7 @@ async def test_an_exhausted_pool_with_a_warm_shortage_costs_nothing_while_idle(
         gathered += 1
         return await real()
 
-    node.holder._upkeep._gather = counting  # type: ignore[method-assign, assignment]
+    node.holder._upkeep._gather = counting
     await asyncio.sleep(0.3)
     assert gathered <= 2
     assert node.holder.status()["transactions"] == before
@@ -657,7 +657,7 @@ async def test_a_block_that_cannot_be_returned_because_it_is_used_again_costs_no
         rounds += 1
         return await real()
 
-    work._gather = counting  # type: ignore[method-assign, assignment]
+    work._gather = counting
     node.holder._holdings.wake.set()
     await asyncio.sleep(0.1)
     assert rounds <= 2

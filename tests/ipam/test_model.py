@@ -86,7 +86,7 @@ class World:
 
     def begin(self, node: Node, lent: list[object], key: str | None = None) -> None:
         name = next(self.names)
-        addresses = node.assign(lent, name, key or "")  # type: ignore[arg-type]
+        addresses = node.assign(lent, name, key or "")
         taken = {ip for _, ips in self.holds.values() for ip in ips}
         assert not taken & set(addresses), f"{taken & set(addresses)} given to {name} though it is in use"
         assert sorted(ip.version for ip in addresses) == [4, 6]
@@ -96,7 +96,7 @@ class World:
             assert early or now - self.released_at.get(ip, 0.0) >= COOLDOWN, (
                 f"{ip} reused before its cooldown"
             )
-            assert str(ip) not in STATIC or any(str(h.ip) == str(ip) for h in lent)  # type: ignore[attr-defined]
+            assert str(ip) not in STATIC or any(str(h.ip) == str(ip) for h in lent)
         self.holds[name] = (node, addresses)
 
     async def do(self, action: str, n: int) -> None:

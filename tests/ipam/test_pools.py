@@ -14,7 +14,7 @@ from ipam.records import Pool
 
 
 def shape(cidr: str, **options: object) -> Geometry:
-    return geometry(parse_pool(cidr, network="prod", **options))  # type: ignore[arg-type]
+    return geometry(parse_pool(cidr, network="prod", **options))
 
 
 def everything(cidr: str) -> set[object]:
@@ -43,7 +43,7 @@ def texts(cidr: str, spans: list[tuple[int, int]]) -> list[str]:
 
 @settings(max_examples=150, deadline=None, database=None, print_blob=True)
 @given(pools())
-def test_a_pool_says_what_sets_of_addresses_say(drawn: tuple) -> None:  # type: ignore[type-arg]
+def test_a_pool_says_what_sets_of_addresses_say(drawn: tuple) -> None:
     cidr, block_size, static_spans, excluded_spans = drawn
     net, all_ips = ip_network(cidr), everything(cidr)
     static = {net[i] for a, b in static_spans for i in range(a, b + 1)}
@@ -141,7 +141,7 @@ def test_nonsense_is_refused_with_the_thing_the_cause_and_the_next_step(
     cidr: str, options: dict[str, object], complaint: str, next_step: str
 ) -> None:
     with pytest.raises(InvalidInput) as refused:
-        parse_pool(cidr, network="prod", **options)  # type: ignore[arg-type]
+        parse_pool(cidr, network="prod", **options)
     message = str(refused.value)
     named = next(iter(options.values())) if options else cidr
     assert str(named[0] if isinstance(named, list) else named) in message or cidr in message

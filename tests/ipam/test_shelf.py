@@ -14,7 +14,7 @@ BLOCK = ip_network("10.64.0.0/29")
 
 
 def pool(**options: object) -> Geometry:
-    return geometry(parse_pool("10.64.0.0/29", network="prod", **options))  # type: ignore[arg-type]
+    return geometry(parse_pool("10.64.0.0/29", network="prod", **options))
 
 
 def held(shelf: Shelf, n: int = 1) -> Held:

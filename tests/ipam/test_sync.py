@@ -360,11 +360,11 @@ async def crash_after_the_next_commit(node: Node) -> None:
     real = node.holder._writer.commit
 
     async def commit(writes: list[object]) -> object:
-        await real(writes)  # type: ignore[arg-type]
+        await real(writes)
         landed.set()
         return await asyncio.Event().wait()
 
-    node.holder._writer.commit = commit  # type: ignore[method-assign, assignment]
+    node.holder._writer.commit = commit
     node.holder._holdings.wake.set()
     await asyncio.wait_for(landed.wait(), 2)
     await node.crash()

@@ -108,7 +108,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[AgentConfig]]:
         return 3
 
     module = ModuleType("moorage.agent")
-    module.run = run  # type: ignore[attr-defined]
+    module.run = run
     monkeypatch.setitem(sys.modules, "moorage.agent", module)
     yield configs
     structlog.reset_defaults()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.kernel
 
 
 def refused(container: Container, network: str = "web", **asked: object) -> tuple[int, str]:
-    answer = container.add(network, **asked)  # type: ignore[arg-type]
+    answer = container.add(network, **asked)
     assert answer.exit != 0
     return answer.json["code"], answer.json["msg"]
 
