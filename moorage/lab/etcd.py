@@ -66,6 +66,15 @@ class Member(Resource):
     def peer(self) -> str:
         return f"http://{self.ip}:2380"
 
+    @property
+    def is_running(self) -> bool:
+        return self.etcd.is_running
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Ours, with what makes ``etcdctl`` speak to this member."""
+        return {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.client}
+
     def start(self, cluster: str) -> None:
         """Start it; ``cluster`` is etcd's --initial-cluster. Does not wait."""
         self.etcd.start(

@@ -145,7 +145,7 @@ class LabNode(Resource):
                 "--socket", str(self.socket),
             ),
             self.log,
-            {**_with_source(self.environment), **environment},
+            {**with_source(self.environment), **environment},
         )  # fmt: skip
 
     def start(self, **environment: str) -> None:
@@ -184,7 +184,7 @@ class LabNode(Resource):
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``moorage ARGUMENTS`` against this node's store and agent."""
         return self.namespace.run(
-            *MOORAGE, *arguments, check=check, environment=_with_source(self.environment)
+            *MOORAGE, *arguments, check=check, environment=with_source(self.environment)
         )
 
     def ask(self, *arguments: str) -> Any:
@@ -196,6 +196,6 @@ class LabNode(Resource):
         return Container(self.socket, name)
 
 
-def _with_source(environment: dict[str, str]) -> dict[str, str]:
+def with_source(environment: dict[str, str]) -> dict[str, str]:
     """Have Python find the moorage that runs here, wherever one stands."""
     return {**environment, "PYTHONPATH": str(Path(moorage.__file__).parent.parent), "PYTHONSAFEPATH": "1"}
