@@ -32,6 +32,12 @@ class ProcessId(msgspec.Struct, frozen=True):
     started: int
     boot: str
 
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """The process that has this pid now, if there is one."""
+        fields = _stat(pid)
+        return None if fields is None else cls(pid, int(fields[_STARTED]), boot_id())
+
     @property
     def is_running(self) -> bool:
         """A process that only waits to be collected by its parent does not run."""
@@ -70,10 +76,7 @@ class Daemon:
                 env=environment,
                 start_new_session=True,
             )
-        fields = _stat(self._child.pid)
-        assert fields is not None, "a child that was not waited for has left"
-        known = ProcessId(self._child.pid, int(fields[_STARTED]), boot_id())
-        self._file.write_bytes(msgspec.json.encode(known))
+        self._file.write_bytes(msgspec.json.encode(ProcessId.of(self._child.pid)))
 
     @property
     def identity(self) -> ProcessId | None:
