@@ -18,7 +18,7 @@ import click
 from ipam.errors import InvalidInput
 from moorage.cli.output import Column, words
 from moorage.cli.session import Session, pass_session
-from moorage.lab import standing
+from moorage.lab import labs, names
 from moorage.lab.errors import LabError
 from moorage.lab.standing import MOST_MEMBERS, MOST_NODES, NETWORKS, Plan, StandingLab
 from moorage.lab.survey import Row, survey, task_row
@@ -26,12 +26,15 @@ from moorage.lab.task import Task, Wanted
 
 FABRICS = ("none", "hostgw", "vxlan")
 SHELL = "bash"
+COMMAND_SHOWN = 50
+"""Characters of a command in a table."""
+
 BEHIND_SIGNAL = 128
 """A shell's exit code for a command that a signal ended, less the signal's number."""
 
 
-class Lab(click.Group):
-    """Needs root; what a program of the machine refuses is one sentence."""
+class NeedsRoot(click.Command):
+    """A command, not its --help, needs root; what a program of the machine refuses is one sentence."""
 
     def invoke(self, ctx: click.Context) -> Any:
         if os.geteuid() != 0:
@@ -46,7 +49,13 @@ class Lab(click.Group):
             ) from error
 
 
-class WithCommand(click.Command):
+class Lab(click.Group):
+    """The group."""
+
+    command_class = NeedsRoot
+
+
+class WithCommand(NeedsRoot):
     """Takes a place and a command line. Options may stand on both sides of the place, and end where the command
     begins: what is behind that is the command's own.
     """
@@ -120,14 +129,14 @@ def up(session: Session, name: str, nodes: int, etcd: int, fabric: str, gateway:
       moorage lab up --nodes 5 --etcd 3 --fabric hostgw --gateway --lab big
     """
     plan = Plan(name=name, nodes=nodes, etcd=etcd, fabric=fabric, gateway=gateway)
-    with _unwound_by_signals(), _progress(standing.parts(plan)) as progress:
-        made = standing.up(plan, progress)
+    with _unwound_by_signals(), _progress(labs.parts(plan)) as progress:
+        made = labs.up(plan, progress)
     machines = list(made.machines)
     session.out.done(_welcome(made), {"lab": name, "machines": machines, "networks": list(NETWORKS)})
 
 
 def _welcome(made: StandingLab) -> str:
-    which = "" if standing.names() == [made.name] else f" --lab {made.name}"
+    which = "" if names.all_labs() == [made.name] else f" --lab {made.name}"
     last = made.cluster.nodes[-1].name
     hints = [
         (f"run n1{which} --name web -- python3 -m http.server 8080", "a container, and its address"),
@@ -159,7 +168,7 @@ def status(session: Session, name: str | None) -> None:
     Example:
       moorage lab status -o json
     """
-    found = survey(standing.find(name, incomplete=True))
+    found = survey(labs.find(name, incomplete=True))
     session.out.record(found if session.out.as_json else _brief(found))
 
 
@@ -171,7 +180,7 @@ def _brief(found: Row) -> Row:
             "id": row["id"][:8],
             "node": row["node"],
             "addresses": row["addresses"],
-            "command": shlex.join(row["command"]),
+            "command": _shortened(shlex.join(row["command"])),
             "pid": row["pid"] or ("ended" if row["command"] else None),
         }
         for row in found["containers"]
@@ -180,6 +189,10 @@ def _brief(found: Row) -> Row:
         {**row, "blocks": "unknown" if row["blocks"] is None else row["blocks"]} for row in found["nodes"]
     ]
     return {**found, "nodes": nodes, "containers": containers}
+
+
+def _shortened(command: str) -> str:
+    return command if len(command) <= COMMAND_SHOWN else f"{command[: COMMAND_SHOWN - 1]}…"
 
 
 @lab.command("list", short_help="List the labs that there are.")
@@ -192,7 +205,7 @@ def list_(session: Session) -> None:
       moorage lab list
     """
     session.out.rows(
-        [{"lab": name} for name in standing.names()],
+        [{"lab": name} for name in names.all_labs()],
         [Column("lab")],
         none="No lab is up; start one with `moorage lab up --nodes 3`.",
     )
@@ -216,7 +229,7 @@ def exec_(session: Session, name: str | None, place: str, command: tuple[str, ..
       moorage lab exec web ss -tln
       moorage lab exec n1
     """
-    found = standing.find(name).place(place)
+    found = labs.find(name).place(place)
     if not found.namespace.exists:
         raise InvalidInput(f"{place} is switched off; switch it on with `moorage lab start {place}`")
     command = command or (os.environ.get("SHELL", SHELL),)
@@ -268,14 +281,14 @@ def run(
     _require_program(command, os.environ.get("PATH", os.defpath))
     if wait and not command:
         raise InvalidInput("--wait needs a command to wait for; write it behind the node")
-    made = standing.find(name)
+    made = labs.find(name)
     wanted = Wanted(
         networks=networks or tuple(NETWORKS)[:1],
         labels=_labels(labels),
         command=() if wait else command,
     )
     with _unwound_by_signals():
-        with standing.locked(made.name, shared=True):
+        with labs.locked(made.name, shared=True):
             task = made.run(node, wanted, container)
         if wait:
             ctx.exit(_run_here(made, task, command))
@@ -296,7 +309,7 @@ def _run_here(made: StandingLab, task: Task, command: Sequence[str]) -> int:
     finally:
         process.kill()
         process.wait()
-        with standing.locked(made.name, shared=True):
+        with labs.locked(made.name, shared=True):
             task.remove()
     return code if code >= 0 else BEHIND_SIGNAL - code
 
@@ -315,8 +328,8 @@ def remove(session: Session, name: str | None, containers: tuple[str, ...]) -> N
     Example:
       moorage lab rm web c2
     """
-    made = standing.find(name)
-    with standing.locked(made.name, shared=True):
+    made = labs.find(name)
+    with labs.locked(made.name, shared=True):
         found = [made.task(container) for container in containers]
         for task in found:
             task.remove()
@@ -341,8 +354,8 @@ def kill(session: Session, name: str | None, node: str, power: bool) -> None:
       moorage lab kill n2 --power
       moorage lab kill etcd0
     """
-    made = standing.find(name)
-    with standing.locked(made.name):
+    made = labs.find(name)
+    with labs.locked(made.name):
         lost = made.kill(node, power=power)
     what = f"{node} is switched off" if power else f"{node} is killed"
     gone = f", and {', '.join(lost)} with it" if lost else ""
@@ -363,8 +376,8 @@ def start(session: Session, name: str | None, node: str) -> None:
     Example:
       moorage lab start n2
     """
-    made = standing.find(name)
-    with standing.locked(made.name):
+    made = labs.find(name)
+    with labs.locked(made.name):
         made.start(node)
     session.out.done(f"{node} is started", {"started": node})
 
@@ -382,8 +395,8 @@ def partition(session: Session, name: str | None, one: str, other: str) -> None:
       moorage lab partition n1 n2
       moorage lab partition n1 etcd0
     """
-    made = standing.find(name)
-    with standing.locked(made.name):
+    made = labs.find(name)
+    with labs.locked(made.name):
         made.partition(one, other)
     session.out.done(
         f"{one} and {other} are cut off from each other; undo it with `moorage lab heal`",
@@ -401,8 +414,8 @@ def heal(session: Session, name: str | None) -> None:
     Example:
       moorage lab heal
     """
-    made = standing.find(name)
-    with standing.locked(made.name):
+    made = labs.find(name)
+    with labs.locked(made.name):
         healed = made.partitions()
         made.cluster.heal()
     session.out.done(f"every wire of lab {made.name} is whole", {"healed": [list(pair) for pair in healed]})
@@ -421,7 +434,7 @@ def down(session: Session, name: str | None) -> None:
     Example:
       moorage lab down
     """
-    ended = standing.down(name)
+    ended = labs.down(name)
     session.out.done(f"lab {ended} is gone", {"lab": ended, "down": True})
 
 

@@ -2,7 +2,7 @@
 
 Everything it makes carries the ``mrg`` prefix and lives in namespaces and directories of its own. Used as
 contexts, its parts are gone when the context ends, also when that is an error or an interrupt; a standing
-lab (standing.py, ``moorage lab``) goes on until it is taken down. It never touches the machine's own
+lab (labs.py, ``moorage lab``) goes on until it is taken down. It never touches the machine's own
 networking, nor an agent that is installed beside it.
 """
 

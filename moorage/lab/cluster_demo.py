@@ -20,7 +20,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from moorage.lab import standing
+from moorage.lab import labs, names
 from moorage.lab.namespace import NAMESPACES, Namespace
 from moorage.lab.node import MOORAGE, with_source
 from moorage.lab.process import ProcessId
@@ -31,7 +31,7 @@ FABRICS = ("vxlan", "hostgw")
 NODES = ("n1", "n2", "n3")
 MEGABYTES = 4
 
-SERVER = f"""
+SERVER = f"""# Gives {MEGABYTES} MB to whoever asks.
 import socket, socketserver
 class Server(socketserver.ThreadingTCPServer):
     address_family = socket.AF_INET6
@@ -88,7 +88,7 @@ def main() -> int:
 
 def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
     """made: gets the path of every file and namespace that has to be gone afterwards."""
-    standing.require_programs()
+    labs.require_programs()
     for fabric in FABRICS:
         _on_fabric(fabric, stack, made)
 
@@ -96,11 +96,11 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
 def _on_fabric(fabric: str, stack: contextlib.ExitStack, made: list[Path]) -> None:
     name = f"show-{os.urandom(3).hex()}"
     print(f"\nmoorage lab: three nodes, a gateway and one etcd inside this machine, fabric {fabric}\n")
-    stack.callback(standing.sweep, name)
-    made.append(standing.directory_of(name))
+    stack.callback(labs.sweep, name)
+    made.append(names.directory_of(name))
     with step(f"moorage lab up --nodes 3 --gateway --fabric {fabric}"):
         _lab(name, "up", "--nodes", "3", "--gateway", "--fabric", fabric)
-    lab = standing.find(name)
+    lab = labs.find(name)
     made += [machine.namespace.path for machine in lab.machines.values()]
 
     with step(
@@ -177,7 +177,7 @@ def _take_down(name: str) -> None:
         expect(not running, f"processes are left: {running}")
         left = [str(path) for path in NAMESPACES.glob(f"mrg-{name}.*")]
         expect(not left, f"namespaces are left: {left}")
-        expect(not standing.directory_of(name).exists(), f"{standing.directory_of(name)} is left")
+        expect(not names.directory_of(name).exists(), f"{names.directory_of(name)} is left")
 
 
 @contextlib.contextmanager
@@ -204,7 +204,7 @@ def _run(name: str, node: str, network: str) -> Container:
     container = f"{network}-{node}"
     words = ("run", node, "--network", network, "--name", container, "-o", "json")
     row = json.loads(_lab(name, *words, "--", sys.executable, "-c", SERVER))
-    namespace = standing.find(name).task(container).namespace
+    namespace = labs.find(name).task(container).namespace
     eventually(
         lambda: namespace.run("ss", "-Hltn", "sport = :9000").stdout.strip() != "",
         f"the server in {container} does not start; see {row['log']}",

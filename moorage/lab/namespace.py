@@ -40,21 +40,23 @@ class Namespace(Resource):
         return self.path.exists()
 
     def processes(self) -> list[int]:
-        """Pids of everything that runs inside. Raises LabError where that includes whoever asks."""
+        """Pids of everything that runs inside."""
         here = _identity(self.path)
-        if here is None:
-            return []
-        if here == _identity(Path("/proc/self/ns/net")):
-            raise LabError(f"this command runs inside {self.name} itself; run it outside of the lab")
         numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-        return [pid for pid in numbers if _identity(Path(f"/proc/{pid}/ns/net")) == here]
+        return [pid for pid in numbers if here and _identity(Path(f"/proc/{pid}/ns/net")) == here]
 
     def end_processes(self) -> None:
-        """kill -9 of everything that runs inside; returns when it is gone."""
+        """kill -9 of everything that runs inside; returns when it is gone. Raises LabError if it cannot be ended."""
+        self.refuse_inside()
         while pids := self.processes():
             with process.opened(pids) as held:
                 # Looked at again once they are held: a pid of the list may be another's by now.
                 process.end([held[pid] for pid in self.processes() if pid in held])
+
+    def refuse_inside(self) -> None:
+        """Raises LabError to whoever runs inside: it would end itself, with half of its work done."""
+        if self.exists and _identity(self.path) == _identity(Path("/proc/self/ns/net")):
+            raise LabError(f"this command runs inside {self.name} itself; run it outside of the lab")
 
     def command(self, *command: str) -> list[str]:
         """The command line that runs ``command`` inside. Only the network namespace changes."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from isolator.identity import boot_id
+from moorage.lab.errors import LabError
 
 ENDS_WITHIN = 20.0
 """Seconds a killed process has to be gone: it may have to wait for a disk."""
@@ -142,11 +143,11 @@ def opened(pids: Iterable[int]) -> Iterator[dict[int, int]]:
 
 
 def end(processes: Collection[int]) -> None:
-    """kill -9 by descriptor; returns when all are gone. Raises TimeoutError."""
+    """kill -9 by descriptor; returns when all are gone. Raises LabError if one stays."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
     deadline = time.monotonic() + ENDS_WITHIN
     for process in processes:
         if not select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise TimeoutError(f"a process does not end within {ENDS_WITHIN:.0f} s of kill -9")
+            raise LabError(f"a process is still there {ENDS_WITHIN:.0f} s after kill -9; try again later")

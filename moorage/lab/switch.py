@@ -18,6 +18,9 @@ UNDERLAY4 = "198.18.0.{}/24"
 UNDERLAY6 = "fd98::{}/64"
 """Addresses by host number: the benchmarking range (RFC 2544) and a unique local one."""
 
+MAC = "02:6d:72:67:00:{:02x}"
+"""By host number; of no manufacturer."""
+
 UPLINK = "up0"
 """What the underlay's interface is called in every namespace that is plugged in."""
 
@@ -50,10 +53,11 @@ class Switch(Resource):
         self.namespace.delete()
 
     def plug(self, namespace: Namespace, host: int) -> None:
-        """Give a namespace the underlay addresses of ``host``."""
+        """Give a namespace the underlay addresses of ``host``, and its MAC, which a machine keeps all its life."""
         self.namespace.run(
-            "ip", "link", "add", _port(host), "type", "veth", "peer", "name", UPLINK, "netns", namespace.name
-        )
+            "ip", "link", "add", _port(host), "type", "veth",
+            "peer", "name", UPLINK, "address", MAC.format(host), "netns", namespace.name,
+        )  # fmt: skip
         self.namespace.run("ip", "link", "set", _port(host), "master", "br0", "up")
         for own in (UNDERLAY4.format(host), UNDERLAY6.format(host)):
             namespace.run("ip", "address", "add", own, "dev", UPLINK, *(["nodad"] * (":" in own)))

@@ -12,7 +12,7 @@ import pytest
 
 from isolator.identity import boot_id
 from moorage.cli.lab import lab
-from moorage.lab import standing
+from moorage.lab import labs, names
 from moorage.lab.standing import Record
 from tests.moorage.conftest import CommandLine
 
@@ -21,8 +21,8 @@ from tests.moorage.conftest import CommandLine
 def empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root, on a machine without any lab."""
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(standing, "BASE", tmp_path / "labs")
-    monkeypatch.setattr(standing, "NAMESPACES", tmp_path / "netns")
+    monkeypatch.setattr(names, "BASE", tmp_path / "labs")
+    monkeypatch.setattr(names, "NAMESPACES", tmp_path / "netns")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def namespaces(tmp_path: Path) -> Path:
 
 def recorded(name: str, *, boot: str = "", complete: bool = True) -> Path:
     """What an `up` leaves in files."""
-    directory = standing.directory_of(name)
+    directory = names.directory_of(name)
     directory.mkdir(parents=True)
     record = Record(
         name=name,
@@ -97,6 +97,7 @@ def test_the_node_is_needed(moorage: CommandLine) -> None:
 def test_it_needs_root(moorage: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert "need root; use sudo" in moorage.fails("lab", "up")
+    assert "Example" in moorage.ok("lab", "up", "--help")
 
 
 def test_missing_programs_are_named_with_their_packages(
@@ -106,7 +107,7 @@ def test_missing_programs_are_named_with_their_packages(
     said = moorage.fails("lab", "up")
     assert "a lab needs etcd" in said
     assert "apt-get install etcd-server etcd-client" in said
-    assert standing.names() == []
+    assert names.all_labs() == []
 
 
 @pytest.mark.parametrize("name", ["", "A", "a.b", "../x", "a" * 21, "-a", "a/b"])
@@ -146,7 +147,7 @@ def test_a_lab_that_did_not_come_up_completely_is_only_looked_at_and_taken_down(
     assert "lab a is not complete" in moorage.fails("lab", "run", "n1")
     assert "exists already, not all of it" in moorage.fails("lab", "up", "--lab", "a")
     assert moorage.ok("lab", "down") == "lab a is gone\n"
-    assert not standing.BASE.exists()
+    assert not names.BASE.exists()
 
 
 def test_a_lab_that_ended_with_the_machine_says_so_and_its_files_are_cleared_away(
@@ -155,7 +156,7 @@ def test_a_lab_that_ended_with_the_machine_says_so_and_its_files_are_cleared_awa
     recorded("a", boot="an earlier one")
     assert "ended when this machine was restarted" in moorage.fails("lab", "status")
     assert moorage.ok("lab", "down") == "lab a is gone\n"
-    assert standing.names() == []
+    assert names.all_labs() == []
 
 
 def test_remains_without_a_record_are_found_by_name_and_cleared_away(
@@ -164,17 +165,17 @@ def test_remains_without_a_record_are_found_by_name_and_cleared_away(
     (namespaces / "mrg-a.n1").touch()
     (namespaces / "mrg-lab-0a0b0c-n1").touch()
     (namespaces / "somebody.else").touch()
-    assert standing.names() == ["a"]
+    assert names.all_labs() == ["a"]
     assert "only remains of lab a are left" in moorage.fails("lab", "status")
-    standing.directory_of("a").mkdir(parents=True)
+    names.directory_of("a").mkdir(parents=True)
     assert "only remains of lab a are left" in moorage.fails("lab", "exec", "n1")
 
 
 def test_the_remains_of_one_lab_are_not_those_of_another_whose_name_begins_alike(namespaces: Path) -> None:
     for name in ("mrg-a.n1", "mrg-a-b.n1", "mrg-a.web"):
         (namespaces / name).touch()
-    assert standing.names() == ["a", "a-b"]
-    found = {namespace.name for namespace in standing._namespaces("a")}
+    assert names.all_labs() == ["a", "a-b"]
+    found = {namespace.name for namespace in names.namespaces_of("a")}
     assert found == {"mrg-a.n1", "mrg-a.web"}
 
 
@@ -197,16 +198,16 @@ def test_what_cannot_be_run_is_refused_before_anything_is_made(moorage: CommandL
     assert "--wait needs a command" in moorage.fails("lab", "run", "n1", "--wait")
     assert "--label 'front' is no label" in moorage.fails("lab", "run", "n1", "--label", "front")
     assert "n1 is switched off" in moorage.fails("lab", "run", "n1")
-    assert not (standing.directory_of("a") / "containers").exists()
+    assert not (names.directory_of("a") / "containers").exists()
 
 
 def test_a_command_waits_for_another_one_and_gives_up_with_a_reason(
     moorage: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded("a")
-    monkeypatch.setattr(standing, "PATIENCE", 0.1)
-    with standing.locked("a"):
+    monkeypatch.setattr(labs, "PATIENCE", 0.1)
+    with labs.locked("a"):
         assert "another `moorage lab` command is at work on lab a" in moorage.fails("lab", "down")
-    with standing.locked("a", shared=True), standing.locked("a", shared=True):
+    with labs.locked("a", shared=True), labs.locked("a", shared=True):
         pass
     assert moorage.ok("lab", "down") == "lab a is gone\n"

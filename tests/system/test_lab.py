@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moorage.lab import standing
+from moorage.lab import names
 from moorage.lab.namespace import NAMESPACES
 from moorage.lab.node import MOORAGE
 from tests.system.conftest import eventually
@@ -56,7 +56,7 @@ class User:
     def left(self) -> list[str]:
         """What can be seen of the lab."""
         found = [str(path) for path in NAMESPACES.glob(f"mrg-{self.lab}.*")]
-        directory = standing.directory_of(self.lab)
+        directory = names.directory_of(self.lab)
         found += [str(directory)] if directory.exists() else []
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and str(directory) in _command_line(process):
@@ -176,6 +176,12 @@ def test_a_machine_dies_with_its_containers_and_comes_back_without_them(user: Us
     user.runs("rm", "kept", "new")
 
 
+def test_a_lab_is_not_taken_down_from_within(user: User) -> None:
+    words = user.command("down")
+    assert "runs inside" in user.fails("exec", "n1", *words)
+    assert {row["agent"] for row in user.nodes().values()} == {"running"}
+
+
 def test_a_member_of_etcd_is_killed_and_started(user: User) -> None:
     user.runs("kill", "etcd0")
     status = user.json("status")
@@ -218,7 +224,7 @@ def test_a_killed_up_is_taken_down_by_name(user: User) -> None:
     with subprocess.Popen(
         broken.command("up", "--nodes", "3", "--fabric", FABRIC), stderr=subprocess.PIPE
     ) as up:
-        agent = standing.directory_of(broken.lab) / "n2" / "agent.pid"
+        agent = names.directory_of(broken.lab) / "n2" / "agent.pid"
         eventually(agent.exists, within=30)
         up.kill()
     try:
@@ -235,7 +241,7 @@ def test_an_up_that_is_ended_leaves_nothing(user: User) -> None:
     with subprocess.Popen(
         ended.command("up", "--nodes", "3", "--fabric", FABRIC), stderr=subprocess.PIPE
     ) as up:
-        eventually((standing.directory_of(ended.lab) / "n1" / "agent.pid").exists, within=30)
+        eventually((names.directory_of(ended.lab) / "n1" / "agent.pid").exists, within=30)
         up.terminate()
         assert up.wait(60) == 128 + 15
     assert ended.left() == []
@@ -246,7 +252,7 @@ def test_a_lab_whose_files_were_removed_by_hand_is_still_taken_down(user: User) 
     lost.runs("up", "--nodes", "1", "--fabric", FABRIC)
     lost.runs("run", "n1", "--name", "web", "--", "sleep", "600")
     pids = [row["pid"] for row in (*lost.nodes().values(), *lost.containers().values())]
-    subprocess.run(["rm", "-rf", standing.directory_of(lost.lab)], check=True)
+    subprocess.run(["rm", "-rf", names.directory_of(lost.lab)], check=True)
     assert "only remains" in lost.fails("status")
     lost.runs("down")
     assert lost.left() == []
