@@ -205,7 +205,7 @@ def load(
 
 
 def _parse(setting: Setting, place: str, text: Any) -> Any:
-    if type(text) is setting.kind:
+    if not isinstance(text, str) and type(text) is setting.kind:
         text = str(text).lower()
     if not isinstance(text, str):
         raise InvalidInput(f"{place}: expected text in quotes, not {text!r}")
