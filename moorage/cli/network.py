@@ -14,7 +14,7 @@ from ipam import networks
 from ipam.errors import InvalidInput
 from ipam.networks import NetworkChange, PoolSpec
 from ipam.pools import parse_range
-from ipam.records import Network, Pool
+from ipam.records import FABRICS, Network, Pool
 from ipam.store.base import Store
 from moorage.cli.output import Column, fields, print_json, words
 from moorage.cli.session import IP, IPAddress, Session, pass_session
@@ -103,6 +103,12 @@ def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[
     default=False,
     help="Never take addresses from other nodes' blocks, even when no block is left.",
 )
+@click.option(
+    "--fabric",
+    type=click.Choice(FABRICS),
+    help="How other nodes reach its containers: in a VXLAN tunnel, by routes via the nodes (all on one segment), or "
+    "not through moorage.  [default: vxlan on etcd, none on SQLite, which has one node]",
+)
 @pass_session
 def create(
     session: Session,
@@ -118,6 +124,7 @@ def create(
     warm: int,
     preload: bool,
     strict: bool,
+    fabric: str | None,
 ) -> None:
     """Create a network with its pools.
 
@@ -141,6 +148,7 @@ def create(
         warm=warm,
         preload=preload,
         strict=strict,
+        fabric=fabric or ("vxlan" if session.store_is_shared else "none"),
     )
 
     async def act(store: Store) -> tuple[Network, list[Pool]]:
@@ -238,6 +246,7 @@ def list_(session: Session) -> None:
             Column("name"),
             Column("pools", lambda r: words([pool["cidr"] for pool in r["pools"]])),
             Column("driver"),
+            Column("fabric"),
             Column("nat"),
             Column("mtu", lambda r: words(r["mtu"] or "underlay's")),
             Column("warm"),
@@ -298,7 +307,7 @@ def show(session: Session, name: str) -> None:
         {
             "node": node,
             "cidr": pool["cidr"],
-            **{state: states.get(state, 0) for state in ("assigned", "warm", "cooling")},
+            **{state: states.get(state, 0) for state in ("assigned", "own", "warm", "cooling")},
         }
         for pool in found["pools"]
         for node, states in sorted(pool["usage"]["by_node"].items(), key=largest_first)
@@ -365,6 +374,9 @@ def largest_first(holder: tuple[str, dict[str, int]]) -> tuple[int, str]:
     "--preload/--no-preload", default=None, help="Keep them ready on all nodes, before it is first used."
 )
 @click.option("--strict/--no-strict", default=None, help="Never take addresses from other nodes' blocks.")
+@click.option(
+    "--fabric", type=click.Choice(FABRICS), help="How other nodes reach its containers.  [default: as it is]"
+)
 @pass_session
 def set_(
     session: Session,
@@ -382,12 +394,13 @@ def set_(
     warm: int | None,
     preload: bool | None,
     strict: bool | None,
+    fabric: str | None,
 ) -> None:
     """Change a network while it is used; agents follow at once.
 
     Running containers stay as they are: MTU, name servers and search domains are those of containers
-    started from now on. A disabled pool is drained as its containers end; `network show` says what is
-    left in it.
+    started from now on. Another fabric is in place on all nodes within seconds. A disabled pool is
+    drained as its containers end; `network show` says what is left in it.
 
     \b
     Examples:
@@ -407,6 +420,7 @@ def set_(
         warm=warm,
         preload=preload,
         strict=strict,
+        fabric=fabric,
     )
     if change == NetworkChange():
         raise InvalidInput("nothing is to be changed; see `moorage network set --help`")
