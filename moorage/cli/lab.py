@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from ipam.errors import InvalidInput
+from ipam.records import FABRICS
 from moorage.cli.output import Column, words
 from moorage.cli.session import Session, pass_session
 from moorage.lab import labs, names
@@ -24,7 +25,6 @@ from moorage.lab.standing import MOST_MEMBERS, MOST_NODES, NETWORKS, Plan, Stand
 from moorage.lab.survey import Row, survey, task_row
 from moorage.lab.task import Task, Wanted
 
-FABRICS = ("none", "hostgw", "vxlan")
 SHELL = "bash"
 COMMAND_SHOWN = 50
 """Characters of a command in a table."""

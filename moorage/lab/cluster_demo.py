@@ -30,6 +30,8 @@ from moorage.lab.ticks import Failed, eventually, expect, perform, show, step
 FABRICS = ("vxlan", "hostgw")
 NODES = ("n1", "n2", "n3")
 MEGABYTES = 4
+REACHED_WITHIN = 5.0
+"""Seconds; every node knows of a change within one, on a machine that has time for it."""
 
 SERVER = f"""# Gives {MEGABYTES} MB to whoever asks.
 import socket, socketserver
@@ -62,10 +64,7 @@ class Container:
 
     def reaches(self, other: Container) -> None:
         """Raises Failed unless ``other`` answers it at every address."""
-        for ip in other.addresses:
-            expect(
-                self.namespace.pings(ip), f"{self.name} on {self.node} does not reach {other.name} at {ip}"
-            )
+        _answers(other, self.namespace, f"{self.name} on {self.node}")
 
     def fetches(self, other: Container) -> None:
         """Raises Failed unless everything that ``other`` serves arrives whole, by each of its addresses."""
@@ -122,10 +121,7 @@ def _on_fabric(fabric: str, stack: contextlib.ExitStack, made: list[Path]) -> No
     with step("the nodes themselves and the gateway reach every container"):
         for machine in lab.cluster.everyone:
             for container in containers:
-                for ip in container.addresses:
-                    expect(
-                        machine.namespace.pings(ip), f"{machine.name} does not reach {container.name} at {ip}"
-                    )
+                _answers(container, machine.namespace, machine.name)
 
     _agent_dies(name, containers)
     _machine_dies(name, containers)
@@ -198,6 +194,15 @@ def _without_loss(one: Container, other: Container) -> Iterator[None]:
     sent, answered = map(int, counted.groups())
     # The last one may have been on its way.
     expect(sent > 1 and sent - answered <= 1, f"{one.name} lost {sent - answered} of {sent} pings to {ip}")
+
+
+def _answers(container: Container, asked: Namespace, asking: str) -> None:
+    """Raises Failed unless a container answers pings from a namespace at every address, after moments."""
+    eventually(
+        lambda: all(asked.pings(ip, wait=1) for ip in container.addresses),
+        f"{asking} does not reach {container.name} at {' and '.join(container.addresses)}",
+        within=REACHED_WITHIN,
+    )
 
 
 def _run(name: str, node: str, network: str) -> Container:

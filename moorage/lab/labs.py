@@ -217,7 +217,7 @@ def _claim(name: str) -> None:
 def _create_network(node: LabNode, name: str, fabric: str) -> None:
     pools = [word for pool in NETWORKS[name] for word in ("--pool", pool)]
     sizes = [word for size in BLOCK_SIZES for word in ("--block-size", size)]
-    node.cli("network", "create", name, *pools, *sizes, *(("--fabric", fabric) if fabric != "none" else ()))
+    node.cli("network", "create", name, *pools, *sizes, "--fabric", fabric)
 
 
 def _read(name: str) -> Record | None:

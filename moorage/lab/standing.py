@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,12 +114,7 @@ class StandingLab:
         if not home.is_on:
             raise InvalidInput(f"{node} is switched off; switch it on with `moorage lab start {node}`")
         place = self._claim(name)
-        namespace = namespace_of(self.name, place.name)
-        try:
-            return Task.start(place, namespace, home, wanted)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
+        return Task.start(place, namespace_of(self.name, place.name), home, wanted)
 
     def _claim(self, name: str | None) -> Path:
         """A new directory in ``containers``: its name is nobody else's."""

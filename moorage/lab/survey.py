@@ -61,7 +61,8 @@ def _asked(node: LabNode) -> Row:
         status = admin.call(str(node.socket), "status")
     except MoorageError as error:
         return {"endpoints": None, "problem": str(error)}
-    return {"endpoints": sum(status["endpoints"].values()), "problem": status["problem"] or None}
+    problems = [*filter(None, [status["problem"]]), *status["fabric"]["problems"]]
+    return {"endpoints": sum(status["endpoints"].values()), "problem": "; ".join(problems) or None}
 
 
 def _member(member: Member) -> Row:

@@ -63,7 +63,8 @@ class Task:
     def start(cls, directory: Path, namespace: Namespace, node: LabNode, wanted: Wanted) -> Task:
         """Make it on a node, as a Mesos agent does: a namespace, an ADD per network, then its command.
 
-        Raises LabError with the node's sentence if it refuses; then nothing is left of it.
+        Raises LabError with the node's sentence if it refuses. Nothing is left of it then, unless the node does not
+        let go of it either: so it is listed, and can be removed later.
         """
         container = Container(node.socket)
         record = Record(

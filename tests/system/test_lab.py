@@ -19,9 +19,6 @@ from tests.system.conftest import eventually
 pytestmark = [pytest.mark.kernel, pytest.mark.etcd, pytest.mark.xdist_group("lab")]
 
 
-FABRIC = "none"
-
-
 class User:
     """Somebody at a terminal, with one lab in mind."""
 
@@ -73,9 +70,9 @@ def _command_line(process: Path) -> str:
 
 @pytest.fixture(scope="module")
 def user() -> Iterator[User]:
-    """With a lab of two nodes, which stands until the last test."""
+    """With a lab of two nodes and a gateway, which stands until the last test."""
     user = User()
-    user.runs("up", "--nodes", "2", "--fabric", FABRIC)
+    user.runs("up", "--nodes", "2", "--gateway")
     yield user
     user.runs("down")
     assert user.left() == []
@@ -86,6 +83,7 @@ def test_status_shows_every_part_as_running(user: User) -> None:
     assert [(row["node"], row["agent"], row["problem"]) for row in status["nodes"]] == [
         ("n1", "running", None),
         ("n2", "running", None),
+        ("gw", "running", None),
     ]
     assert [(row["member"], row["state"]) for row in status["etcd"]] == [("etcd0", "running")]
     assert status["partitions"] == []
@@ -111,6 +109,16 @@ def test_a_container_joins_by_the_hook_runs_its_command_and_leaves(user: User) -
     assert user.containers() == {}
     assert not Path(f"/proc/{pid}/ns/net").exists()
     eventually(lambda: user.nodes()["n1"]["endpoints"] == 0)
+
+
+def test_containers_reach_each_other_across_nodes_and_the_gateway_reaches_them(user: User) -> None:
+    one = user.json("run", "n1", "--name", "one")
+    two = user.json("run", "n2", "--name", "two")
+    for place, row in (("one", two), ("two", one), ("gw", one), ("gw", two), ("n2", one)):
+        for ip in row["addresses"]["blue"]:
+            eventually(lambda place=place, ip=ip: user.pings(place, ip))
+    assert "is a gateway" in user.fails("run", "gw")
+    user.runs("rm", "one", "two")
 
 
 def test_a_command_that_is_waited_for_gives_its_exit_code_and_takes_its_container_with_it(
@@ -206,7 +214,7 @@ def test_a_partition_is_a_cut_wire_until_it_is_healed(user: User) -> None:
 
 def test_two_labs_stand_side_by_side_and_one_ends_alone(user: User) -> None:
     other = User()
-    other.runs("up", "--nodes", "1", "--fabric", FABRIC)
+    other.runs("up", "--nodes", "1", "--fabric", "hostgw")
     try:
         other.runs("run", "n1", "--name", "web", "--", "sleep", "600")
         assert user.containers() == {}
@@ -221,9 +229,7 @@ def test_two_labs_stand_side_by_side_and_one_ends_alone(user: User) -> None:
 
 def test_a_killed_up_is_taken_down_by_name(user: User) -> None:
     broken = User()
-    with subprocess.Popen(
-        broken.command("up", "--nodes", "3", "--fabric", FABRIC), stderr=subprocess.PIPE
-    ) as up:
+    with subprocess.Popen(broken.command("up", "--nodes", "3"), stderr=subprocess.PIPE) as up:
         agent = names.directory_of(broken.lab) / "n2" / "agent.pid"
         eventually(agent.exists, within=30)
         up.kill()
@@ -238,9 +244,7 @@ def test_a_killed_up_is_taken_down_by_name(user: User) -> None:
 
 def test_an_up_that_is_ended_leaves_nothing(user: User) -> None:
     ended = User()
-    with subprocess.Popen(
-        ended.command("up", "--nodes", "3", "--fabric", FABRIC), stderr=subprocess.PIPE
-    ) as up:
+    with subprocess.Popen(ended.command("up", "--nodes", "3"), stderr=subprocess.PIPE) as up:
         eventually((names.directory_of(ended.lab) / "n1" / "agent.pid").exists, within=30)
         up.terminate()
         assert up.wait(60) == 128 + 15
@@ -249,7 +253,7 @@ def test_an_up_that_is_ended_leaves_nothing(user: User) -> None:
 
 def test_a_lab_whose_files_were_removed_by_hand_is_still_taken_down(user: User) -> None:
     lost = User()
-    lost.runs("up", "--nodes", "1", "--fabric", FABRIC)
+    lost.runs("up", "--nodes", "1")
     lost.runs("run", "n1", "--name", "web", "--", "sleep", "600")
     pids = [row["pid"] for row in (*lost.nodes().values(), *lost.containers().values())]
     subprocess.run(["rm", "-rf", names.directory_of(lost.lab)], check=True)
