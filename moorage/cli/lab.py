@@ -100,6 +100,7 @@ def lab() -> None:
 
 
 def option_lab(command: Callable[..., None]) -> Callable[..., None]:
+    """--lab, as every command but `up` has it."""
     return click.option("--lab", "name", metavar="NAME", help="Which lab.  [default: the only one]")(command)
 
 

@@ -169,7 +169,12 @@ class StandingLab:
             machine.start(self.cluster.etcd.initial_cluster)
             return
         if not machine.is_on:
-            machine.switch_on()
+            try:
+                machine.switch_on()
+            except BaseException:
+                # A machine is on or off; the next `start` would take half of one for a whole.
+                machine.switch_off()
+                raise
         machine.start()
 
     def partition(self, one: str, other: str) -> None:
