@@ -231,6 +231,7 @@ class Endpoints:
             nameservers=tuple(network.dns),
             search=tuple(network.search),
             since=time.time(),
+            port_mappings=spec.port_mappings,
         )
 
     async def _connect(self, endpoint: Endpoint) -> Endpoint:

@@ -44,6 +44,7 @@ class PortMapping(msgspec.Struct, frozen=True, rename="camel"):
     host_port: int
     container_port: int
     protocol: str | None = None
+    host_ip: str | None = msgspec.field(name="hostIP", default=None)
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, rename="camel"):

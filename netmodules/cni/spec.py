@@ -4,6 +4,7 @@ labels                  NetworkInfo.labels, then args.cni.labels; all are record
 addresses               labels, NetworkInfo.ip_addresses, args.cni.ips, runtimeConfig.ips must agree;
                         CNI_ARGS IP= counts only where none of them names the family (args.cni beats it)
 netgroups               NetworkInfo.groups and label moorage.netgroups together
+port mappings           NetworkInfo.port_mappings and runtimeConfig.portMappings together
 MAC                     label, runtimeConfig.mac, args.cni.mac, then CNI_ARGS MAC=
 """
 
@@ -11,14 +12,12 @@ from __future__ import annotations
 
 from ipam.errors import InvalidInput
 from ipam.records import Label
-from isolator.model import AttachSpec, IPAddress
+from isolator.model import AttachSpec, IPAddress, PortMapping
 from netmodules.cni.config import Config
 from netmodules.cni.environment import Environment
 from netmodules.labels import Requested, read_address, read_labels, read_mac, read_name, read_netgroups
+from netmodules.ports import read_port_mapping, read_port_mappings
 from netmodules.request import Request
-
-PORT_RANGE = range(1, 65536)
-PROTOCOLS = ("tcp", "udp", "sctp")
 
 
 def attach_spec(config: Config, environment: Environment, request: Request) -> AttachSpec:
@@ -27,7 +26,6 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
     requested = read_labels(labels)
     info = config.network_info
     groups = read_netgroups("NetworkInfo.groups", (info.groups or ()) if info else ())
-    _check_port_mappings(config)
     return AttachSpec(
         key=environment.key,
         request_id=request.request_id,
@@ -43,6 +41,7 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
         pool=requested.pool,
         default_route=requested.default_route,
         mtu=config.mtu,
+        port_mappings=_port_mappings(config),
     )
 
 
@@ -53,11 +52,10 @@ def network_of(config: Config) -> str:
     return read_name("the network's name", config.network_name)
 
 
-def unenforced(config: Config, spec: AttachSpec) -> list[str]:
+def unenforced(spec: AttachSpec) -> list[str]:
     """What is accepted and recorded but has no effect yet, as words for a warning."""
-    info = config.network_info
     found = []
-    if (info and info.port_mappings) or config.runtime.port_mappings:
+    if spec.port_mappings:
         found.append("port mappings")
     if read_labels(spec.labels).bandwidth:
         found.append("bandwidth limits")
@@ -104,14 +102,25 @@ def _mac(config: Config, environment: Environment, requested: Requested) -> str 
     return None
 
 
-def _check_port_mappings(config: Config) -> None:
+def _port_mappings(config: Config) -> tuple[PortMapping, ...]:
     info = config.network_info
-    for mapping in [*((info.port_mappings or ()) if info else ()), *(config.runtime.port_mappings or ())]:
-        if mapping.host_port not in PORT_RANGE or mapping.container_port not in PORT_RANGE:
-            raise InvalidInput(
-                f"port mapping {mapping.host_port} -> {mapping.container_port}: ports are from 1 to 65535"
-            )
-        if (mapping.protocol or "tcp").lower() not in PROTOCOLS:
-            raise InvalidInput(
-                f"port mapping protocol {mapping.protocol!r:.40} is none of {', '.join(PROTOCOLS)}"
-            )
+    mappings = [
+        read_port_mapping(
+            "NetworkInfo.port_mappings",
+            protocol=given.protocol,
+            host_port=given.host_port,
+            container_port=given.container_port,
+        )
+        for given in (info.port_mappings or () if info else ())
+    ]
+    mappings += [
+        read_port_mapping(
+            "runtimeConfig.portMappings",
+            protocol=given.protocol,
+            host_port=given.host_port,
+            container_port=given.container_port,
+            host_ip=given.host_ip,
+        )
+        for given in config.runtime.port_mappings or ()
+    ]
+    return read_port_mappings("the request", mappings)

@@ -7,7 +7,7 @@ import pytest
 
 from ipam.errors import InvalidInput
 from ipam.records import Label
-from isolator.model import AttachSpec
+from isolator.model import AttachSpec, PortMapping
 from netmodules.cni.config import parse_config
 from netmodules.cni.environment import read_environment
 from netmodules.cni.spec import attach_spec, unenforced
@@ -113,13 +113,30 @@ def test_labels_are_recorded_as_given() -> None:
     assert spec_of(config).labels == (*(Label(key, value) for key, value in given), Label("k", "v"))
 
 
+def test_port_mappings_of_both_sources_become_typed_values() -> None:
+    config = mesos_config({"name": "web", "port_mappings": [{"host_port": 31080, "container_port": 80}]})
+    config["runtimeConfig"] = {
+        "portMappings": [
+            {"hostPort": 31080, "containerPort": 80, "protocol": "tcp"},
+            {"hostPort": 53, "containerPort": 5353, "protocol": "UDP", "hostIP": "192.0.2.1"},
+            {"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "::"},
+            {"hostPort": 9, "containerPort": 9, "protocol": "sctp", "hostIP": ""},
+        ]
+    }
+    assert spec_of(config).port_mappings == (
+        PortMapping("tcp", 31080, 80),
+        PortMapping("udp", 53, 5353, ip_address("192.0.2.1")),
+        PortMapping("udp", 53, 53, ip_address("::")),
+        PortMapping("sctp", 9, 9),
+    )
+
+
 def test_port_mappings_and_bandwidth_are_accepted_and_known_to_have_no_effect() -> None:
     config = labels_config(
         ("moorage.bandwidth.ingress", "10M"),
         runtimeConfig={"portMappings": [{"hostPort": 80, "containerPort": 8080}]},
     )
-    request = cni_request("ADD", config)
-    assert unenforced(parse_config(request.stdin), spec_of(config)) == ["port mappings", "bandwidth limits"]
+    assert unenforced(spec_of(config)) == ["port mappings", "bandwidth limits"]
 
 
 @pytest.mark.parametrize("mapping", [{"host_port": 0}, {"container_port": 65536}, {"protocol": "icmp"}])
