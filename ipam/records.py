@@ -60,6 +60,8 @@ class Network(Record, frozen=True, kw_only=True):
     warm: addresses per family that an agent which uses the network keeps ready.
     preload: keep them ready even before the network is first used.
     strict: addresses nobody asked for by name come from a node's own blocks only, none are borrowed.
+    allow_*, max_bandwidth: who may ask for what; ipam/permissions.py. Their defaults are what a network allows that was
+    written before they were there: what worked then.
     """
 
     name: str
@@ -72,6 +74,12 @@ class Network(Record, frozen=True, kw_only=True):
     warm: int = 8
     preload: bool = False
     strict: bool = False
+    allow_netgroups: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    allow_public: bool = True
+    allow_static: list[str] = msgspec.field(default_factory=lambda: ["all"])
+    allow_mac: bool = True
+    allow_hostports: list[str] = msgspec.field(default_factory=lambda: ["31000-32000"])
+    max_bandwidth: int = 0
 
 
 class Pool(Record, frozen=True, kw_only=True):

@@ -35,12 +35,12 @@ from ipam.journal import AddressRow, BlockRow
 from ipam.keys import IPAddress, IPNetwork
 from ipam.records import Address, Label
 from isolator.errors import JournalCorrupt, JournalUnwritable
-from isolator.model import Asked, Endpoint, EndpointKey, EndpointState, PortMapping
+from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointState, PortMapping
 
 log = structlog.get_logger(__name__)
 
 SCHEMA_VERSION = 2
-"""2: endpoints have port mappings. What version 1 wrote is read as it is; one that reads no 2 must not try."""
+"""2: endpoints have port mappings and limits. What version 1 wrote is read as it is, but never the reverse."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -309,6 +309,7 @@ def _decode_endpoint(raw: bytes) -> Endpoint:
             "labels": tuple(Label(**label) for label in fields["labels"]),
             **{name: tuple(fields[name]) for name in ("netgroups", "nameservers", "search")},
             "port_mappings": tuple(map(_port_mapping, fields.get("port_mappings", ()))),
+            "bandwidth": msgspec.convert(fields.get("bandwidth", {}), Bandwidth),
         }
     )
 

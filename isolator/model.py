@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, TypeAlias
 
+from ipam.netgroups import Netgroup
 from ipam.records import Label
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
@@ -65,6 +66,31 @@ class PortMapping:
         return f"{self.protocol} port {self.host_port}{host} to {self.container_port}"
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most ``rate`` bits per second, and ``burst`` bits at once; a burst of 0 is for the driver to choose."""
+
+    rate: int
+    burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """ingress: of what goes to the container. egress: of what comes from it. None is no limit."""
+
+    ingress: Limit | None = None
+    egress: Limit | None = None
+
+    def within(self, most: int) -> Bandwidth:
+        """With ``most`` bits per second where no limit was asked for; 0 is none."""
+        if not most:
+            return self
+        return Bandwidth(self.ingress or Limit(most), self.egress or Limit(most))
+
+
+UNLIMITED = Bandwidth()
+
+
 def _overlap(one: IPAddress | None, other: IPAddress | None) -> bool:
     if one is None or other is None or one == other:
         return True
@@ -89,13 +115,14 @@ class AttachSpec:
     netns: str
     ips: tuple[IPAddress, ...] = ()
     reservation: str | None = None
-    netgroups: tuple[str, ...] = ()
+    netgroups: tuple[Netgroup, ...] = ()
     labels: tuple[Label, ...] = ()
     mac: str | None = None
     pool: str | None = None
     default_route: bool = False
     mtu: int | None = None
     port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = UNLIMITED
 
 
 class EndpointState(enum.StrEnum):
@@ -132,10 +159,11 @@ class Endpoint:
     host_ifname: str
     mac: str
     mtu: int
-    netgroups: tuple[str, ...] = ()
+    netgroups: tuple[Netgroup, ...] = ()
     labels: tuple[Label, ...] = ()
     default_route: bool = False
     nameservers: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
     since: float = 0.0
     port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = UNLIMITED

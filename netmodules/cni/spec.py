@@ -5,19 +5,24 @@ addresses               labels, NetworkInfo.ip_addresses, args.cni.ips, runtimeC
                         CNI_ARGS IP= counts only where none of them names the family (args.cni beats it)
 netgroups               NetworkInfo.groups and label moorage.netgroups together
 port mappings           NetworkInfo.port_mappings and runtimeConfig.portMappings together
+bandwidth               label, then runtimeConfig.bandwidth, each direction by itself
 MAC                     label, runtimeConfig.mac, args.cni.mac, then CNI_ARGS MAC=
 """
 
 from __future__ import annotations
 
 from ipam.errors import InvalidInput
+from ipam.rates import check_rate
 from ipam.records import Label
-from isolator.model import AttachSpec, IPAddress, PortMapping
-from netmodules.cni.config import Config
+from isolator.model import AttachSpec, Bandwidth, IPAddress, Limit, PortMapping
+from netmodules.cni.config import Config, RuntimeBandwidth
 from netmodules.cni.environment import Environment
 from netmodules.labels import Requested, read_address, read_labels, read_mac, read_name, read_netgroups
 from netmodules.ports import read_port_mapping, read_port_mappings
 from netmodules.request import Request
+
+LARGEST_BURST = 2**35
+"""Bits; the 4 GiB that a burst may be in the CNI reference plugin."""
 
 
 def attach_spec(config: Config, environment: Environment, request: Request) -> AttachSpec:
@@ -42,6 +47,7 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
         default_route=requested.default_route,
         mtu=config.mtu,
         port_mappings=_port_mappings(config),
+        bandwidth=_bandwidth(config, requested),
     )
 
 
@@ -54,12 +60,7 @@ def network_of(config: Config) -> str:
 
 def unenforced(spec: AttachSpec) -> list[str]:
     """What is accepted and recorded but has no effect yet, as words for a warning."""
-    found = []
-    if spec.port_mappings:
-        found.append("port mappings")
-    if read_labels(spec.labels).bandwidth:
-        found.append("bandwidth limits")
-    return found
+    return ["port mappings"] if spec.port_mappings else []
 
 
 def _labels(config: Config) -> list[Label]:
@@ -100,6 +101,27 @@ def _mac(config: Config, environment: Environment, requested: Requested) -> str 
         if text:
             return read_mac(source, text)
     return None
+
+
+def _bandwidth(config: Config, requested: Requested) -> Bandwidth:
+    given = config.runtime.bandwidth or RuntimeBandwidth()
+    return Bandwidth(
+        ingress=requested.bandwidth.ingress or _limit("ingress", given.ingress_rate, given.ingress_burst),
+        egress=requested.bandwidth.egress or _limit("egress", given.egress_rate, given.egress_burst),
+    )
+
+
+def _limit(direction: str, rate: int | None, burst: int | None) -> Limit | None:
+    """A rate of 0 is none, and then a burst means nothing."""
+    what = f"runtimeConfig.bandwidth.{direction}"
+    if not rate and not burst:
+        return None
+    if not rate:
+        raise InvalidInput(f"{what}Burst is given without {direction}Rate; give both or neither")
+    check_rate(f"{what}Rate", rate)
+    if burst is not None and not 0 <= burst <= LARGEST_BURST:
+        raise InvalidInput(f"{what}Burst must be from 0 to {LARGEST_BURST} bits, not {burst!s:.40}")
+    return Limit(rate, burst or 0)
 
 
 def _port_mappings(config: Config) -> tuple[PortMapping, ...]:

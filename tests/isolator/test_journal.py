@@ -18,7 +18,16 @@ from ipam.journal import AddressRow, BlockRow
 from ipam.records import Address, AddressState, Label
 from isolator.errors import JournalUnwritable
 from isolator.journal import Journal
-from isolator.model import Asked, Endpoint, EndpointKey, EndpointState, PortMapping
+from isolator.model import (
+    UNLIMITED,
+    Asked,
+    Bandwidth,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Limit,
+    PortMapping,
+)
 
 BOOT = "5c5a1c1e-0000-4000-8000-000000000001"
 KEY = EndpointKey("c1", "eth0")
@@ -46,6 +55,7 @@ ENDPOINT = Endpoint(
         PortMapping("udp", 53, 5353, ip_address("192.0.2.1")),
         PortMapping("sctp", 9, 9, ip_address("::")),
     ),
+    bandwidth=Bandwidth(ingress=Limit(10**7), egress=Limit(10**6, 80_000)),
 )
 ADDRESS = AddressRow(
     ip_address("10.0.0.1"),
@@ -84,10 +94,10 @@ def test_everything_written_is_there_when_it_is_opened_again(path: Path) -> None
 
 def test_a_journal_of_an_older_moorage_is_read_and_no_longer_one_of_its_own(path: Path) -> None:
     journal = Journal(path, BOOT)
-    older = replace(ENDPOINT, port_mappings=())
+    older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED)
     journal.save_endpoint(older)
     fields = msgspec.json.decode(journal._db.execute("SELECT value FROM endpoints").fetchone()[0])
-    del fields["port_mappings"]
+    del fields["port_mappings"], fields["bandwidth"]
     journal._db.execute("UPDATE endpoints SET value = ?", (msgspec.json.encode(fields),))
     journal._set_meta("schema", "1")
     journal.close()
