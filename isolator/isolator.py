@@ -60,6 +60,9 @@ FENCE_EVERY = 5.0
 HEAL_EVERY = 1.0
 """Seconds between looks at the firewall."""
 
+LIMITS_EVERY = 2.0
+"""Seconds between looks at the limits on endpoints' traffic."""
+
 DRAIN_WITHIN = 2.0
 """Seconds a drain has before it is answered with what is left; who asked asks again."""
 
@@ -174,6 +177,7 @@ class Isolator:
                     ("collector", self._collect),
                     ("conflicts", self._cut_off),
                     ("firewall", self._heal),
+                    ("limits", self._keep_limits),
                     ("unfinished", self._undo_unfinished),
                 ):
                     group.create_task(_supervised(name, work), name=name)
@@ -334,6 +338,11 @@ class Isolator:
                 await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
+
+    async def _keep_limits(self) -> None:
+        while True:
+            await asyncio.sleep(LIMITS_EVERY)
+            await self._endpoints.restore_limits()
 
     async def _undo_unfinished(self) -> None:
         """An ADD that a killed agent had begun waits for its hook to come back, but not for ever."""

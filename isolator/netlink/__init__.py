@@ -10,6 +10,7 @@ from isolator.netlink.inventory import (
     endpoint_links,
     our_routes,
     our_rules,
+    shaper_links,
 )
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
@@ -30,4 +31,5 @@ __all__ = [
     "flush_conntrack",
     "our_routes",
     "our_rules",
+    "shaper_links",
 ]

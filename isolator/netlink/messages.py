@@ -25,6 +25,8 @@ from isolator.netlink.codec import (
 
 ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
+SHAPER_PREFIX = "mrg-"
+"""Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
 TABLE_MAIN, TABLE_LOCAL = 254, 255
