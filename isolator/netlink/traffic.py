@@ -17,6 +17,7 @@ from isolator.netlink.codec import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
+    Attributes,
     Message,
     Request,
     attribute,
@@ -165,16 +166,17 @@ def parse_discipline(message: Message) -> Discipline:
 
 
 def redirects_to(message: Message) -> int | None:
-    """The link that RTM_NEWTFILTER redirects everything to; None if it does not."""
-    options = codec.attributes(message.body, _TRAFFIC.size).get(_OPTIONS)
-    fields = codec.attributes(options) if options is not None else {}
-    selector = bytes(fields.get(_U32_SELECTOR, b""))[_SELECTOR.size :]
-    if _U32_ACTIONS not in fields or len(selector) < _SELECTOR_KEY.size:
-        return None
-    mask, value, _, _ = _SELECTOR_KEY.unpack_from(selector)
-    action = codec.attributes(codec.attributes(fields[_U32_ACTIONS])[_FIRST_ACTION])
-    parameters = codec.attributes(action[_ACTION_OPTIONS]).get(_MIRRED_PARMS)
-    if mask or value or codec.as_text(action[_ACTION_KIND]) != "mirred" or parameters is None:
+    """The link that RTM_NEWTFILTER redirects everything to; None if it does anything else."""
+    options = _inside(codec.attributes(message.body, _TRAFFIC.size), _OPTIONS)
+    action = _inside(_inside(options, _U32_ACTIONS), _FIRST_ACTION)
+    parameters = _inside(action, _ACTION_OPTIONS).get(_MIRRED_PARMS)
+    key = bytes(options.get(_U32_SELECTOR, b""))[_SELECTOR.size :]
+    if codec.as_text(action.get(_ACTION_KIND)) != "mirred" or parameters is None or any(key[:8]):
         return None
     target: int = _MIRRED.unpack_from(parameters)[6]
     return target
+
+
+def _inside(attributes: Attributes, kind: int) -> Attributes:
+    """What an attribute holds; nothing if it is missing."""
+    return codec.attributes(attributes[kind]) if kind in attributes else {}

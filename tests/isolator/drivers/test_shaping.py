@@ -138,6 +138,17 @@ def test_what_somebody_takes_away_is_named_and_put_back(
 
 
 @pytest.mark.kernel
+def test_filters_of_others_beside_ours_are_left_alone(machine: Machine, container: Room) -> None:
+    wiring = limit(machine, container, A4)
+    add = f"tc filter add dev {wiring.host_ifname} ingress prio 9"
+    machine.sh(f"{add} protocol ip u32 match ip dport 9 0xffff action mirred egress redirect dev lo")
+    machine.sh(f"{add} protocol ip u32 match ip dport 8 0xffff flowid 1:1")
+    assert missing(machine, wiring) == []
+    machine.sh(f"tc filter del dev {wiring.host_ifname} ingress prio 1")
+    assert len(missing(machine, wiring)) == 1
+
+
+@pytest.mark.kernel
 def test_limits_of_an_endpoint_that_is_gone_are_nobodys_business(machine: Machine, container: Room) -> None:
     wiring = limit(machine, container, A4)
     machine.detach(wiring)
