@@ -44,13 +44,7 @@ def _denied(
     spec: AttachSpec, network: Network, pools: Sequence[Geometry], reserved: Collection[IPAddress]
 ) -> Iterator[tuple[str, str, str]]:
     """(what is asked for, the rule against it, the option that allows it) of everything not allowed."""
-    names = [name for name in netgroups_of(spec) if not allows_netgroup(network, name)]
-    if PUBLIC in names:
-        yield f"the netgroup {PUBLIC}", "lets nobody be reachable from anywhere", "--allow-public"
-    elif names:
-        allowed = listed([network.name, *network.allow_netgroups])
-        option = _option("--allow-netgroup", network.allow_netgroups, names)
-        yield f"the netgroup {listed(names)}", f"allows the netgroups {allowed}", option
+    yield from _denied_netgroups(netgroups_of(spec), network)
     # One that is in no pool is refused later, with the pools that there are.
     ips = [ip for ip in spec.ips if ip not in reserved and any(ip in pool.cidr for pool in pools)]
     fixed = [str(ip) for ip in ips if not allows_static(network, pools, ip)]
@@ -69,6 +63,16 @@ def _denied(
             asked = f"{rate_text(limit.rate)} of {direction}"
             most = f"gives a container at most {rate_text(network.max_bandwidth)}"
             yield asked, most, f"--max-bandwidth {rate_text(limit.rate)}"
+
+
+def _denied_netgroups(netgroups: Sequence[Netgroup], network: Network) -> Iterator[tuple[str, str, str]]:
+    names = [name for name in netgroups if not allows_netgroup(network, name)]
+    if PUBLIC in names:
+        yield f"the netgroup {PUBLIC}", "lets nobody be reachable from anywhere", "--allow-public"
+    elif names:
+        allowed = listed([network.name, *network.allow_netgroups])
+        option = _option("--allow-netgroup", network.allow_netgroups, names)
+        yield f"the netgroup {listed(names)}", f"allows the netgroups {allowed}", option
 
 
 def _static_rule(network: Network) -> str:
