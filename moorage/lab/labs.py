@@ -30,6 +30,11 @@ RECORD = "lab.json"
 BLOCK_SIZES = ("28", "124")
 """Small, so that a handful of containers needs more than one."""
 
+EVERYTHING_ALLOWED = (
+    "--allow-netgroup", "*", "--allow-public", "--allow-static", "all", "--allow-mac", "--allow-hostport", "1-65535",
+)  # fmt: skip
+"""Whoever has a lab may try all labels; `moorage network set` takes away what is to be refused."""
+
 PATIENCE = 30.0
 """Seconds a command waits for another one that is at work on the same lab."""
 
@@ -217,7 +222,7 @@ def _claim(name: str) -> None:
 def _create_network(node: LabNode, name: str, fabric: str) -> None:
     pools = [word for pool in NETWORKS[name] for word in ("--pool", pool)]
     sizes = [word for size in BLOCK_SIZES for word in ("--block-size", size)]
-    node.cli("network", "create", name, *pools, *sizes, "--fabric", fabric)
+    node.cli("network", "create", name, *pools, *sizes, "--fabric", fabric, *EVERYTHING_ALLOWED)
 
 
 def _read(name: str) -> Record | None:

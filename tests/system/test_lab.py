@@ -142,8 +142,11 @@ def test_a_container_that_its_node_refuses_leaves_nothing(user: User) -> None:
 
 
 def test_labels_reach_the_network(user: User) -> None:
-    row = user.json("run", "n1", "--label", "moorage.ip=10.64.7.7")
+    labels = ("--label", "moorage.ip=10.64.7.7", "--label", "moorage.netgroups=front,public")
+    row = user.json("run", "n1", *labels)
     assert row["addresses"]["blue"][0] == "10.64.7.7"
+    shown = user.runs("exec", "n1", "moorage", "endpoint", "list", "-o", "json").stdout
+    assert [endpoint["netgroups"] for endpoint in json.loads(shown)] == [["front", "public"]]
     user.runs("rm", row["container"])
 
 
