@@ -37,6 +37,7 @@ def test_the_command_tree() -> None:
         "block release",
         "endpoint list",
         "endpoint show",
+        "endpoint trace",
         "ip check",
         "ip list",
         "ip release",
