@@ -7,7 +7,7 @@ Blocking, as http.py; the event stream runs in a thread of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -42,19 +42,19 @@ class App(msgspec.Struct, frozen=True, gc=False):
     """An app's definition. labels: its own, not those of its networks."""
 
     id: str
-    labels: dict[str, str] = {}
+    labels: dict[str, str] | None = None
 
 
 class _Tasks(msgspec.Struct):
     tasks: list[Task]
 
 
+class _App(msgspec.Struct):
+    app: App
+
+
 class _Apps(msgspec.Struct):
     apps: list[App]
-
-
-class _PodContainer(msgspec.Struct, rename="camel"):
-    container_id: str | None = None
 
 
 class _PodInstance(msgspec.Struct, rename="camel"):
@@ -66,7 +66,6 @@ class _PodInstance(msgspec.Struct, rename="camel"):
 class _Pod(msgspec.Struct):
     id: str
     instances: list[_PodInstance] = []
-    spec: dict[str, Any] | None = None
 
 
 class Marathon:
@@ -127,12 +126,8 @@ class Marathon:
 
     def labels_of(self, app: str) -> dict[str, str]:
         """One app's. Raises as Http.get."""
-
-        class Answer(msgspec.Struct):
-            app: App
-
         try:
-            return _ours(self._decoded(f"/v2/apps{_path(app)}", Answer).app.labels)
+            return _ours(self._decoded(f"/v2/apps{_path(app)}", _App).app.labels)
         except Absent:
             return {}
 
@@ -160,8 +155,8 @@ def _path(app: str) -> str:
     return quote("/" + app.strip("/"), safe="/")
 
 
-def _ours(labels: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in labels.items() if name.startswith(LABEL_PREFIX)}
+def _ours(labels: dict[str, str] | None) -> dict[str, str]:
+    return {name: value for name, value in (labels or {}).items() if name.startswith(LABEL_PREFIX)}
 
 
 def _instances(pod: _Pod) -> dict[str, Task]:
