@@ -14,7 +14,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -29,6 +29,7 @@ from ipam.handover import GIVE_UP_WITHIN, hand_over
 from ipam.holdings import Conflict, HeldElsewhere, Holdings, cooling, held_by
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
+from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.pressure import Generosity
 from ipam.records import AddressState, Intent, Label, Network
@@ -101,7 +102,8 @@ class Holder:
         self._store = store
         self._catalogue = catalogue
         self._is_live = is_live
-        self._writer = Writer(store, node, instance, boot_id, self._on_trouble)
+        self._outage = Outage(self._on_away)
+        self._writer = Writer(store, node, instance, boot_id, self._outage)
         self._holdings = Holdings(node, catalogue, journal, on_conflict, cooldown)
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings)
@@ -154,11 +156,11 @@ class Holder:
             self._holdings.serving = False
         self._fail_all(TryAgain(f"no address can be given out now: {error}"))
 
-    def _on_trouble(self, problem: str) -> None:
+    def _on_away(self, problem: str) -> None:
+        """Nobody waits for a store that is away; ipam/outage.py says from when on it is."""
         self._fail_all(self._nothing_warm(problem))
 
     def _fail_all(self, error: MoorageError) -> None:
-        """Nobody waits for a store that does not answer."""
         self._shelf.fail_waiters(error)
         for ip in list(self._holdings.asking):
             self._holdings.refuse(ip, error)
@@ -171,13 +173,19 @@ class Holder:
 
     def catalogue_changed(self) -> None:
         """Networks, pools or reservations are different now."""
+        self._holdings.forget_exhausted()
         self._holdings.open_spaces()
         self._holdings.wake.set()
 
     @property
     def problem(self) -> str:
         """Why nothing but warm addresses can be given out now; "" if all is well."""
-        return self._holdings.problem or self._writer.trouble
+        return self._holdings.problem or self._outage.why
+
+    @property
+    def hopeless(self) -> str:
+        """Why it is not even worth waiting for others; "" also while the store may be between two leaders."""
+        return self._holdings.problem or (self._outage.why if self._outage.away else "")
 
     # -- ADD
 
@@ -189,10 +197,7 @@ class Holder:
         ``plan_assign`` and ``accept``, or comes back through ``put_back``.
         """
         network = request.network
-        if self._holdings.drained:
-            raise refusal(self._holdings.node)
-        if not self._holdings.serving:
-            raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
+        self._check_giving()
         self._holdings.used.add(network.name)
         pools = self._catalogue.pools_of(network)
         if not pools:
@@ -228,6 +233,14 @@ class Holder:
         for held in lent:
             if self._shelf.held.get(held.ip) is not held:
                 raise TryAgain(f"{held.ip} was lost to another node just now; try again")
+        self._check_serving()
+
+    def _check_giving(self) -> None:
+        if self._holdings.drained:
+            raise refusal(self._holdings.node)
+        self._check_serving()
+
+    def _check_serving(self) -> None:
         if not self._holdings.serving:
             raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
 
@@ -240,8 +253,8 @@ class Holder:
             )
 
     async def _wait_for(self, waiters: Sequence[Waiter], network: Network) -> list[Held]:
-        if self.problem:
-            raise self._nothing_warm(self.problem)
+        if self.hopeless:
+            raise self._nothing_warm(self.hopeless)
         self._check_no_grace()
         for waiter in waiters:
             self._shelf.wait(waiter)
@@ -368,10 +381,10 @@ class Holder:
 
     async def _ask_for(self, ip: IPAddress, held: Held | None, request: AddressRequest) -> Held:
         """Get one certain address from the store."""
-        if self.problem:
+        if self.hopeless:
             raise TryAgain(
                 f"{ip} is not warm on node {self._holdings.node} and the store does not answer "
-                f"({self.problem}); try again when it does"
+                f"({self.hopeless}); try again when it does"
             )
         self._check_no_grace()
         pool = self._catalogue.pool_of(ip)
@@ -495,16 +508,28 @@ class Holder:
 
     # -- looking in
 
-    def has_warm(self, network: str | None) -> bool:
+    def check_ready(self, network: str | None) -> None:
+        """Raises TryAgain saying why an ADD on ``network``, or on any, could get no address now."""
+        self._check_giving()
+        if self.hopeless and not self._is_stocked(network):
+            raise self._nothing_warm(self.hopeless)
+        for (name, _), error in self._holdings.exhausted().items():
+            if name == network:
+                raise error
+
+    def _is_stocked(self, network: str | None) -> bool:
         """Whether an ADD on ``network``, or on any, needs nothing from the store now."""
-        return self._holdings.serving and any(
-            held.state is AddressState.WARM
-            and not held.lent
-            and held.revision > 0
-            and held.record is not None
-            and network in (None, held.record.network)
-            for held in self._shelf.held.values()
-        )
+        if network is None:
+            return any(queue for _, queue in self._shelf.queues())
+        families = {pool.family for pool in self._catalogue.pools() if pool.network == network}
+        return all(self._shelf.warm_count(network, family) for family in families)
+
+    async def confirmed(self, ips: Iterable[IPAddress]) -> None:
+        """Returns when the store has, of each of these addresses, what it should have by now."""
+        self._holdings.wake.set()
+        for ip in ips:
+            while (held := self._shelf.held.get(ip)) is not None and held.dirty:
+                await self._shelf.change_of(ip).wait()
 
     def held(self, ip: IPAddress) -> Held | None:
         """What this node knows of one address of its own."""
@@ -527,6 +552,10 @@ class Holder:
             "fence_seq": self._writer.seq,
             "transactions": self._writer.transactions,
             "outbox": len(self._shelf.dirty()),
+            "exhausted": [
+                {"network": network, "family": family, "why": str(error)}
+                for (network, family), error in sorted(self._holdings.exhausted().items())
+            ],
             "blocks": [str(block) for block in self._holdings.blocks],
             "addresses": [
                 {"network": network, "family": family, "state": state, "count": count}

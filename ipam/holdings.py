@@ -15,9 +15,9 @@ import structlog
 
 from ipam.allocator import BlockSpace
 from ipam.catalogue import Catalogue
-from ipam.errors import AddressTaken, MoorageError, TryAgain
+from ipam.errors import AddressTaken, Exhausted, MoorageError, TryAgain
 from ipam.journal import AddressRow, BlockRow, Journal
-from ipam.keys import IPAddress, IPNetwork
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState
 from ipam.shelf import Held, Shelf
@@ -29,6 +29,10 @@ BEHIND = 0.01
 
 GIVE_BACK_HOLD = 30.0
 """Seconds after a pool was under pressure in which nothing of it is kept warm here."""
+
+EXHAUSTED_FOR = 30.0
+"""Seconds for which a network counts as exhausted after an ADD was told so: as long as what others release
+cools down. Only an ADD looks for addresses, and an engine that is told "not available" sends none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,7 @@ class Holdings:
         self._unsaved: dict[IPAddress, Held] = {}
         self._foreign: dict[IPNetwork, set[IPAddress]] = {}
         self._held_back: dict[str, float] = {}
+        self._exhausted: dict[tuple[str, Family], tuple[float, Exhausted]] = {}
 
     def nudge(self) -> None:
         """Something is to be written that nobody waits for: soon, but not in the way of the ADD it came from."""
@@ -157,6 +162,19 @@ class Holdings:
         now = asyncio.get_running_loop().time()
         return min((t for t in self._held_back.values() if t > now), default=None)
 
+    def note_exhausted(self, network: str, family: Family, error: Exhausted) -> None:
+        """Nobody had an address for those who waited here."""
+        self._exhausted[network, family] = (asyncio.get_running_loop().time() + EXHAUSTED_FOR, error)
+
+    def forget_exhausted(self) -> None:
+        """There may be other pools now."""
+        self._exhausted.clear()
+
+    def exhausted(self) -> dict[tuple[str, Family], Exhausted]:
+        """Networks, by family, of which an ADD found nothing lately and nothing came since."""
+        now = asyncio.get_running_loop().time()
+        return {key: error for key, (until, error) in self._exhausted.items() if until > now}
+
     def is_stray(self, ip: IPAddress) -> bool:
         """Whether an address lies outside of own blocks."""
         pool = self.catalogue.pool_of(ip)
@@ -196,12 +214,14 @@ class Holdings:
         if held.state is AddressState.COOLING:
             self.shelf.cool(held, asyncio.get_running_loop().time() + self.cooldown)
         elif held.state is AddressState.WARM:
+            assert held.record is not None, "what is warm has a record"
+            self._exhausted.pop((held.record.network, held.ip.version), None)
             asked = self.asking.pop(held.ip, None)
             if asked is not None and not asked.done():
                 asked.set_result(held)
             else:
                 self.shelf.offer(held)
-            self.shelf.announce(held.ip)
+        self.shelf.announce(held.ip)
 
     def refuse(self, ip: IPAddress, error: MoorageError) -> None:
         """Who asked for that address by name does not get it."""

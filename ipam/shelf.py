@@ -146,6 +146,7 @@ class Shelf:
         """Nothing more is written for it until something else should stand there."""
         held.dirty = False
         self._dirty.pop(held.ip, None)
+        self.announce(held.ip)
 
     def dirty(self) -> list[Held]:
         """The outbox, oldest first."""
@@ -248,7 +249,6 @@ class Shelf:
         """The store has confirmed the release; the cooldown runs."""
         held.ready_at = ready_at
         self._let_cool(held, ready_at)
-        self.announce(held.ip)
 
     def _let_cool(self, held: Held, ready_at: float) -> None:
         # One that was lent before its cooldown was over may or may not have left the heap meanwhile.
@@ -286,7 +286,7 @@ class Shelf:
     # -- telling those who wait for one certain address
 
     def change_of(self, ip: IPAddress) -> asyncio.Event:
-        """Set when that address changes hands or state next."""
+        """Set when that address changes hands or state next, or the store has confirmed that it did."""
         return self._gone.setdefault(ip, asyncio.Event())
 
     def announce(self, ip: IPAddress) -> None:

@@ -392,6 +392,8 @@ class Upkeep:
             + (f"; not running, so they give nothing back: {', '.join(away)}" if away else "")
             + "); end containers or add a pool"
         )
+        if any(waiter.pool is None for waiter in waiters):
+            self._holdings.note_exhausted(network.name, family, error)
         self._shelf.fail_waiters(error, waiters)
 
     # -- giving blocks back

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,6 +16,7 @@ from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Intent, IntentKind, Network
 from ipam.reservations import reserve
 from ipam.store import Store, open_store, read_prefix
+from moorage.lab.simulated import burst
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when
 
@@ -105,14 +105,10 @@ async def test_a_hundred_nodes_ask_for_five_addresses_each_at_the_same_moment(
     try:
         for node in hundred:
             await node.start()
-        before = sum(node.holder._writer.transactions for node in hundred)
-        began = time.perf_counter()
-        taken = await asyncio.gather(*(node.add(net, f"c{i}") for node in hundred for i in range(5)))
-        took = time.perf_counter() - began
-        sent = sum(node.holder._writer.transactions for node in hundred) - before
+        came = await burst(hundred, net, each=5)
         with capsys.disabled():
-            print(f"\n100 nodes x 5 addresses: {took:.2f} s, {sent} transactions")
-        assert len({ips[0] for ips in taken}) == 500
+            print(f"\n100 nodes x 5 addresses: {came.seconds:.2f} s, {came.transactions} transactions")
+        assert len(set(came.ips)) == 500
         await quiet(*hundred)
         assert len(await stored(store)) == 500
     finally:
