@@ -173,9 +173,7 @@ class Holder:
 
     def catalogue_changed(self) -> None:
         """Networks, pools or reservations are different now."""
-        self._holdings.forget_exhausted()
-        self._holdings.open_spaces()
-        self._holdings.wake.set()
+        self._holdings.catalogue_changed()
 
     @property
     def problem(self) -> str:

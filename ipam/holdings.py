@@ -81,6 +81,7 @@ class Holdings:
     serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
     not when another agent writes for this node; then only after the next sync.
     drained: nothing is given out or kept ready; ipam/drain.py.
+    reconsider: what may lie ready here may be different now; upkeep looks at all of it, then takes this back.
     returning: own blocks that an operator wants returned; ipam/return_block.py.
     problem: why only warm addresses can be given out, "" if all is well.
     no_new_until: event loop's clock; before it nothing new is taken from the store.
@@ -107,6 +108,7 @@ class Holdings:
         self._nudged = False
         self.serving = False
         self.drained = False
+        self.reconsider = True
         self.returning: set[IPNetwork] = set()
         self.problem = "not in sync with the store yet"
         self.no_new_until = 0.0
@@ -153,6 +155,7 @@ class Holdings:
     def hold_back(self, pool: str) -> None:
         """The pool is under pressure: for a while its addresses are only taken for who waits."""
         self._held_back[pool] = asyncio.get_running_loop().time() + GIVE_BACK_HOLD
+        self.reconsider = True
 
     def is_held_back(self, pool: str) -> bool:
         return self._held_back.get(pool, 0.0) > asyncio.get_running_loop().time()
@@ -166,9 +169,12 @@ class Holdings:
         """Nobody had an address for those who waited here."""
         self._exhausted[network, family] = (asyncio.get_running_loop().time() + EXHAUSTED_FOR, error)
 
-    def forget_exhausted(self) -> None:
-        """There may be other pools now."""
+    def catalogue_changed(self) -> None:
+        """Networks, pools or reservations are different now."""
+        self.open_spaces()
+        self.reconsider = True
         self._exhausted.clear()
+        self.wake.set()
 
     def exhausted(self) -> dict[tuple[str, Family], Exhausted]:
         """Networks, by family, of which an ADD found nothing lately and nothing came since."""
@@ -200,6 +206,7 @@ class Holdings:
 
     def close_space(self, block: IPNetwork) -> None:
         """The block is not ours any more."""
+        self.reconsider = True
         self.shelf.spaces.pop(block, None)
         self._foreign.pop(block, None)
 

@@ -90,8 +90,10 @@ class Shelf:
         self.held: dict[IPAddress, Held] = {}
         self.spaces: dict[IPNetwork, BlockSpace] = {}
         self._warm: dict[tuple[str, Family], deque[Held]] = defaultdict(deque)
+        self._arrived: set[Held] = set()
         self._waiters: deque[Waiter] = deque()
         self._cooling: list[tuple[float, int, Held]] = []
+        self._cools: set[tuple[Held, float]] = set()
         self._tie = count()
         self._dirty: dict[IPAddress, Held] = {}
         self._gone: dict[IPAddress, asyncio.Event] = {}
@@ -172,6 +174,7 @@ class Shelf:
                 waiter.granted.set_result(held)
                 return
         queue.append(held)
+        self._arrived.add(held)
 
     def lend(self, network: str, family: Family, pool: str | None) -> Held | None:
         """The warm address that was released longest ago, if there is one."""
@@ -235,6 +238,11 @@ class Shelf:
             and held.record.network == network
         )
 
+    def arrivals(self) -> set[Held]:
+        """The warm addresses that were queued since this was called last."""
+        arrived, self._arrived = self._arrived, set()
+        return arrived
+
     def _unqueue(self, held: Held) -> None:
         queues = (
             self._warm.values() if held.record is None else [self._warm[held.record.network, held.ip.version]]
@@ -252,7 +260,8 @@ class Shelf:
 
     def _let_cool(self, held: Held, ready_at: float) -> None:
         # One that was lent before its cooldown was over may or may not have left the heap meanwhile.
-        if not any(entry is held and at == ready_at for at, _, entry in self._cooling):
+        if (held, ready_at) not in self._cools:
+            self._cools.add((held, ready_at))
             heapq.heappush(self._cooling, (ready_at, next(self._tie), held))
 
     def cooled(self, now: float) -> list[Held]:
@@ -260,6 +269,7 @@ class Shelf:
         ready = []
         while self._cooling and self._cooling[0][0] <= now:
             at, _, held = heapq.heappop(self._cooling)
+            self._cools.discard((held, at))
             # It may have been taken early by its reservation, and released anew, or lost.
             still = self.held.get(held.ip) is held and held.ready_at == at
             if still and held.state is AddressState.COOLING and not held.lent:

@@ -99,6 +99,8 @@ class Upkeep:
                 while changes := await self._gather():
                     outcomes = await self._writer.commit([change.write for change in changes])
                     self._apply(changes, outcomes)
+                    # Who waited for these goes on first: what it does next is in the next group.
+                    await asyncio.sleep(0)
                 await self._woken()
         finally:
             self._pressure.cancel()
@@ -211,8 +213,12 @@ class Upkeep:
     def _drop_unwanted(self) -> None:
         """Warm addresses of pools that were disabled or deleted, that were reserved since, or that are more
         than anybody will need soon, go back."""
+        arrived, all_of_them = self._shelf.arrivals(), self._holdings.reconsider
+        self._holdings.reconsider = False
         for _, queue in self._shelf.queues():
             for place, held in enumerate(queue):
+                if not (all_of_them or held in arrived):
+                    continue
                 if place >= self._most_warm(held) or not self._holdings.may_be_warm(held):
                     self._shelf.want(held, None)
 

@@ -44,8 +44,9 @@ from ipam.store.base import (
 
 log = structlog.get_logger(__name__)
 
-GROUP = (MAX_OPS - 2) // 2
-"""Requests in one transaction. Each is a nested transaction with one operation; the fence is one more."""
+GROUP = MAX_OPS - 3
+"""Requests in one transaction. The fence is one operation more, and a nested transaction, which has what its parent
+left (store/rules.py), compares two keys at most: its own and a guard."""
 
 RETRY_AT_MOST = 1.0
 """Seconds between two tries of a transaction whose outcome is unknown: several fit outage.GRACE."""
