@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import agent_share, burst, cni, commits, idle, scale
+from benchmarks import agent_share, burst, cni, commits, idle, outage, scale
 from benchmarks.figures import Row, table
 from benchmarks.launch import CallFailed
 
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "scale": scale.rows,
     "idle": idle.rows,
     "commits": commits.rows,
+    "outage": outage.rows,
 }
 
 

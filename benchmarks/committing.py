@@ -55,7 +55,7 @@ async def loads(url: str, directory: Path, repeats: int) -> dict[str, list[float
 
 async def bursts(url: str, directory: Path, repeats: int) -> list[dict[str, float]]:
     """Each time: seconds, transactions, and duplicates, which there must not be."""
-    return [await _burst(url, directory / str(number), number) for number in range(repeats)]
+    return [await _burst(url, directory, number) for number in range(repeats)]
 
 
 async def _rate(step: Step, callers: int) -> float:
@@ -120,7 +120,9 @@ async def _node(store: Store, directory: Path) -> AsyncIterator[tuple[SimulatedN
     await node.start()
     try:
         await node.add(network, "first")
-        while node.states().get("warm", 0) < WARM:
+        while True:
+            if node.states().get("warm", 0) >= WARM:
+                break
             await asyncio.sleep(0.01)
         yield node, network
     finally:
@@ -129,7 +131,6 @@ async def _node(store: Store, directory: Path) -> AsyncIterator[tuple[SimulatedN
 
 async def _burst(url: str, directory: Path, number: int) -> dict[str, float]:
     """NODES nodes, each with a connection of its own, ask for EACH addresses at the same moment."""
-    directory.mkdir()
     nodes = []
     async with contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(_opened(url))

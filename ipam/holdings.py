@@ -262,7 +262,7 @@ class Holdings:
     def foreign(self, ip: IPAddress) -> None:
         """Somebody else has an address inside one of our blocks."""
         for block, space in self.shelf.spaces.items():
-            if ip.version == block.version and ip in block:
+            if ip in space:
                 space.remove(ip)
                 self._foreign.setdefault(block, set()).add(ip)
 

@@ -120,7 +120,7 @@ class Shelf:
         self.announce(held.ip)
 
     def _spaces_of(self, ip: IPAddress) -> Iterator[BlockSpace]:
-        return (space for block, space in self.spaces.items() if block.version == ip.version and ip in block)
+        return (space for space in self.spaces.values() if ip in space)
 
     def want(self, held: Held, record: Address | None) -> None:
         """Something else should stand in the store from now on, or has to be written once more."""
