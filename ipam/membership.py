@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import structlog
@@ -87,7 +88,11 @@ class Membership:
                 kv = await self._store.get(key)
                 known = self._decode(kv)
                 drained = self._drain is not None and self._drain.confirmed
-                node = self._node.with_(drained=drained, unknown=known.unknown if known else {})
+                node = self._node.with_(
+                    drained=drained,
+                    since=(known.since if known else 0.0) or time.time(),
+                    unknown=known.unknown if known else {},
+                )
                 guards = (schema.guard, unchanged(fence), absent(key) if kv is None else unchanged(kv))
                 if (await self._store.txn(Txn(guards, (Put(key, node.encode()), *also)))).succeeded:
                     self._told_drained = drained

@@ -145,6 +145,7 @@ class Node(Record, frozen=True, kw_only=True):
     """``nodes/<name>``: facts about a node, written by its agent.
 
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
+    since: wall clock, seconds, of its first registration.
     """
 
     name: str
