@@ -16,20 +16,17 @@ from typing import Protocol
 import structlog
 
 from ipam import keys
-from ipam.errors import Compacted, MoorageError, NotFound, StoreError
+from ipam.errors import MoorageError, NotFound, StoreError
+from ipam.following import follow
 from ipam.keys import Family, IPAddress
 from ipam.networks import unknown_network
 from ipam.pools import Geometry, geometry
 from ipam.records import Network, Pool, Reservation
-from ipam.store.base import KeyValue, Store, read_prefix
+from ipam.store.base import KeyValue, Store, WatchBatch, read_prefix
 
 log = structlog.get_logger(__name__)
 
 FOLLOWED = (keys.NETWORKS, keys.POOLS, keys.RESERVATIONS)
-
-
-class _Rewound(Exception):
-    """The watches run ahead of the store."""
 
 
 class CatalogueCache(Protocol):
@@ -50,12 +47,22 @@ class Reserved:
 
 
 class Catalogue:
-    """See the module's docstring. Reading it never blocks."""
+    """See the module's docstring. Reading it never blocks.
 
-    def __init__(self, store: Store, cache: CatalogueCache, on_change: Callable[[], None]) -> None:
+    on_rewound: told when the store turned out to have gone back in time, for others who follow it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cache: CatalogueCache,
+        on_change: Callable[[], None],
+        on_rewound: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = store
         self._cache = cache
         self._on_change = on_change
+        self._on_rewound = on_rewound
         self._networks: dict[str, Network] = {}
         self._pools: dict[str, Geometry] = {}
         self._reserved: dict[IPAddress, Reserved] = {}
@@ -92,6 +99,7 @@ class Catalogue:
         """The store went back in time: believe it, and follow it from there. Raises StoreUnavailable."""
         self._heard.clear()
         self._revisions = dict.fromkeys(self._revisions, 0)
+        self._on_rewound()
         await self.refresh()
         self._rewound.set()
 
@@ -100,32 +108,14 @@ class Catalogue:
         while True:
             self._rewound.clear()
             revision = await self.refresh()
-            trouble: list[Exception] = []
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for prefix in FOLLOWED:
-                        group.create_task(self._follow(prefix, revision + 1))
-                    group.create_task(self._end_when_rewound())
-            except* (Compacted, _Rewound) as again:
-                log.info("catalogue is read anew", why=str(again.exceptions[0]))
-            except* StoreError as errors:
-                # An exception raised in here would arrive in a group of its own.
-                trouble += errors.exceptions
-            if trouble:
-                raise trouble[0]
+            await follow(self._store, dict.fromkeys(FOLLOWED, revision), self._deliver, self._rewound)
 
-    async def _end_when_rewound(self) -> None:
-        await self._rewound.wait()
-        raise _Rewound("the store went back in time")
-
-    async def _follow(self, prefix: str, revision: int) -> None:
-        async for batch in self._store.watch(prefix, revision):
-            # The newest of each key, beyond what a refresh has heard meanwhile.
-            newest = {e.key: e.kv for e in batch.events if e.revision > self._heard.get(prefix, 0)}
-            self._heard[prefix] = max(self._heard.get(prefix, 0), batch.revision)
-            changed = [kv for kv in newest.values() if kv is not None]
-            self._apply(changed, [key for key, kv in newest.items() if kv is None])
-        raise StoreError("the store closed while the catalogue followed it; restart the agent")
+    def _deliver(self, prefix: str, batch: WatchBatch) -> None:
+        # The newest of each key, beyond what a refresh has heard meanwhile.
+        newest = {e.key: e.kv for e in batch.events if e.revision > self._heard.get(prefix, 0)}
+        self._heard[prefix] = max(self._heard.get(prefix, 0), batch.revision)
+        changed = [kv for kv in newest.values() if kv is not None]
+        self._apply(changed, [key for key, kv in newest.items() if kv is None])
 
     def _apply(self, changed: Iterable[KeyValue], gone: Iterable[str]) -> None:
         rows = []

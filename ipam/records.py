@@ -51,6 +51,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **changes)
 
 
+FABRICS = ("none", "hostgw", "vxlan")
+"""How nodes reach each other's blocks: not through us; by routes via the nodes themselves, which have to be on one
+segment; or in a tunnel over whatever connects them."""
+
+
 class Network(Record, frozen=True, kw_only=True):
     """``networks/<name>``: what an app joins.
 
@@ -60,6 +65,9 @@ class Network(Record, frozen=True, kw_only=True):
     warm: addresses per family that an agent which uses the network keeps ready.
     preload: keep them ready even before the network is first used.
     strict: addresses nobody asked for by name come from a node's own blocks only, none are borrowed.
+    fabric: how other nodes reach its containers, one of FABRICS.
+    allow_*, max_bandwidth: who may ask for what; ipam/permissions.py. Their defaults are what a network allows that was
+    written before they were there: what worked then.
     """
 
     name: str
@@ -72,6 +80,13 @@ class Network(Record, frozen=True, kw_only=True):
     warm: int = 8
     preload: bool = False
     strict: bool = False
+    fabric: str = "none"
+    allow_netgroups: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    allow_public: bool = True
+    allow_static: list[str] = msgspec.field(default_factory=lambda: ["all"])
+    allow_mac: bool = True
+    allow_hostports: list[str] = msgspec.field(default_factory=lambda: ["31000-32000"])
+    max_bandwidth: int = 0
 
 
 class Pool(Record, frozen=True, kw_only=True):
@@ -99,6 +114,10 @@ class Block(Record, frozen=True, kw_only=True):
     size: int
     node: str
     claimed_at: float
+
+
+NODE_ENGINE = "moorage"
+"""The engine of addresses that no container has: those of the nodes' own fabric devices."""
 
 
 class AddressState(enum.StrEnum):
@@ -132,6 +151,11 @@ class Address(Record, frozen=True, kw_only=True):
     reservation: str = ""
     since: float = 0.0
 
+    @property
+    def is_nodes_own(self) -> bool:
+        """Whether it is the node's own address, no container's."""
+        return self.state is AddressState.ASSIGNED and self.engine == NODE_ENGINE
+
 
 class Reservation(Record, frozen=True, kw_only=True):
     """``reservations/<family>/<hex of ip>``: an IP kept for whoever presents its key."""
@@ -144,6 +168,10 @@ class Reservation(Record, frozen=True, kw_only=True):
 class Node(Record, frozen=True, kw_only=True):
     """``nodes/<name>``: facts about a node, written by its agent.
 
+    underlay: its addresses on the network under the containers, IPv4 first, and as the last one its link-local
+    one there, with which nodes on the same segment can route IPv6 without any address.
+    mac, vxlan_port: of its VXLAN device; vtep: that one's addresses. "" and 0 if it has none.
+    gateway: it joins the fabric and runs no containers.
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
     since: wall clock, seconds, of its first registration.
     """
@@ -151,6 +179,10 @@ class Node(Record, frozen=True, kw_only=True):
     name: str
     version: str
     underlay: list[str] = []
+    mac: str = ""
+    vxlan_port: int = 0
+    vtep: list[str] = []
+    gateway: bool = False
     mtu: int = 0
     features: list[str] = []
     drained: bool = False

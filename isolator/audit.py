@@ -6,19 +6,25 @@ confirmed yet. Repairs are only those that cannot take an address from a live na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from ipam.checks import Finding
 from ipam.holder import Holder
+from isolator.drivers.naming import shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
-from isolator.model import Endpoint, EndpointState
+from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.recovery import remove_strays
 
 
-async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair: bool) -> dict[str, Any]:
+async def audit(
+    kernel: Kernel, endpoints: Endpoints, holder: Holder, own: Mapping[IPAddress, str], *, repair: bool
+) -> dict[str, Any]:
     """The answer to an intent of kind ``check``.
+
+    own: the node's own addresses, and the devices that have them.
 
     findings, repaired: Finding as dicts. notes: sentences. carried: ip -> endpoint that has it. unwritten:
     addresses whose assignment the store has not confirmed yet.
@@ -26,6 +32,7 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
     links = await kernel.links()
     routed = {str(route.destination.network_address) for route in await kernel.routes()}
     elements = await kernel.elements()
+    shapers = await kernel.shapers()
     everyone = endpoints.all()
     attached = [e for e in everyone if e.state is EndpointState.ATTACHED]
     findings: list[Finding] = []
@@ -41,7 +48,7 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
                 findings.append(_finding(3, endpoint, f"the firewall does not admit {ip}"))
     orphans = _orphans(endpoints, holder)
     findings += orphans
-    strays = _strays(everyone, set(links), routed, elements)
+    strays = _strays(everyone, set(links), routed, elements, shapers)
     findings += strays
     findings += [
         Finding(
@@ -68,7 +75,8 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
         "repaired": [asdict(finding) for finding in repaired],
         "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
         "unwritten": [str(ip) for ip, held in holder.assigned().items() if held.dirty],
-        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips},
+        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips}
+        | {str(ip): device for ip, device in own.items()},
     }
 
 
@@ -101,18 +109,24 @@ def _orphans(endpoints: Endpoints, holder: Holder) -> list[Finding]:
             "released if no route leads to it",
         )
         for ip, held in holder.assigned().items()
-        if held.record is not None and ip not in carried
+        if held.record is not None and ip not in carried and not held.record.is_nodes_own
     ]
 
 
 def _strays(
-    everyone: list[Endpoint], links: set[str], routed: set[str], elements: set[tuple[str, Any]]
+    everyone: list[Endpoint],
+    links: set[str],
+    routed: set[str],
+    elements: set[tuple[str, Any]],
+    shapers: set[str],
 ) -> list[Finding]:
     """Invariant 4."""
     names = {endpoint.host_ifname for endpoint in everyone}
     ips = {str(ip) for endpoint in everyone for ip in endpoint.ips}
     repair = "removed"
     found = [Finding(4, name, "is an interface without an endpoint", repair=repair) for name in links - names]
+    limits = shapers - {shaper_ifname(name) for name in names}
+    found += [Finding(4, name, "is a limit without an endpoint", repair=repair) for name in limits]
     found += [Finding(4, ip, "is a route without an endpoint", repair=repair) for ip in routed - ips]
     found += [
         Finding(4, f"{name} {ip}", "is a firewall element without an endpoint", repair=repair)

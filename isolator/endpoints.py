@@ -1,11 +1,12 @@
 """The endpoints of this node: attach, detach, check. The walk of an ADD, in one sitting:
 
     attach(spec)
-      1. take warm addresses                          ipam/holder.py
-      2. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
-      3. admit it in the policy                       isolator/policy/, before the links go up
-      4. wire the namespace                           isolator/drivers/, links up last
-      5. journal: endpoint 'attached'
+      1. authorise it by the network's rules          isolator/authorise.py
+      2. take warm addresses                          ipam/holder.py
+      3. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
+      4. admit it in the policy                       isolator/policy/, before the links go up
+      5. wire the namespace                           isolator/drivers/, links up last
+      6. journal: endpoint 'attached'
     and one undo path for all of them.
 
 DEL goes the other way: journal 'detaching', routes withdrawn and policy revoked, answer; then, off the
@@ -33,13 +34,14 @@ from ipam.keys import IPAddress, IPNetwork
 from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
-from isolator.drivers.naming import host_ifname, mac_for
+from isolator.authorise import authorise, netgroups_of
+from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
 from isolator.errors import EndpointExists, JournalUnwritable, KernelRefused, NotAttached, Superseded
 from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.locks import KeyedLocks
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import UNLIMITED, Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
 from isolator.steps import reached
 
 log = structlog.get_logger(__name__)
@@ -68,7 +70,7 @@ END_PATIENCE = 5.0
 
 
 class Endpoints:
-    """See the module's docstring. underlay_mtu: bytes, for networks that do not set their own."""
+    """See the module's docstring. mtu_of: bytes, of networks that do not set their own."""
 
     def __init__(
         self,
@@ -77,14 +79,14 @@ class Endpoints:
         journal: Journal,
         catalogue: Catalogue,
         holder: Holder,
-        underlay_mtu: Callable[[], int],
+        mtu_of: Callable[[Network], int],
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
         self._journal = journal
         self._catalogue = catalogue
         self._holder = holder
-        self._underlay_mtu = underlay_mtu
+        self._mtu_of = mtu_of
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
@@ -115,7 +117,7 @@ class Endpoints:
     async def attach(self, spec: AttachSpec) -> Endpoint:
         """Give a container an interface with addresses; the same request again gets the same answer.
 
-        Raises NotFound (network), NamespaceGone, NotANamespace, EndpointExists, Superseded, AddressTaken,
+        Raises NotFound (network), Refused, NamespaceGone, NotANamespace, EndpointExists, Superseded, AddressTaken,
         TryAgain, KernelRefused, JournalUnwritable; nothing is left behind then.
         """
         reached("attach:begun")
@@ -126,6 +128,8 @@ class Endpoints:
             if known is not None and known.state is EndpointState.ATTACHED:
                 return known
             network = await self._catalogue.network(spec.network)
+            if known is None:
+                await self._authorise(spec, network)
             self._check_mtu(spec, network)
             self._kernel.check_namespace(spec.netns)
             if known is None:
@@ -150,6 +154,15 @@ class Endpoints:
             raise Superseded(
                 f"the ADD of {spec.key} was asked for before its DEL, which came first; nothing needs to be done"
             )
+
+    async def _authorise(self, spec: AttachSpec, network: Network) -> None:
+        """Step 1. What was allowed when it was asked for first stays so."""
+        reserved: set[IPAddress] = set()
+        if spec.ips and spec.reservation is not None:
+            if not self._catalogue.reserved_under(spec.reservation, network.name):
+                await self._catalogue.look_again()
+            reserved = {r.ip for r in self._catalogue.reserved_under(spec.reservation, network.name)}
+        authorise(spec, network, self._catalogue.pools_of(network), reserved)
 
     def _check_mtu(self, spec: AttachSpec, network: Network) -> None:
         if spec.mtu is not None and spec.mtu < MTU[0] and self._catalogue.pools_of(network, 6):
@@ -183,7 +196,7 @@ class Endpoints:
         return None
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
-        """Steps 1 and 2."""
+        """Steps 2 and 3."""
         lent = await self._holder.take(
             AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
         )
@@ -224,17 +237,19 @@ class Endpoints:
             ips=ips,
             host_ifname=host_ifname(spec.key),
             mac=spec.mac or mac_for(ips),
-            mtu=spec.mtu or network.mtu or self._underlay_mtu(),
-            netgroups=spec.netgroups or (network.name,),
+            mtu=spec.mtu or network.mtu or self._mtu_of(network),
+            netgroups=netgroups_of(spec),
             labels=spec.labels,
             default_route=spec.default_route,
             nameservers=tuple(network.dns),
             search=tuple(network.search),
             since=time.time(),
+            port_mappings=spec.port_mappings,
+            bandwidth=spec.bandwidth.within(network.max_bandwidth),
         )
 
     async def _connect(self, endpoint: Endpoint) -> Endpoint:
-        """Steps 3 to 5, and the one undo path."""
+        """Steps 4 to 6, and the one undo path."""
         try:
             await self._wire(endpoint)
             attached = replace(endpoint, state=EndpointState.ATTACHED)
@@ -329,8 +344,9 @@ class Endpoints:
     async def _remove_stray(self, key: EndpointKey) -> None:
         """The journal does not know it; its name is enough to find what may be left of it."""
         name = host_ifname(key)
-        if name in await self._kernel.links():
-            await self._kernel.delete_links([name])
+        shaper = shaper_ifname(name)
+        if name in await self._kernel.links() or shaper in await self._kernel.shapers():
+            await self._kernel.delete_links([name, shaper])
 
     async def _begin_end(self, endpoint: Endpoint) -> None:
         """Journal 'detaching', cut it off, and leave the rest to ``reap``. Never fails."""
@@ -451,6 +467,25 @@ class Endpoints:
                     if unchanged and endpoint.host_ifname not in await self._kernel.links():
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._begin_end(endpoint)
+
+    async def restore_limits(self) -> None:
+        """Put back what somebody took away of the limits on endpoints' traffic."""
+        limited = [e for e in self.all() if e.state is EndpointState.ATTACHED and e.bandwidth != UNLIMITED]
+        missing = await self._kernel.limit_differences(limited) if limited else {}
+        for endpoint in limited:
+            if endpoint.host_ifname not in missing:
+                continue
+            async with self._locks.of(endpoint.key):
+                # Not of one that is on its way out: what is made now would be left behind.
+                if self._endpoints.get(endpoint.key) is not endpoint:
+                    continue
+                why = "; ".join(missing[endpoint.host_ifname])
+                try:
+                    await self._kernel.restore_limits(endpoint)
+                except KernelRefused as error:
+                    log.error("limits are missing", endpoint=str(endpoint.key), missing=why, why=str(error))
+                else:
+                    log.warning("limits were missing; restored", endpoint=str(endpoint.key), missing=why)
 
     async def cut_off(self, conflict: Conflict) -> bool:
         """The store gave an address of ours to somebody else: its endpoint must not answer for it.

@@ -8,10 +8,7 @@ network namespace but for the moments when they open a socket inside a container
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterable, Sequence
 
 from ipam.keys import IPNetwork
 from isolator.drivers import Driver, Wiring, load_driver
@@ -19,20 +16,18 @@ from isolator.model import Endpoint, IPAddress
 from isolator.netlink import (
     HostLink,
     HostRoute,
-    Node,
     delete_links,
     delete_routes,
     endpoint_links,
+    endpoint_routes,
     flush_conntrack,
-    our_routes,
+    shaper_links,
 )
 from isolator.policy import Policy
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
+from isolator.thread import KernelThread
 from isolator.underlay import Underlay, underlay
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def wiring(endpoint: Endpoint) -> Wiring:
@@ -45,24 +40,16 @@ def wiring(endpoint: Endpoint) -> Wiring:
         mac=endpoint.mac,
         mtu=endpoint.mtu,
         default_route=endpoint.default_route,
+        bandwidth=endpoint.bandwidth,
     )
 
 
-class _Thread:
-    """One thread with a netlink socket and drivers of its own."""
+class _DriverThread(KernelThread):
+    """A kernel thread with drivers of its own."""
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self.node = self.call(Node)
+        super().__init__(name)
         self._drivers: dict[str, Driver] = {}
-
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: work(*args, **kwargs))
-
-    def call(self, work: Callable[[], T]) -> T:
-        """Run it there and wait: for start and stop, when there is nobody to keep waiting."""
-        return self._executor.submit(work).result()
 
     def driver(self, name: str) -> Driver:
         """The driver ``name``, for use on this thread. Raises InvalidInput."""
@@ -70,17 +57,13 @@ class _Thread:
             self._drivers[name] = load_driver(name, self.node)
         return self._drivers[name]
 
-    def close(self) -> None:
-        self.call(self.node.close)
-        self._executor.shutdown()
-
 
 class Kernel:
     """See the module's docstring. Every method is atomic towards the others of its thread."""
 
     def __init__(self) -> None:
-        self._wiring = _Thread("moorage-wiring")
-        self._reaping = _Thread("moorage-reaping")
+        self._wiring = _DriverThread("moorage-wiring")
+        self._reaping = _DriverThread("moorage-reaping")
         self._policy = self._wiring.call(Policy)
 
     def close(self) -> None:
@@ -145,6 +128,27 @@ class Kernel:
         )
         return found
 
+    async def limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
+        """Sentences by host_ifname, for endpoints whose limits on traffic are not in place.
+
+        On the reaping thread: it takes long where there are many, and changes nothing.
+        """
+        return await self._reaping.run(self._limit_differences, endpoints)
+
+    def _limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in {endpoint.driver for endpoint in endpoints}:
+            mine = [wiring(endpoint) for endpoint in endpoints if endpoint.driver == name]
+            found |= self._reaping.driver(name).limit_differences(mine)
+        return found
+
+    async def restore_limits(self, endpoint: Endpoint) -> None:
+        """Put in place what is missing of its limits."""
+        await self._wiring.run(self._restore_limits, endpoint)
+
+    def _restore_limits(self, endpoint: Endpoint) -> None:
+        self._wiring.driver(endpoint.driver).restore_limits(wiring(endpoint))
+
     async def gateways(self, driver: str) -> tuple[str, str]:
         """The IPv4 and IPv6 gateway that a driver's containers have."""
         loaded = await self._wiring.run(self._wiring.driver, driver)
@@ -163,9 +167,13 @@ class Kernel:
         """Every endpoint interface of this node, by name."""
         return await self._wiring.run(endpoint_links, self._wiring.node)
 
+    async def shapers(self) -> set[str]:
+        """Names of all links of this node that limit endpoints' traffic."""
+        return await self._wiring.run(shaper_links, self._wiring.node)
+
     async def routes(self) -> list[HostRoute]:
-        """Every route of ours on this node."""
-        return await self._wiring.run(our_routes, self._wiring.node)
+        """Every route to an endpoint on this node."""
+        return await self._wiring.run(endpoint_routes, self._wiring.node)
 
     async def elements(self) -> set[tuple[str, IPAddress]]:
         """(interface, ip) of every element in the policy."""

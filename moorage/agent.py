@@ -72,6 +72,8 @@ async def _serve(config: AgentConfig) -> None:
                     state_dir=config.state_dir,
                     version=__version__,
                     underlay=config.underlay,
+                    vxlan_port=config.vxlan_port,
+                    gateway=config.gateway,
                 ),
                 store,
             )
@@ -174,5 +176,7 @@ def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
         "netns": endpoint.netns,
         "netgroups": list(endpoint.netgroups),
         "labels": [msgspec.to_builtins(label) for label in endpoint.labels],
+        "bandwidth": msgspec.to_builtins(endpoint.bandwidth),
+        "port_mappings": [msgspec.to_builtins(mapping, enc_hook=str) for mapping in endpoint.port_mappings],
         "since": endpoint.since,
     }

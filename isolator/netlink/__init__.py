@@ -8,8 +8,11 @@ from isolator.netlink.inventory import (
     delete_links,
     delete_routes,
     endpoint_links,
+    endpoint_routes,
+    fabric_routes,
     our_routes,
     our_rules,
+    shaper_links,
 )
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
@@ -27,7 +30,10 @@ __all__ = [
     "delete_links",
     "delete_routes",
     "endpoint_links",
+    "endpoint_routes",
+    "fabric_routes",
     "flush_conntrack",
     "our_routes",
     "our_rules",
+    "shaper_links",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import cast
 
@@ -14,14 +15,26 @@ from ipam.catalogue import Catalogue
 from ipam.errors import NotFound
 from ipam.holder import Holder
 from ipam.holdings import Conflict
-from ipam.networks import PoolSpec, create_network
+from ipam.netgroups import Netgroup
+from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.records import Address, AddressState, Network
-from ipam.store import open_store
+from ipam.reservations import reserve
+from ipam.store import Store, open_store
+from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.endpoints import Endpoints
-from isolator.errors import JournalUnwritable, KernelRefused, Superseded
+from isolator.errors import JournalUnwritable, KernelRefused, Refused, Superseded
 from isolator.journal import Journal
 from isolator.kernel import Kernel
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import (
+    UNLIMITED,
+    Asked,
+    AttachSpec,
+    Bandwidth,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Limit,
+)
 
 BOOT = "boot"
 
@@ -34,6 +47,7 @@ class StubKernel:
     calls: list[str] = field(default_factory=list)
     fail: dict[str, Callable[[Endpoint], Exception | None]] = field(default_factory=dict)
     intact: bool = True
+    limited: set[str] = field(default_factory=set)
 
     def _told(self, what: str, endpoint: Endpoint) -> None:
         self.calls.append(f"{what} {endpoint.key.container_id}")
@@ -63,8 +77,20 @@ class StubKernel:
         await asyncio.sleep(0)
         return dict.fromkeys(self.there)
 
+    async def shapers(self) -> set[str]:
+        return {name for name in self.there if name.startswith("mrg-")}
+
     async def delete_links(self, names: list[str]) -> None:
         self.there -= set(names)
+
+    async def limit_differences(self, endpoints: list[Endpoint]) -> dict[str, list[str]]:
+        await asyncio.sleep(0)
+        return {e.host_ifname: ["no limit"] for e in endpoints if e.host_ifname not in self.limited}
+
+    async def restore_limits(self, endpoint: Endpoint) -> None:
+        await asyncio.sleep(0)
+        self._told("limit", endpoint)
+        self.limited.add(endpoint.host_ifname)
 
     async def policy_is_intact(self) -> bool:
         return self.intact
@@ -80,6 +106,8 @@ class Node:
     kernel: StubKernel
     holder: Holder
     journal: Journal
+    store: Store
+    catalogue: Catalogue
 
     def spec(self, container: str = "c1", at: int = 1000, request: str = "r1") -> AttachSpec:
         return AttachSpec(EndpointKey(container, "eth0"), request, Asked(BOOT, at), "cni", "web", "/netns")
@@ -102,9 +130,9 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     )  # fmt: skip
     await holder.sync()
     kernel = StubKernel()
-    endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda: 1500)
+    endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda _: 1500)
     tasks = [asyncio.create_task(holder.serve()), asyncio.create_task(endpoints.reap())]
-    yield Node(endpoints, kernel, holder, journal)
+    yield Node(endpoints, kernel, holder, journal, store, catalogue)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,6 +162,71 @@ async def test_an_unknown_network_takes_no_address(node: Node) -> None:
     with pytest.raises(NotFound, match="web"):
         await node.endpoints.attach(replace(node.spec(), network="wbe"))
     assert node.holder.assigned() == {}
+
+
+async def test_what_the_network_does_not_allow_takes_no_address_until_it_does(node: Node) -> None:
+    await set_network(node.store, "web", NetworkChange(allow_netgroups=()))
+    await node.catalogue.refresh()
+    spec = replace(node.spec(), netgroups=(Netgroup("db"),))
+    with pytest.raises(Refused, match="--allow-netgroup db"):
+        await node.endpoints.attach(spec)
+    assert node.holder.assigned() == {}
+    assert node.kernel.calls == []
+    await set_network(node.store, "web", NetworkChange(allow_netgroups=("db",)))
+    await node.catalogue.refresh()
+    assert (await node.endpoints.attach(spec)).netgroups == ("db",)
+
+
+async def test_a_limit_set_live_holds_for_who_is_attached_from_then_on(node: Node) -> None:
+    before = await node.endpoints.attach(node.spec("c1"))
+    await set_network(node.store, "web", NetworkChange(max_bandwidth=10**6))
+    await node.catalogue.refresh()
+    after = await node.endpoints.attach(node.spec("c2", request="r2"))
+    assert before.bandwidth == UNLIMITED
+    assert after.bandwidth == Bandwidth(Limit(10**6), Limit(10**6))
+    again = await node.endpoints.attach(replace(node.spec("c1"), bandwidth=Bandwidth(Limit(10**9))))
+    assert again == before, "the same request gets the same answer"
+
+
+async def test_a_reservation_made_a_moment_ago_is_a_permission_for_its_address(node: Node) -> None:
+    await set_network(node.store, "web", NetworkChange(allow_static=()))
+    await node.catalogue.refresh()
+    ip = ip_address("10.0.0.9")
+    with pytest.raises(Refused, match="--allow-static"):
+        await node.endpoints.attach(replace(node.spec(), ips=(ip,)))
+    await reserve(node.store, ip, key="k")
+    asked = replace(node.spec(), ips=(ip,), reservation="k")
+    assert (await node.endpoints.attach(asked)).ips == (ip,)
+
+
+async def test_a_limit_that_is_missing_is_restored_whatever_becomes_of_others(node: Node) -> None:
+    for name in ("bad", "good", "unlimited"):
+        limits = UNLIMITED if name == "unlimited" else Bandwidth(Limit(10**6))
+        await node.endpoints.attach(replace(node.spec(name), bandwidth=limits))
+    node.kernel.fail["limit"] = lambda e: KernelRefused("no") if e.key.container_id == "bad" else None
+    await node.endpoints.restore_limits()
+    await node.endpoints.restore_limits()
+    assert [call for call in node.kernel.calls if call.startswith("limit")] == [
+        "limit bad",
+        "limit good",
+        "limit bad",
+    ]
+
+
+async def test_a_limit_of_an_endpoint_that_ends_meanwhile_is_not_made_anew(node: Node) -> None:
+    await node.endpoints.attach(replace(node.spec(), bandwidth=Bandwidth(Limit(10**6))))
+    healing = asyncio.create_task(node.endpoints.restore_limits())
+    await asyncio.sleep(0)
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    await healing
+    assert "limit c1" not in node.kernel.calls
+
+
+async def test_a_del_of_an_unknown_endpoint_removes_the_limit_that_is_left_of_it(node: Node) -> None:
+    shaper = shaper_ifname(host_ifname(EndpointKey("c1", "eth0")))
+    node.kernel.there.add(shaper)
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    assert node.kernel.there == set()
 
 
 async def test_an_endpoint_that_the_kernel_will_not_remove_does_not_hold_up_others(node: Node) -> None:

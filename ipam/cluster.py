@@ -1,0 +1,391 @@
+"""The cluster: every node, block and address as the store last said, for the fabric and the isolation of one node.
+
+Followed from the store by listing and watch, and kept small, because every agent keeps all of it: addresses
+lie in the slice of their pool that is or could be a block, as offset -> an interned ``Holding``.
+
+    slice 10.64.3.0/26   owner n7     5 -> (n7, web, ...)     9 -> (n2, web, ...)    <- a stray: away from its block
+
+Two kinds of news come out of it, each told once per batch of changes:
+
+    on_topology(nodes)   the facts, blocks or strays of these nodes are different
+    on_members(changes)  these addresses were assigned, changed netgroups, or are assigned no more
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import structlog
+
+from ipam import keys
+from ipam.catalogue import Catalogue
+from ipam.errors import StoreError
+from ipam.following import follow
+from ipam.keys import Family, IPAddress, IPNetwork
+from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
+from ipam.records import NODE_ENGINE, AddressState, Block, Node
+from ipam.store.base import SCAN_PAGE, KeyValue, Store, WatchBatch, prefix_end
+
+log = structlog.get_logger(__name__)
+
+FOLLOWED = (keys.NODES, keys.BLOCKS, keys.ADDRESSES)
+
+INTERN_AT_LEAST = 4096
+"""Distinct holdings that are kept before those that no address has any more are looked for."""
+
+_Place: TypeAlias = tuple[Family, int]
+"""An IP as family and number."""
+
+
+class Member(NamedTuple):
+    """Whom an assigned address belongs to, as far as isolation has to know.
+
+    netgroups: as recorded; () stands for the network's default. own: it is the node's own, no container's.
+    """
+
+    node: str
+    network: str
+    netgroups: tuple[str, ...]
+    own: bool = False
+
+
+class Holding(NamedTuple):
+    """One address: who holds it. member: set while it is assigned."""
+
+    node: str
+    member: Member | None
+
+
+class _Record(msgspec.Struct):
+    """What is read of an address record; the rest is skipped unparsed."""
+
+    node: str
+    state: str
+    network: str = ""
+    engine: str = ""
+    netgroups: list[str] = []
+
+
+_decode_address = msgspec.json.Decoder(_Record).decode
+
+
+@dataclass(slots=True)
+class _Slice:
+    """What is, or could be, one block. pool: "" if no known pool has it. owner: "" if nobody claimed it."""
+
+    base: int
+    size: int
+    pool: str
+    owner: str = ""
+    held: dict[int, Holding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedBlock:
+    """A block and the name of its pool."""
+
+    cidr: IPNetwork
+    pool: str
+
+
+class Cluster:
+    """See the module's docstring. Reading it never blocks.
+
+    listed: whether everything was listed since the store was last known to be right.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        catalogue: Catalogue,
+        on_topology: Callable[[set[str]], None] = lambda _: None,
+        on_members: Callable[[Sequence[tuple[IPAddress, Member | None]]], None] = lambda _: None,
+    ) -> None:
+        self._store = store
+        self._catalogue = catalogue
+        self._on_topology = on_topology
+        self._on_members = on_members
+        self._nodes: dict[str, Node] = {}
+        self._slices: dict[Family, dict[int, _Slice]] = {4: {}, 6: {}}
+        self._shapes: dict[Family, list[Geometry]] = {4: [], 6: []}
+        self._owned: defaultdict[str, set[_Place]] = defaultdict(set)
+        self._strays: defaultdict[str, set[_Place]] = defaultdict(set)
+        self._unplaced: dict[_Place, str] = {}
+        self._interned: dict[Holding, Holding] = {}
+        self._intern_limit = INTERN_AT_LEAST
+        self._changed_nodes: set[str] = set()
+        self._changed_members: dict[_Place, Member | None] = {}
+        self._rewound = asyncio.Event()
+        self.listed = asyncio.Event()
+
+    # -- looking in
+
+    def nodes(self) -> dict[str, Node]:
+        """The facts of every node, by name."""
+        return self._nodes
+
+    def names(self) -> set[str]:
+        """Every node that has facts, a block or a stray."""
+        return {*self._nodes, *self._owned, *self._strays}
+
+    def blocks_of(self, node: str) -> list[OwnedBlock]:
+        """The node's blocks, in no order."""
+        found = []
+        for family, base in self._owned.get(node, ()):
+            piece = self._slices[family][base]
+            found.append(OwnedBlock(block_at(_ip(family, base), piece.size), piece.pool))
+        return found
+
+    def strays_of(self, node: str) -> list[tuple[IPAddress, str]]:
+        """Addresses that the node holds outside of its blocks, each with its pool's name; in no order."""
+        return [
+            (_ip(family, value), self._slice(family, value).pool)
+            for family, value in self._strays.get(node, ())
+        ]
+
+    def owner_of(self, ip: IPAddress) -> str:
+        """The node whose block an address lies in; "" if that block is nobody's."""
+        return self._slice(ip.version, int(ip)).owner
+
+    def holder_of(self, ip: IPAddress) -> Holding | None:
+        """Who holds an address; None if nobody does."""
+        piece = self._slice(ip.version, int(ip))
+        return piece.held.get(int(ip) - piece.base)
+
+    def members(self) -> Iterator[tuple[IPAddress, Member]]:
+        """Every assigned address."""
+        for family, slices in self._slices.items():
+            for piece in slices.values():
+                for offset, holding in piece.held.items():
+                    if holding.member is not None:
+                        yield _ip(family, piece.base + offset), holding.member
+
+    # -- following
+
+    async def follow(self) -> None:
+        """Follow the store until cancelled. Raises StoreError when it fails; the caller runs it again."""
+        while True:
+            self._rewound.clear()
+            self.pools_changed()
+            listed = {prefix: await self._list(prefix) for prefix in FOLLOWED}
+            self.listed.set()
+            self._tell()
+            await follow(self._store, listed, self._deliver, self._rewound)
+
+    def start_over(self) -> None:
+        """The store went back in time: it is to be listed anew."""
+        self.listed.clear()
+        self._rewound.set()
+
+    def pools_changed(self) -> None:
+        """The catalogue's pools may be different: addresses and blocks are put where they belong now."""
+        shapes: dict[Family, list[Geometry]] = {
+            family: sorted((p for p in self._catalogue.pools() if p.family == family), key=lambda p: p.first)
+            for family in self._slices
+        }
+        if _outlines(shapes) == _outlines(self._shapes):
+            return
+        before = self._slices
+        owners = {(f, p.base): p.owner for f, slices in before.items() for p in slices.values() if p.owner}
+        owners |= self._unplaced
+        self._shapes = shapes
+        self._changed_nodes |= self.names()
+        self._slices = {4: {}, 6: {}}
+        self._owned.clear()
+        self._strays.clear()
+        self._unplaced.clear()
+        for place, owner in owners.items():
+            self._set_owner(*place, owner)
+        for family, slices in before.items():
+            for piece in slices.values():
+                for offset, holding in piece.held.items():
+                    self._put(family, piece.base + offset, holding)
+        if self.listed.is_set():
+            self._tell()
+
+    async def _list(self, prefix: str) -> int:
+        """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
+        seen: set[str] = set()
+        cursor: str | None = prefix
+        revision = 0
+        while cursor is not None:
+            page = await self._store.page(cursor, prefix_end(prefix), limit=SCAN_PAGE, revision=revision)
+            for kv in page.items:
+                self._apply(kv.key, kv)
+                seen.add(kv.key)
+            cursor, revision = page.next_key, page.revision
+        for key in [key for key in self._known(prefix) if key not in seen]:
+            self._apply(key, None)
+        return revision
+
+    def _known(self, prefix: str) -> Iterator[str]:
+        """The keys below a prefix that something is known of."""
+        if prefix == keys.NODES:
+            yield from (prefix + name for name in self._nodes)
+            return
+        if prefix == keys.BLOCKS:
+            yield from (f"{prefix}{family}/{keys.hex_of(base, family)}" for family, base in self._unplaced)
+        for family, slices in self._slices.items():
+            for piece in slices.values():
+                if prefix == keys.ADDRESSES:
+                    yield from (keys.address_key(_ip(family, piece.base + offset)) for offset in piece.held)
+                elif piece.owner:
+                    yield keys.block_key(block_at(_ip(family, piece.base), piece.size))
+
+    def _deliver(self, _: str, batch: WatchBatch) -> None:
+        for event in batch.events:
+            self._apply(event.key, event.kv)
+        self._tell()
+
+    def _tell(self) -> None:
+        changed, self._changed_nodes = self._changed_nodes, set()
+        members, self._changed_members = self._changed_members, {}
+        if changed:
+            self._on_topology(changed)
+        if members:
+            self._on_members([(_ip(*place), member) for place, member in members.items()])
+
+    # -- changing
+
+    def _apply(self, key: str, kv: KeyValue | None) -> None:
+        """One key as it is now; None if it is gone. What cannot be read leaves things as they were."""
+        try:
+            if key.startswith(keys.ADDRESSES):
+                self._put(*_place(key), None if kv is None else self._holding(kv))
+            elif key.startswith(keys.BLOCKS):
+                owner = "" if kv is None else Block.decode(key, kv.value).node
+                self._set_owner(*_place(key), owner)
+            else:
+                self._set_node(key.removeprefix(keys.NODES), kv)
+        except (StoreError, msgspec.MsgspecError) as error:
+            # `moorage ip check` reports it; no word of it each time it is seen.
+            log.debug("record is not followed", key=key, why=str(error))
+
+    def _holding(self, kv: KeyValue) -> Holding:
+        record = _decode_address(kv.value)
+        member = None
+        if record.state == AddressState.ASSIGNED:
+            own = record.engine == NODE_ENGINE
+            member = Member(record.node, record.network, tuple(record.netgroups), own)
+        if len(self._interned) > self._intern_limit:
+            in_use = {
+                holding for of in self._slices.values() for p in of.values() for holding in p.held.values()
+            }
+            self._interned = {holding: holding for holding in in_use}
+            self._intern_limit = 2 * len(in_use) + INTERN_AT_LEAST
+        found = Holding(record.node, member)
+        return self._interned.setdefault(found, found)
+
+    def _set_node(self, name: str, kv: KeyValue | None) -> None:
+        node = None if kv is None else Node.decode(kv.key, kv.value)
+        if node == self._nodes.get(name):
+            return
+        if node is None:
+            del self._nodes[name]
+        else:
+            self._nodes[name] = node
+        self._changed_nodes.add(name)
+
+    def _set_owner(self, family: Family, base: int, owner: str) -> None:
+        piece = self._slice(family, base)
+        if not piece.pool or piece.base != base:
+            # Of a pool not known yet; the catalogue is followed beside this.
+            self._unplaced.pop((family, base), None)
+            if owner:
+                self._unplaced[family, base] = owner
+            return
+        if piece.owner == owner:
+            return
+        place = (family, piece.base)
+        if piece.owner:
+            self._owned[piece.owner].discard(place)
+            self._changed_nodes.add(piece.owner)
+        if owner:
+            self._owned[owner].add(place)
+            self._changed_nodes.add(owner)
+        piece.owner = owner
+        for offset, holding in piece.held.items():
+            self._place_stray((family, piece.base + offset), holding, piece)
+        self._keep(family, piece)
+
+    def _put(self, family: Family, value: int, holding: Holding | None) -> None:
+        piece = self._slice(family, value)
+        before = piece.held.get(value - piece.base)
+        if before == holding:
+            return
+        place = (family, value)
+        if before is not None and (holding is None or holding.node != before.node):
+            self._unstray(place, before.node)
+        if holding is None:
+            del piece.held[value - piece.base]
+        else:
+            piece.held[value - piece.base] = holding
+            self._place_stray(place, holding, piece)
+        if (before.member if before else None) != (member := holding.member if holding else None):
+            self._changed_members[place] = member
+        self._keep(family, piece)
+
+    def _place_stray(self, place: _Place, holding: Holding, piece: _Slice) -> None:
+        if holding.node == piece.owner:
+            self._unstray(place, holding.node)
+        elif place not in self._strays[holding.node]:
+            self._strays[holding.node].add(place)
+            self._changed_nodes.add(holding.node)
+
+    def _unstray(self, place: _Place, node: str) -> None:
+        if place in self._strays[node]:
+            self._strays[node].discard(place)
+            self._changed_nodes.add(node)
+
+    def _keep(self, family: Family, piece: _Slice) -> None:
+        """A slice that was changed is known from now on, or no more if nothing is left in it."""
+        if piece.held or piece.owner:
+            self._slices[family][piece.base] = piece
+        else:
+            self._slices[family].pop(piece.base, None)
+
+    def _slice(self, family: Family, value: int) -> _Slice:
+        """The slice that an address lies in; one that nothing is known of is new."""
+        shapes = self._shapes[family]
+        index = bisect_right(shapes, value, key=lambda shape: shape.first) - 1
+        shape = shapes[index] if index >= 0 and value <= shapes[index].last else None
+        if shape is not None:
+            base, size, pool = (
+                value - (value - shape.first) % shape.block_length,
+                shape.block_size,
+                shape.name,
+            )
+        else:
+            size, pool = DEFAULT_BLOCK[family], ""
+            base = value & ~((1 << (BITS[family] - size)) - 1)
+        return self._slices[family].get(base) or _Slice(base, size, pool)
+
+
+def _ip(family: Family, value: int) -> IPAddress:
+    return IPv4Address(value) if family == 4 else IPv6Address(value)
+
+
+def _place(key: str) -> _Place:
+    """Of an address or block key. Raises StoreError for any other."""
+    _, _, tail = key.partition("/")
+    if tail.startswith("4/") and len(tail) == 2 + keys.WIDTH[4]:
+        family: Family = 4
+    elif tail.startswith("6/") and len(tail) == 2 + keys.WIDTH[6]:
+        family = 6
+    else:
+        raise StoreError(f"the store's key {key} stands for no IP address")
+    try:
+        return family, int(tail[2:], 16)
+    except ValueError as error:
+        raise StoreError(f"the store's key {key} stands for no IP address") from error
+
+
+def _outlines(shapes: dict[Family, list[Geometry]]) -> list[tuple[str, IPNetwork, int]]:
+    return [(shape.name, shape.cidr, shape.block_size) for of in shapes.values() for shape in of]
