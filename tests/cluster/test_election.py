@@ -80,7 +80,9 @@ def test_while_etcd_is_down_the_first_wait_in_vain_and_the_others_are_refused_at
         assert answer.json["code"] == 11
         assert "the store does not answer" in answer.json["msg"]
         assert took < QUICKLY
+    assert {node.container().status("cold").json["code"] for node in lab.nodes} == {50}
     lab.etcd.start()
     lab.etcd.wait_ready()
     eventually(lambda: all(node.ask("status")["problem"] == "" for node in lab.nodes))
+    assert [node.container().status("cold").exit for node in lab.nodes] == [0, 0]
     assert all_have_addresses(started(lab.nodes))
