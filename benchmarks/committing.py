@@ -24,7 +24,7 @@ from ipam.store import Put, Store, Txn, open_store
 from moorage.lab.simulated import SimulatedNode, burst
 
 CALLERS = 64
-MEASURED = 1.5
+MEASURED = 1.0
 """Seconds of each load."""
 
 WARM = 4 * CALLERS
