@@ -61,7 +61,9 @@ def rows(rounds: int) -> list[Row]:
         time.sleep(SETTLE)
         for number in range(1 + adds):
             for count, client in clients.items():
-                found["add" if number else "first add", count].append(client.call("ADD", mine[count][number]).ms)
+                found["add" if number else "first add", count].append(
+                    client.call("ADD", mine[count][number]).ms
+                )
                 time.sleep(PAUSE)
         for _ in range(starts):
             for count, node in nodes.items():

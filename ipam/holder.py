@@ -33,11 +33,12 @@ from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.pressure import Generosity
 from ipam.records import AddressState, Intent, Label, Network
+from ipam.refill import REFILL_PATIENCE
 from ipam.return_block import return_block
 from ipam.shelf import Held, Waiter
 from ipam.store.base import Store
 from ipam.sync import IsLive, SyncReport, sync
-from ipam.upkeep import REFILL_PATIENCE, Upkeep
+from ipam.upkeep import Upkeep
 from ipam.writer import StoreRewound, Writer
 
 log = structlog.get_logger(__name__)

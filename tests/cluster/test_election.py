@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ipam.upkeep import REFILL_PATIENCE
+from ipam.refill import REFILL_PATIENCE
 from moorage.lab import Answer, Container, Lab, LabNode
 from tests.cluster.conftest import QUICKLY
 from tests.system.conftest import eventually

@@ -234,7 +234,7 @@ PATIENCE = {
     "ipam.pressure.BLOCKS_WITHIN": 0.02,
     "ipam.holdings.GIVE_BACK_HOLD": 0.1,
     "ipam.borrowing.NOTHING_FOR": 0.01,
-    "ipam.upkeep.FULL_FOR": 0.01,
+    "ipam.refill.FULL_FOR": 0.01,
     "ipam.upkeep.SURPLUS_AFTER": 0.1,
     "ipam.membership.LOOK": 0.02,
 }
