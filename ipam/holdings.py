@@ -18,6 +18,7 @@ from ipam.catalogue import Catalogue
 from ipam.errors import AddressTaken, Exhausted, MoorageError, TryAgain
 from ipam.journal import AddressRow, BlockRow, Journal
 from ipam.keys import Family, IPAddress, IPNetwork
+from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Network
 from ipam.shelf import Held, Shelf
@@ -83,7 +84,7 @@ class Holdings:
     drained: nothing is given out or kept ready; ipam/drain.py.
     reconsider: what may lie ready here may be different now; upkeep looks at all of it, then takes this back.
     returning: own blocks that an operator wants returned; ipam/return_block.py.
-    problem: why only warm addresses can be given out, "" if all is well.
+    problem: why journal and store have to be made to agree first, "" if they do. outage: how the store answers.
     no_new_until: event loop's clock; before it nothing new is taken from the store.
     """
 
@@ -92,6 +93,7 @@ class Holdings:
         node: str,
         catalogue: Catalogue,
         journal: Journal,
+        outage: Outage,
         on_conflict: Callable[[Conflict], None],
         cooldown: float,
     ) -> None:
@@ -112,6 +114,7 @@ class Holdings:
         self.returning: set[IPNetwork] = set()
         self.problem = "not in sync with the store yet"
         self.no_new_until = 0.0
+        self._outage = outage
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
         self._foreign: dict[IPNetwork, set[IPAddress]] = {}
@@ -150,6 +153,25 @@ class Holdings:
     def keeps_warm(self, network: Network) -> bool:
         """Whether addresses of the network are kept ready here."""
         return network.name in self.used or network.preload
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing but warm addresses can be given out now; "" if all is well."""
+        return self.problem or self._outage.why
+
+    @property
+    def hopeless(self) -> str:
+        """Why it is not even worth waiting for others; "" also while the store may be between two leaders."""
+        return self.problem or (self._outage.why if self._outage.away else "")
+
+    def check_no_grace(self) -> None:
+        """Raises TryAgain while nothing new may be taken."""
+        left = self.no_new_until - asyncio.get_running_loop().time()
+        if left > 0:
+            raise TryAgain(
+                f"the store was restored from a backup, or node {self.node} was removed from it; nothing "
+                f"new is taken for another {left:.0f} s, so that other nodes can say what they hold; try again then"
+            )
 
     def may_be_warm(self, held: Held) -> bool:
         """Whether an address may be given to who did not ask for it by name."""

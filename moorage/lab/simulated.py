@@ -22,9 +22,10 @@ from typing import Any
 
 from ipam.catalogue import Catalogue
 from ipam.errors import MoorageError
-from ipam.holder import AddressRequest, Holder, Owner
+from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
 from ipam.keys import IPAddress
+from ipam.named import AddressRequest
 from ipam.records import Network
 from ipam.shelf import Held
 from ipam.store import Store

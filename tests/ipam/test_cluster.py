@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ipam import handover, holder, keys, pressure, upkeep
+from ipam import handover, keys, named, pressure, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.keys import IPAddress
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
@@ -441,7 +441,7 @@ async def test_an_add_with_a_reservation_waits_for_the_last_holder_on_another_no
 async def test_an_add_with_a_reservation_gives_up_when_its_holder_elsewhere_stays(
     store: Store, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "HANDOVER_PATIENCE", 0.3)
+    monkeypatch.setattr(named, "HANDOVER_PATIENCE", 0.3)
     net = await network(store, "10.64.0.0/26")
     await reserve(store, ip_address("10.64.0.7"), "db")
     one, two = await nodes(2)
@@ -454,7 +454,7 @@ async def test_an_add_with_a_reservation_gives_up_when_its_holder_elsewhere_stay
 async def test_a_reservation_that_is_cooling_after_another_owner_is_not_given_early(
     store: Store, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "HANDOVER_PATIENCE", 0.3)
+    monkeypatch.setattr(named, "HANDOVER_PATIENCE", 0.3)
     net = await network(store, "10.64.0.0/26", warm=0)
     one, two = await nodes(2, cooldown=60)
     (ip,) = await one.add(net, "c1")

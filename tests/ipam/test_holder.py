@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipam import holder, keys, upkeep
+from ipam import holder, keys, named, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
@@ -311,7 +311,7 @@ async def test_an_add_with_a_reservation_waits_for_the_last_holder_to_be_gone(
 async def test_an_add_with_a_reservation_gives_up_when_the_last_holder_stays(
     store: Store, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "HANDOVER_PATIENCE", 0.1)
+    monkeypatch.setattr(named, "HANDOVER_PATIENCE", 0.1)
     net = await network(store, "10.64.0.0/24")
     await reserve(store, ip_address("10.64.0.7"), "db")
     await node.start()

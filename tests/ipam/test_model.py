@@ -223,8 +223,9 @@ async def run(path: Path, url: str, shape: Shape, script: list[Step]) -> None:
 
 PATIENCE = {
     "ipam.holder.REFILL_PATIENCE": 0.15,
-    "ipam.holder.HANDOVER_PATIENCE": 0.1,
-    "ipam.holder.GIVE_UP_WITHIN": 0.05,
+    "ipam.named.REFILL_PATIENCE": 0.15,
+    "ipam.named.HANDOVER_PATIENCE": 0.1,
+    "ipam.named.GIVE_UP_WITHIN": 0.05,
     "ipam.handover.GIVE_UP_WITHIN": 0.05,
     "ipam.handover.LOOK_AGAIN": 0.005,
     "ipam.pressure.ASK_EVERY": 0.05,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from ipam import holdings
+from ipam import holdings, outage
 from ipam.errors import Exhausted, TryAgain
 from ipam.networks import NetworkChange, PoolSpec, set_network
 from tests.ipam.faulty import FaultyStore, eventually
@@ -21,7 +23,8 @@ async def test_a_node_is_ready_with_warm_addresses_of_every_family_even_if_the_s
     faulty.down = True
     node.holder.check_ready("prod")
     await node.add(net, "c2")
-    await eventually(lambda: node.holder.hopeless)
+    await eventually(lambda: node.holder.problem)
+    await asyncio.sleep(outage.GRACE * 2)
     with pytest.raises(TryAgain, match="no address is warm"):
         node.holder.check_ready("prod")
 
