@@ -223,7 +223,7 @@ class Holder:
     async def _wait_for(self, waiters: Sequence[Waiter], network: Network) -> list[Held]:
         if self._holdings.hopeless:
             raise self._nothing_warm(self._holdings.hopeless)
-        self._holdings.check_no_grace()
+        self._holdings.check_takes_new()
         for waiter in waiters:
             self._shelf.wait(waiter)
         self._holdings.wake.set()

@@ -164,7 +164,7 @@ class Holdings:
         """Why it is not even worth waiting for others; "" also while the store may be between two leaders."""
         return self.problem or (self._outage.why if self._outage.away else "")
 
-    def check_no_grace(self) -> None:
+    def check_takes_new(self) -> None:
         """Raises TryAgain while nothing new may be taken."""
         left = self.no_new_until - asyncio.get_running_loop().time()
         if left > 0:

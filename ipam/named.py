@@ -178,7 +178,7 @@ class Named:
                 f"{ip} is not warm on node {self._holdings.node} and the store does not answer "
                 f"({self._holdings.hopeless}); try again when it does"
             )
-        self._holdings.check_no_grace()
+        self._holdings.check_takes_new()
         pool = self._holdings.catalogue.pool_of(ip)
         if pool is None:
             raise InvalidInput(f"{ip} is in no pool any more; ask for another address")
@@ -192,7 +192,7 @@ class Named:
         asked: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         self._holdings.asking[ip] = asked
         if self._holdings.catalogue.reserved(ip) is not None:
-            # _named() has compared the key.
+            # _choose() has compared the key.
             self._holdings.keyed.add(ip)
         self._holdings.wake.set()
         try:
