@@ -39,10 +39,11 @@ class Info(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class App(msgspec.Struct, frozen=True, gc=False):
-    """An app's definition. labels: its own, not those of its networks."""
+    """An app. labels: its own, not those of its networks. tasks: only where one app is asked for."""
 
     id: str
     labels: dict[str, str] | None = None
+    tasks: list[Task] = []
 
 
 class _Tasks(msgspec.Struct):
@@ -97,39 +98,31 @@ class Marathon:
     def tasks(self) -> dict[str, Task]:
         """All tasks of apps and all pods' instances, by instance. Raises as Http.get."""
         found = {instance_of(task.id): task for task in self._decoded("/v2/tasks", _Tasks).tasks}
+        found.update(self._pods())
+        return found
+
+    def app(self, app: str) -> tuple[dict[str, Task], dict[str, str]]:
+        """(tasks by instance, labels that are ours) of one app or pod; none if it is not there (any more).
+
+        Raises as Http.get.
+        """
+        try:
+            answer = self._decoded(f"/v2/apps/{quote(app.strip('/'), safe='/')}", _App).app
+        except Absent:
+            return {instance: task for instance, task in self._pods().items() if task.app_id == app}, {}
+        return {instance_of(task.id): task for task in answer.tasks}, _ours(answer.labels)
+
+    def _pods(self) -> dict[str, Task]:
         try:
             pods = self._decoded("/v2/pods/::status", list[_Pod])
         except Absent:  # before 1.4
-            return found
-        for pod in pods:
-            found.update(_instances(pod))
-        return found
-
-    def tasks_of(self, app: str) -> dict[str, Task]:
-        """One app's or pod's, by instance; none if it is not there (any more). Raises as Http.get."""
-        try:
-            answer = self._decoded(f"/v2/apps{_path(app)}/tasks", _Tasks)
-        except Absent:
-            return self._pod_tasks(app)
-        return {instance_of(task.id): task for task in answer.tasks}
-
-    def _pod_tasks(self, pod: str) -> dict[str, Task]:
-        try:
-            return _instances(self._decoded(f"/v2/pods{_path(pod)}::status", _Pod))
-        except Absent:
             return {}
+        return {instance: task for pod in pods for instance, task in _instances(pod).items()}
 
     def labels(self) -> dict[str, dict[str, str]]:
         """The labels that are ours of all apps that have any, by app. Raises as Http.get."""
         apps = self._decoded("/v2/apps", _Apps).apps
         return {app.id: ours for app in apps if (ours := _ours(app.labels))}
-
-    def labels_of(self, app: str) -> dict[str, str]:
-        """One app's. Raises as Http.get."""
-        try:
-            return _ours(self._decoded(f"/v2/apps{_path(app)}", _App).app.labels)
-        except Absent:
-            return {}
 
     def follow(self, on_open: Callable[[], None]) -> Iterator[Event]:
         """Events as they come, from now on; ``on_open`` is called when the stream is there.
@@ -149,10 +142,6 @@ class Marathon:
             return msgspec.json.decode(body, type=kind)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise NotAnswered(f"Marathon at {self.url} answered {path} with something else ({error})") from error
-
-
-def _path(app: str) -> str:
-    return quote("/" + app.strip("/"), safe="/")
 
 
 def _ours(labels: dict[str, str] | None) -> dict[str, str]:

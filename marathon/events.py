@@ -44,15 +44,20 @@ LOGGED = 500
 class Event(msgspec.Struct, frozen=True, gc=False):
     """What an event says.
 
-    task: the instance it is about (facts.instance_of), "" if none. condition: of that, None if it is not told.
+    task: the instance it is about (facts.instance_of), "" if none. state: its Mesos task state, "" if it is not told.
     agent: the Mesos agent's id. app: the app whose tasks or definition are to be looked at anew, "" if none.
     """
 
     kind: str
     task: str = ""
-    condition: Condition | None = None
+    state: str = ""
     agent: str = ""
     app: str = ""
+
+    @property
+    def condition(self) -> Condition | None:
+        """Of the task, None if it is not told."""
+        return condition_of(self.state) if self.state else None
 
     @property
     def is_over(self) -> bool:
@@ -171,15 +176,14 @@ def read(kind: str, data: bytes) -> Event | None:
 def _meaning(kind: str, wire: _Wire) -> Event | None:
     match kind:
         case "status_update_event":
-            condition = condition_of(wire.task_status or "TASK_UNKNOWN")
-            return Event(kind, instance_of(wire.task_id), condition, wire.slave_id or "")
+            return Event(kind, instance_of(wire.task_id), wire.task_status, wire.slave_id or "")
         case "instance_changed_event":
             said = wire.condition.get("str", "") if isinstance(wire.condition, dict) else wire.condition
-            state = _INSTANCE_STATES.get(str(said))
-            condition = None if state is None else condition_of(state)
-            return Event(kind, instance_of(wire.instance_id), condition, wire.agent_id or "")
+            return Event(
+                kind, instance_of(wire.instance_id), _INSTANCE_STATES.get(str(said), ""), wire.agent_id or ""
+            )
         case "unknown_instance_terminated_event":
-            return Event(kind, instance_of(wire.instance_id), Condition.ENDED)
+            return Event(kind, instance_of(wire.instance_id), "TASK_FINISHED")
         case "app_terminated_event":
             return Event(kind, app=wire.app_id or "")
         case "api_post_event":
