@@ -328,7 +328,11 @@ class Isolator:
             except InvalidInput as error:
                 log.warning("underlay is gone; what it was is kept", why=str(error))
                 continue
-            if found != self._underlay:
+            if self._underlay.addresses and not found.addresses:
+                # Between two of a link's states, or of a DHCP client's: no reason to cut containers off.
+                log.warning("underlay has no address; what it was is kept", links=found.links)
+                self._fabric.kernel_changed()
+            elif found != self._underlay:
                 log.info(
                     "underlay changed",
                     links=found.links,
@@ -361,6 +365,7 @@ class Isolator:
 
     def _on_conflict(self, conflict: Conflict) -> None:
         self._conflicts.put_nowait(conflict)
+        self._fabric.addresses_changed()
 
     async def _look_at_fence(self) -> None:
         """Notices a store that went back in time also where nothing is written, before others take what it forgot."""
