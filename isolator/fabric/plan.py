@@ -38,7 +38,7 @@ OVERHEAD = {4: 50, 6: 70}
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """via: the next hop; None drops. device: the link, "" for whichever leads to ``via``.
+    """via: the next hop. device: the link, "" for whichever leads to ``via``. Without either it drops.
 
     source: for the node's own packets, None as the kernel likes.
     """
@@ -47,6 +47,10 @@ class Route:
     via: IPAddress | None = None
     device: str = ""
     source: IPAddress | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.via is None and not self.device
 
     @property
     def is_tunnelled(self) -> bool:

@@ -75,7 +75,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH, RTA_TAB
     15,
     18,
 )
-RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE = 1, 2, 6
+RTN_UNSPEC, RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE = 0, 1, 2, 6
 RTNH_F_ONLINK = 4
 SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
 
@@ -318,11 +318,10 @@ def add_blackhole(destination: IPNetwork) -> Request:
     )
 
 
-def delete_fabric_route(destination: IPNetwork, *, blackhole: bool) -> Request:
-    """Undo ``add_fabric_route`` or ``add_blackhole``."""
-    kind = RTN_BLACKHOLE if blackhole else RTN_UNICAST
+def delete_fabric_route(destination: IPNetwork) -> Request:
+    """Undo ``add_fabric_route`` or ``add_blackhole``; whatever is there of that metric and protocol goes."""
     body = (
-        _route_header(family_of(destination), destination.prefixlen, TABLE_MAIN, SCOPE_NOWHERE, 0, kind)
+        _route_header(family_of(destination), destination.prefixlen, TABLE_MAIN, SCOPE_NOWHERE, 0, RTN_UNSPEC)
         + attribute(RTA_DST, destination.network_address.packed)
         + u32(RTA_PRIORITY, FABRIC_METRIC)
     )
