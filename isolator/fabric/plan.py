@@ -195,7 +195,8 @@ def towards(peer: Peer, pieces: Iterable[Piece], here: Here) -> tuple[Plan, list
 
 
 def _direct(peer: Peer, family: int) -> IPAddress | None:
-    return peer.underlay.get(family) or (peer.link_local if family == 6 else None)
+    """The next hop to a node; IPv4 routes may have an IPv6 one, where a segment has only that."""
+    return peer.underlay.get(family) or peer.underlay.get(6) or peer.link_local
 
 
 def _far_end(peer: Peer, here: Here) -> Remote | str:
