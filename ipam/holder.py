@@ -84,7 +84,7 @@ class Holder:
 
     is_live: asked, when syncing, whether an endpoint carries an address that the journal does not know.
     on_conflict: told when the store names another owner for an address that an endpoint uses.
-    cooldown: seconds.
+    cooldown: seconds. preloads: not on a node that runs no containers.
     """
 
     def __init__(
@@ -99,12 +99,13 @@ class Holder:
         is_live: IsLive,
         on_conflict: Callable[[Conflict], None],
         cooldown: float = COOLDOWN,
+        preloads: bool = True,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._is_live = is_live
         self._writer = Writer(store, node, instance, boot_id, self._on_trouble)
-        self._holdings = Holdings(node, catalogue, journal, on_conflict, cooldown)
+        self._holdings = Holdings(node, catalogue, journal, on_conflict, cooldown, preloads)
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings)
         self._generosity = Generosity(self._holdings)

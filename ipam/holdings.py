@@ -76,6 +76,7 @@ class Holdings:
     asking: who waits for one certain address to become warm.
     serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
     not when another agent writes for this node; then only after the next sync.
+    preloads: whether networks that want it are kept ready before anybody used them.
     drained: nothing is given out or kept ready; ipam/drain.py.
     returning: own blocks that an operator wants returned; ipam/return_block.py.
     problem: why only warm addresses can be given out, "" if all is well.
@@ -89,8 +90,10 @@ class Holdings:
         journal: Journal,
         on_conflict: Callable[[Conflict], None],
         cooldown: float,
+        preloads: bool = True,
     ) -> None:
         self.node = node
+        self.preloads = preloads
         self.catalogue = catalogue
         self.journal = journal
         self.cooldown = cooldown
@@ -142,7 +145,7 @@ class Holdings:
 
     def keeps_warm(self, network: Network) -> bool:
         """Whether addresses of the network are kept ready here."""
-        return network.name in self.used or network.preload
+        return network.name in self.used or (network.preload and self.preloads)
 
     def may_be_warm(self, held: Held) -> bool:
         """Whether an address may be given to who did not ask for it by name."""

@@ -75,7 +75,7 @@ def _index_of(node: Node) -> Callable[[str], int]:
 
 
 def read(node: Node, devices: Mapping[int, str]) -> Plan:
-    """What the kernel holds of the fabric. devices: names by index, others stand as ``#index``. Raises KernelRefused."""
+    """What the kernel holds of the fabric. devices: names by index, others are ``#index``. Raises KernelRefused."""
     index = next((index for index, name in devices.items() if index and name == VXLAN_DEVICE), 0)
     plan = Plan()
     for route in fabric_routes(node):
