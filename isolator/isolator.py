@@ -472,7 +472,7 @@ class Isolator:
             case IntentKind.GIVE_BACK:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
-                return await self._holder.return_block(intent)
+                return await self._holder.return_block(intent, self._fabric.addresses_changed)
             case IntentKind.TRACE:
                 return await self._tracer.answer(intent.evidence)
             case IntentKind.DRAIN:
