@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ipam.catalogue import Catalogue
 from ipam.errors import Exhausted, MoorageError
-from ipam.holder import AddressRequest, Holder, Owner
+from ipam.holder import Holder, Owner
 from ipam.journal import Journal
 from ipam.keys import Family, IPAddress
+from ipam.named import AddressRequest
 from ipam.pools import Geometry
 from ipam.records import NODE_ENGINE, Network
 
@@ -64,7 +65,8 @@ class NodeAddresses:
         kept: set[Family] = set()
         self._unwanted.clear()
         for ip in self._mine():
-            if ip.version not in kept and any(ip in pool.cidr for pool in pools[ip.version]):
+            in_pool = any(ip in pool.cidr for pool in pools[ip.version]) and not self._holder.is_returning(ip)
+            if ip.version not in kept and in_pool:
                 kept.add(ip.version)
             else:
                 self._unwanted.add(ip)

@@ -46,6 +46,7 @@ from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointSta
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
+from isolator.trace import Tracer
 from isolator.underlay import DEFAULT_MTU, Underlay
 
 log = structlog.get_logger(__name__)
@@ -134,10 +135,12 @@ class Isolator:
             self._catalogue,
             self._addresses,
             on_addresses=self._describe,
+            is_leaving=lambda: self._holder.drain.is_on and not self._endpoints.all(),
         )
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
         )
+        self._tracer = Tracer(settings.node, self._kernel, self._endpoints, self._fabric)
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
@@ -244,11 +247,10 @@ class Isolator:
         return await self._endpoints.check(key, netns)
 
     async def ready(self, network: str | None = None) -> None:
-        """Raises TryAgain when an ADD on ``network`` could not work now for want of the store, NotFound."""
+        """Raises TryAgain when an ADD on ``network`` would get no address now, NotFound."""
         if network is not None:
             await self._catalogue.network(network)
-        if self._holder.problem and not self._holder.has_warm(network):
-            raise TryAgain(f"no address is warm and the store is not in sync: {self._holder.problem}")
+        self._holder.check_ready(network)
 
     @property
     def node(self) -> str:
@@ -471,7 +473,9 @@ class Isolator:
             case IntentKind.GIVE_BACK:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
-                return await self._holder.return_block(intent)
+                return await self._holder.return_block(intent, self._fabric.addresses_changed)
+            case IntentKind.TRACE:
+                return await self._tracer.answer(intent.evidence)
             case IntentKind.DRAIN:
                 return await self._answer_drain(undo=bool(intent.evidence.get("undo")))
             case _:
@@ -488,6 +492,7 @@ class Isolator:
             drain.begin()
             await drain.settle(DRAIN_WITHIN)
             await self._membership.tell()
+        self._fabric.addresses_changed()
         return drain.report()
 
     async def _answer_release(self, intent: Intent) -> dict[str, Any]:

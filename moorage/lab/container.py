@@ -47,11 +47,21 @@ class Answer:
 
 
 class Container:
-    """One container: id, namespace, and where its agent's socket is. A context manager."""
+    """One container: id, namespace, and where its agent's socket is. A context manager for the namespace.
 
-    def __init__(self, socket: Path, name: str = "container") -> None:
-        self.id = str(uuid.uuid4())
-        self.namespace = Namespace(unique(name))
+    id, namespace: made up unless given.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        name: str = "container",
+        *,
+        id: str | None = None,
+        namespace: Namespace | None = None,
+    ) -> None:
+        self.id = id or str(uuid.uuid4())
+        self.namespace = namespace or Namespace(unique(name))
         self._socket = socket
 
     def __enter__(self) -> Container:
@@ -116,6 +126,10 @@ class Container:
     def add(self, network: str, ifname: str = "eth0", **asked: Any) -> Answer:
         """ADD; ``asked`` goes to ``config``."""
         return self.call("ADD", self.config(network, **asked), ifname)
+
+    def status(self, network: str) -> Answer:
+        """STATUS: whether an ADD would work now. Asked with the first version of CNI that has it."""
+        return self.call("STATUS", {**self.config(network), "cniVersion": "1.1.0"})
 
     def delete(self, network: str, ifname: str = "eth0", **asked: Any) -> Answer:
         """DEL, with the same config as ADD."""
