@@ -333,7 +333,9 @@ class Holder:
         key = str(evidence.get("reservation", ""))
         return await self._generosity.give_back_ip(ip, intent.mod_revision, key)
 
-    async def return_block(self, intent: Intent, on_returning: Callable[[], None]) -> dict[str, Any]:
+    async def return_block(
+        self, intent: Intent, on_returning: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """The answer to an intent of kind `return-block`. Raises InvalidInput."""
         return await return_block(self._holdings, str(intent.evidence.get("block", "")), on_returning)
 
