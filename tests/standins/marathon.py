@@ -323,6 +323,10 @@ class Marathon:
             runSpecVersion=task.version,
         )
 
+    def attached(self, client: str) -> None:
+        """Somebody new listens."""
+        self._publish("event_stream_attached", remoteAddress=client)
+
     def _publish(self, kind: str, **fields: Any) -> None:
         self.streams.publish({**fields, "eventType": kind, "timestamp": _stamp(time.time())})
 
@@ -371,9 +375,10 @@ class Marathon:
     def pod_rows(self) -> list[dict[str, Any]]:
         """/v2/pods/::status."""
         with self._lock:
-            return [self._pod_row(pod) for pod in self.pods]
+            return [self.pod_row(pod) for pod in self.pods]
 
-    def _pod_row(self, pod: str) -> dict[str, Any]:
+    def pod_row(self, pod: str) -> dict[str, Any]:
+        """/v2/pods/POD::status."""
         by_instance: dict[str, list[Task]] = {}
         for task in self.tasks.values():
             if task.app == pod:
@@ -470,6 +475,10 @@ class Instance(Service):
                 return reply({"message": "Leadership abdicated"})
             case "GET", "/v2/pods/::status":
                 return reply(marathon.pod_rows())
+            case "GET", path if path.startswith("/v2/pods/") and path.endswith("::status"):
+                return self._pod("/" + path[len("/v2/pods/") : -len("::status")].lstrip("/"))
+            case "GET", path if path.startswith("/v2/apps/") and path.endswith("/tasks"):
+                return self._tasks_of("/" + path[len("/v2/apps/") : -len("/tasks")].lstrip("/"))
             case method, path if path.startswith("/v2/apps/"):
                 return self._app(method, "/" + path.removeprefix("/v2/apps/").lstrip("/"), asked)
             case _:
@@ -482,12 +491,22 @@ class Instance(Service):
         rows = msgspec.json.decode(self.marathon.listed())["tasks"]
         return msgspec.json.encode({"tasks": [row for row in rows if row["state"] in wanted]})
 
+    def _tasks_of(self, app: str) -> Reply:
+        if app not in self.marathon.apps:
+            return reply({"message": f"App '{app}' does not exist"}, 404)
+        return reply({"tasks": self.marathon.app_row(app, with_tasks=True)["tasks"]})
+
+    def _pod(self, pod: str) -> Reply:
+        if pod not in self.marathon.pods:
+            return reply({"message": f"Pod '{pod}' does not exist"}, 404)
+        return reply(self.marathon.pod_row(pod))
+
     def _events(self, asked: Asked) -> Reply:
         if "text/event-stream" not in asked.headers.get("accept", ""):
             return Reply(405, b"", "text/plain")
         kinds = frozenset(asked.query.get("event_type", []))
         stream = self.marathon.streams.subscribe(kinds)
-        self.marathon._publish("event_stream_attached", remoteAddress=asked.client)
+        self.marathon.attached(asked.client)
         return Reply(200, kind="text/event-stream", stream=stream)
 
     def _post_app(self, asked: Asked) -> Reply:

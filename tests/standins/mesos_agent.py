@@ -398,13 +398,17 @@ class HookAgent(Agent):
     """See the module's docstring. Everything it made is gone when its context ends.
 
     lose_dels: so many containers end from now on without any DEL, and their namespaces' handles stay.
-    calls: (command, container, ifname, exit) of every call of the hook.
+    hook_fails: DELs fail from now on, as when the hook cannot be executed. calls: (command, container, ifname, exit) of
+    every call of the hook. It listens inside its node, unless ``place`` and ``host`` say otherwise.
     """
 
     def __init__(self, master: Master, node: LabNode, port: int = PORT, **place: Any) -> None:
-        super().__init__(master, node.name, place=node.namespace.path, host=node.ip, port=port, **place)
+        super().__init__(
+            master, node.name, port=port, **{"place": node.namespace.path, "host": node.ip, **place}
+        )
         self.node = node
         self.lose_dels = 0
+        self.hook_fails = False
         self.lost: list[Running] = []
         self.calls: list[tuple[str, str, str, int]] = []
         self._running: dict[str, Running] = {}
@@ -507,6 +511,9 @@ class HookAgent(Agent):
 
     def _delete(self, running: Running) -> bool:
         """DEL from every network at once; whether all succeeded."""
+        if self.hook_fails:
+            self.calls += [("DEL", running.container.id, ifname, 1) for ifname in running.kept]
+            return False
         calls = [
             (ifname, running.hooked.start_call("DEL", kept, ifname)) for ifname, kept in running.kept.items()
         ]
@@ -570,6 +577,10 @@ class HookAgent(Agent):
                     self.forget(running.container)
                     reason = "REASON_EXECUTOR_TERMINATED"
                     self.report(running.container, "TASK_GONE", "Executor terminated", reason)
+
+    def end_process(self, container: Contained) -> None:
+        """A container's process dies by itself; what is seen of that depends on who looks."""
+        _kill(self._running[container.id])
 
     def _cut_off(self, running: Running) -> None:
         """Its processes and its namespace are gone."""
