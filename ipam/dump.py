@@ -4,7 +4,7 @@
     {"key": "networks/web", "value": "{...}"}
     {"key": "pools/10.64.0.0-16", "value": "{...}"}        in key order; "base64" for what is no text
 
-What belongs to living agents is left out: leases, intents, and the fences (writers/). Revisions are not kept
+What belongs to living agents and listeners is left out: leases, intents, and the fences (writers/). Revisions are not kept
 either. An agent that finds no fence in a store knows that the store is not the one that its journal is about: it
 reads everything anew and asserts what its endpoints use, as after a restored backup (ipam/sync.py).
 
@@ -44,7 +44,7 @@ TITLE = "store dump"
 FIRST, LAST = "!", "\x7f"
 """Every key lies in between."""
 
-LEFT_OUT = (keys.SCHEMA, keys.ALIVE, keys.INTENTS, keys.WRITERS)
+LEFT_OUT = (keys.SCHEMA, keys.ALIVE, keys.INTENTS, keys.WRITERS, keys.LEADERS, keys.LISTENERS)
 PRECIOUS = (keys.NETWORKS, keys.POOLS, keys.BLOCKS, keys.ADDRESSES, keys.RESERVATIONS)
 """What no load may overwrite or mix with."""
 

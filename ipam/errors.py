@@ -78,3 +78,7 @@ class Exhausted(TryAgain):
 
 class Fenced(TryAgain):
     """This node's writer key is gone or another's: somebody removed or adopted the node."""
+
+
+class Overtaken(TryAgain):
+    """Who acts is not in charge any more: another one took over. Nothing was changed."""

@@ -13,15 +13,15 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import structlog
 
 from ipam import keys
-from ipam.errors import Compacted, MoorageError, StoreError, TryAgain
+from ipam.errors import Compacted, MoorageError, Overtaken, StoreError, TryAgain
 from ipam.records import Intent
-from ipam.store.base import Delete, KeyValue, Put, Store, Txn, absent, read_prefix, unchanged
+from ipam.store.base import Compare, Delete, KeyValue, Put, Store, Txn, absent, read_prefix, unchanged
 
 log = structlog.get_logger(__name__)
 
@@ -31,10 +31,13 @@ RELIST = 30.0
 Answerer = Callable[[Intent], Awaitable[dict[str, Any]]]
 
 
-async def ask(store: Store, node: str, intent: Intent, timeout: float = 10.0) -> dict[str, Any]:
+async def ask(
+    store: Store, node: str, intent: Intent, timeout: float = 10.0, guards: Sequence[Compare] = ()
+) -> dict[str, Any]:
     """Leave an intent for ``node`` and wait for its agent's answer.
 
-    Raises TryAgain when no agent of that name is alive, or it does not answer within ``timeout`` seconds.
+    guards: have to hold when the intent is left. Raises Overtaken when they do not, TryAgain when no agent of that
+    name is alive, or it does not answer within ``timeout`` seconds.
     """
     alive = await store.get(keys.ALIVE + node)
     if alive is None:
@@ -45,8 +48,15 @@ async def ask(store: Store, node: str, intent: Intent, timeout: float = 10.0) ->
     lease = await store.lease(timeout + 5.0)
     try:
         put = await store.txn(
-            Txn((absent(key),), (Put(key, intent.with_(expires=time.time() + timeout).encode(), lease.id),))
+            Txn(
+                (absent(key), *guards),
+                (Put(key, intent.with_(expires=time.time() + timeout).encode(), lease.id),),
+            )
         )
+        if not put.succeeded:
+            raise Overtaken(
+                f"node {node} was not asked: who wanted to is not in charge any more; whoever is asks it"
+            )
         async with asyncio.timeout(timeout):
             async for batch in store.watch(key, put.revision + 1):
                 for event in batch.events:

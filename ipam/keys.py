@@ -11,6 +11,8 @@
     alive/<name>                     Alive        on a lease
     writers/<name>                   Fence
     intents/<name>/<uuid>            Intent       on a lease
+    leaders/<framework>              who listens to a Marathon, on a lease (marathon/leader.py)
+    listeners/<framework>            what that one found last, on the same lease
 
 The hex is of fixed width (8 or 32 digits), so key order is address order and a block is a key range.
 """
@@ -38,6 +40,8 @@ NODES = "nodes/"
 ALIVE = "alive/"
 WRITERS = "writers/"
 INTENTS = "intents/"
+LEADERS = "leaders/"
+LISTENERS = "listeners/"
 
 WIDTH = {4: 8, 6: 32}
 """Hex digits of an address, by family."""

@@ -249,12 +249,14 @@ def _said(left: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{row['count']} {row['state']} of {row['network']}" for row in left) or "none"
 
 
-async def remove_node(store: Store, name: str, *, force: bool = False) -> Freed:
+async def remove_node(
+    store: Store, name: str, *, force: bool = False, guards: Sequence[Compare] = ()
+) -> Freed:
     """Forget a node that is gone: free its addresses and blocks, end its fence, delete its record.
 
     Refuses while its agent is alive, and, without ``force``, while containers may be using addresses of it:
-    assigned ones, and warm ones unless it was drained. Once begun it goes on where it was interrupted. Raises
-    NotFound, TryAgain.
+    assigned ones, and warm ones unless it was drained. Once begun it goes on where it was interrupted.
+    guards: have to hold in every transaction, besides its own compares. Raises NotFound, TryAgain.
     """
     node = await get_node(store, name)
     if node.alive:
@@ -269,7 +271,7 @@ async def remove_node(store: Store, name: str, *, force: bool = False) -> Freed:
             f"node {name} holds addresses that its containers may be using: {held}{drain}; start its agent and drain "
             "it, or use --force if the machine is gone for good"
         )
-    guards = await _take_fence(store, name)
+    guards = await _take_fence(store, name, guards)
     freed = Freed()
     counts: Counter[str] = Counter()
     page: list[KeyValue] = []
@@ -289,7 +291,7 @@ async def remove_node(store: Store, name: str, *, force: bool = False) -> Freed:
     return freed
 
 
-async def _take_fence(store: Store, name: str) -> tuple[Compare, ...]:
+async def _take_fence(store: Store, name: str, also: Sequence[Compare]) -> tuple[Compare, ...]:
     """Shut the node's agent out; returns what every further transaction compares.
 
     At seq 0 the fence is older than all that the agent had confirmed: if it comes back it asserts anew.
@@ -298,11 +300,11 @@ async def _take_fence(store: Store, name: str) -> tuple[Compare, ...]:
     key = keys.WRITERS + name
     fence = await store.get(key)
     mine = Fence(instance=f"removed-{uuid.uuid4().hex}", boot_id="", seq=0)
-    guards = (alive, absent(key) if fence is None else unchanged(fence))
+    guards = (*also, alive, absent(key) if fence is None else unchanged(fence))
     result = await store.txn(Txn(guards, (Put(key, mine.encode()),)))
     if not result.succeeded:
         raise _came_back(name)
-    return alive, Compare(key, result.revision)
+    return *also, alive, Compare(key, result.revision)
 
 
 async def _delete(store: Store, name: str, guards: tuple[Compare, ...], found: Sequence[KeyValue]) -> None:

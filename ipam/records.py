@@ -172,7 +172,9 @@ class Node(Record, frozen=True, kw_only=True):
     one there, with which nodes on the same segment can route IPv6 without any address.
     mac, vxlan_port: of its VXLAN device; vtep: that one's addresses. "" and 0 if it has none.
     gateway: it joins the fabric and runs no containers.
+    mesos_agent: the id of the Mesos agent there, "" if there is none, or nobody said how to ask it.
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
+    since: wall clock, seconds, of its first registration.
     """
 
     name: str
@@ -184,6 +186,7 @@ class Node(Record, frozen=True, kw_only=True):
     gateway: bool = False
     mtu: int = 0
     features: list[str] = []
+    mesos_agent: str = ""
     drained: bool = False
     since: float = 0.0
 

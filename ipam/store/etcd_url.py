@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
 from ipam.errors import InvalidInput
+from ipam.logins import Login, read_login
 
 SCHEME = "etcd://"
 DEFAULT_PORT = 2379
@@ -63,16 +63,6 @@ class EtcdUrl:
     cert: Path | None = None
     key: Path | None = None
     user_file: Path | None = None
-
-
-class Login(NamedTuple):
-    """A user of etcd's own authentication."""
-
-    user: str
-    password: str
-
-    def __repr__(self) -> str:
-        return f"Login({self.user!r}, ...)"
 
 
 class Certificates(NamedTuple):
@@ -128,17 +118,8 @@ def login(url: EtcdUrl) -> Login | None:
     """The user and password as they are now, None without a user file. Raises InvalidInput."""
     if (path := url.user_file) is None:
         return None
-    text = _read(path, "user-file")
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise InvalidInput(f"{path} holds a password and has mode {mode:04o}; run: chmod 0600 {path}")
-    try:
-        user, colon, password = text.decode().rstrip("\r\n").partition(":")
-    except UnicodeDecodeError:
-        user, colon, password = "", "", ""
-    if not (user and colon and password) or "\n" in password:
-        raise InvalidInput(f"{path} holds no login of etcd; write one line into it: user:password")
-    return Login(user, password)
+    _read(path, "user-file")
+    return read_login(path, "etcd")
 
 
 def _options(query: str) -> dict[str, str]:

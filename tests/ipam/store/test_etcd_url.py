@@ -10,7 +10,8 @@ import pytest
 
 from ipam.errors import InvalidInput
 from ipam.store import open_store
-from ipam.store.etcd_url import Address, EtcdUrl, Login, certificates, login, parse
+from ipam.logins import Login
+from ipam.store.etcd_url import Address, EtcdUrl, certificates, login, parse
 
 SECRET = "hunter2"
 
