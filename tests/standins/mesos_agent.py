@@ -386,11 +386,16 @@ class Hooked(Container):
 
 @dataclass(slots=True)
 class Running:
-    """What really is there of a container. kept: ifname -> the configuration of its ADD, byte for byte."""
+    """What really is there of a container.
+
+    launched: all networks were joined, so that its command runs. kept: ifname -> the configuration of its ADD, byte for
+    byte.
+    """
 
     container: Contained
     hooked: Hooked
     process: subprocess.Popen[bytes] | None = None
+    launched: bool = False
     kept: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -438,23 +443,17 @@ class HookAgent(Agent):
         running = Running(container, hooked)
         self._running[container.id] = running
         hooked.namespace.create()
+        running.process = _start(hooked.namespace, container.tasks[0].command)
+        container.pid = running.process.pid
         failed = self._add(running)
         if failed is not None:
             message = f"Failed to launch container: {failed.stdout}{failed.stderr}"
             self.report(container, "TASK_FAILED", message, "REASON_CONTAINER_LAUNCH_FAILED")
         elif not self._down:
-            running.process = hooked.namespace.start(
-                *container.tasks[0].command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            container.pid = running.process.pid
+            _go(running.process)
+            running.launched = True
             self.report(container, "TASK_STARTING")
             self.report(container, "TASK_RUNNING")
-            if container.killed:
-                self._end(container)
             running.process.wait()
         if not self._down:
             self._destroy(running)
@@ -502,12 +501,15 @@ class HookAgent(Agent):
         else:
             self._undeleted.append(running)
         self.forget(container)
-        if running.process is not None:
+        if running.launched and running.process is not None:
             killed = container.killed or running.process.returncode < 0
             state = (
                 "TASK_KILLED" if killed else "TASK_FAILED" if running.process.returncode else "TASK_FINISHED"
             )
             self.report(container, state)
+        elif not container.statuses:
+            # Its agent crashed while it was launched.
+            self.report(container, "TASK_FAILED", "Executor terminated", "REASON_EXECUTOR_TERMINATED")
 
     def _delete(self, running: Running) -> bool:
         """DEL from every network at once; whether all succeeded."""
@@ -542,7 +544,7 @@ class HookAgent(Agent):
             self._start_thread(self._recover, running)
 
     def _recover(self, running: Running) -> None:
-        if running.process is not None:
+        if running.process is not None and running.launched:
             running.process.wait()
         if not self._down:
             self._destroy(running)
@@ -599,6 +601,26 @@ class HookAgent(Agent):
                 for link in msgspec.json.decode(shown or "[]"):
                     found |= {a["local"]: running.container.id for a in link.get("addr_info", ())}
         return found
+
+
+def _start(namespace: Namespace, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    """A container's process, which waits for ``_go`` before it becomes the command: while networks are joined there is
+    somebody inside already, as with Mesos.
+    """
+    return namespace.start(
+        "sh", "-c", 'read -r _ && exec "$@"', "sh", *command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _go(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # killed meanwhile
+        process.stdin.write(b"\n")
+        process.stdin.close()
 
 
 def _kill(running: Running) -> None:

@@ -129,7 +129,7 @@ def test_containers_outlive_their_agent_and_are_destroyed_when_it_is_back(
     agent.end_process(first)
     eventually(lambda: agent.live_addresses().keys() == set(second.addresses))
     assert len(agent.containers) == 2, "nobody saw it end"
-    marathon.marathon.scale("/web", 1)
+    marathon.marathon.apps["/web"]["instances"] = 1
     agent.restart()
     eventually(lambda: list(agent.containers.values()) == [second])
     assert agent.calls[-1][:2] == ("DEL", first.id)
