@@ -4,8 +4,8 @@
     {"key": "networks/web", "value": "{...}"}
     {"key": "pools/10.64.0.0-16", "value": "{...}"}        in key order; "base64" for what is no text
 
-What belongs to living agents and listeners is left out: leases, intents, and the fences (writers/). Revisions are not kept
-either. An agent that finds no fence in a store knows that the store is not the one that its journal is about: it
+What belongs to living agents and listeners is left out: leases, intents, fences (writers/), leaders. Revisions are not
+kept either. An agent that finds no fence in a store knows that the store is not the one that its journal is about: it
 reads everything anew and asserts what its endpoints use, as after a restored backup (ipam/sync.py).
 
 A load marks the store first and writes its schema version last; in between nobody uses it, and an interrupted

@@ -306,6 +306,22 @@ class Holder:
             self._shelf.want(held, row.record)
         self._holdings.nudge()
 
+    def plan_work(
+        self, ips: Sequence[IPAddress], endpoint: tuple[str, str], framework: str, task: str, app: str
+    ) -> list[AddressRow]:
+        """The rows that say what an endpoint's addresses are for; changes nothing."""
+        entries = [self._shelf.held.get(ip) for ip in ips]
+        return [
+            AddressRow(
+                held.ip, held.record.with_(framework=framework, task=task, app=app), held.revision, True
+            )
+            for held in entries
+            if held is not None
+            and held.record is not None
+            and held.state is AddressState.ASSIGNED
+            and endpoint == (held.record.container_id, held.record.ifname)
+        ]
+
     def give_up(self, ip: IPAddress) -> None:
         """An address that nothing uses any more is free at once, without a cooldown."""
         held = self._shelf.held.get(ip)

@@ -1,4 +1,4 @@
-"""Secrets in files: read whenever they are needed, so that a new one counts at once; never in URLs, arguments or logs."""
+"""Secrets in files: read whenever they are needed, so that a new one counts at once; never in URLs, arguments, logs."""
 
 from __future__ import annotations
 
@@ -42,4 +42,6 @@ def read_secret(path: Path, whose: str) -> str:
     try:
         return raw.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}, which holds a secret of {whose}, is no text; write one line into it") from error
+        raise InvalidInput(
+            f"{path}, which holds a secret of {whose}, is no text; write one line into it"
+        ) from error

@@ -42,8 +42,9 @@ from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.locks import KeyedLocks
-from isolator.model import UNLIMITED, Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import UNLIMITED, Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, Work
 from isolator.steps import reached
+from isolator.vacancy import may_be_vacant
 
 log = structlog.get_logger(__name__)
 
@@ -315,17 +316,22 @@ class Endpoints:
     async def end(self, key: EndpointKey, *, only_if_gone: bool = False) -> bool:
         """Detach what is there under that key, and wait until it is gone; says whether it is.
 
-        only_if_gone: leave it if its interface is there. Raises TimeoutError.
+        only_if_gone: leave it if its interface is there, in a namespace with a process. Raises TimeoutError.
         """
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
             if endpoint is None:
                 return True
-            if only_if_gone and endpoint.host_ifname in await self._kernel.links():
+            if only_if_gone and not await self._is_gone(endpoint):
                 return False
             await self._begin_end(endpoint)
             await self._ended(key)
             return True
+
+    async def _is_gone(self, endpoint: Endpoint) -> bool:
+        if endpoint.state is EndpointState.DETACHING or endpoint.host_ifname not in await self._kernel.links():
+            return True
+        return may_be_vacant(endpoint) and await self._kernel.is_vacant(endpoint)
 
     def _bury(self, key: EndpointKey, asked: Asked) -> None:
         newest = self._tombstones.get(key)
@@ -425,6 +431,23 @@ class Endpoints:
             self._gone.pop(endpoint.key).set()
             log.info("endpoint removed", endpoint=str(endpoint.key), ips=[str(ip) for ip in endpoint.ips])
         reached("detach:released")
+
+    # -- what it is for
+
+    def work_of(self, endpoint: Endpoint) -> Work | None:
+        """What an endpoint is for, None if nobody has told yet."""
+        for ip in endpoint.ips:
+            held = self._holder.held(ip)
+            record = held.record if held is not None else None
+            if record is not None and (record.container_id, record.ifname) == tuple(endpoint.key):
+                return Work(record.framework, record.task, record.app) if record.framework else None
+        return None
+
+    def tell_work(self, endpoint: Endpoint, work: Work) -> None:
+        """Record with its addresses what an endpoint is for. Raises JournalUnwritable."""
+        rows = self._holder.plan_work(endpoint.ips, endpoint.key, work.framework, work.task, work.app)
+        self._journal.save_addresses(rows)
+        self._holder.accept(rows)
 
     # -- CHECK and what happens by itself
 

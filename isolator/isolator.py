@@ -42,7 +42,7 @@ from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, Work
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
@@ -148,6 +148,7 @@ class Isolator:
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
+        self._mesos_agent = ""
 
     # -- life
 
@@ -245,6 +246,26 @@ class Isolator:
         """See Endpoints.check."""
         return await self._endpoints.check(key, netns)
 
+    # -- what an engine's facts are told to
+
+    def work_of(self, endpoint: Endpoint) -> Work | None:
+        """See Endpoints.work_of."""
+        return self._endpoints.work_of(endpoint)
+
+    def tell_work(self, endpoint: Endpoint, work: Work) -> None:
+        """See Endpoints.tell_work."""
+        self._endpoints.tell_work(endpoint, work)
+
+    def tell_mesos_agent(self, agent: str) -> None:
+        """The id of this node's Mesos agent, for who has to know which node a Mesos master speaks of."""
+        if agent != self._mesos_agent:
+            self._mesos_agent = agent
+            self._describe()
+
+    async def end_if_gone(self, key: EndpointKey) -> bool:
+        """End an endpoint that no process is left on; says whether it is gone now. Raises TimeoutError."""
+        return await self._endpoints.end(key, only_if_gone=True)
+
     async def ready(self, network: str | None = None) -> None:
         """Raises TryAgain when an ADD on ``network`` would get no address now, NotFound."""
         if network is not None:
@@ -310,6 +331,7 @@ class Isolator:
             vxlan_port=self._settings.vxlan_port,
             vtep=[str(ip) for ip in self._addresses.current().values()],
             gateway=self._settings.gateway,
+            mesos_agent=self._mesos_agent,
             features=["routed", "hostgw", "vxlan", f"{FEATURE}{VERSION}"],
         )
 
@@ -506,7 +528,7 @@ class Isolator:
             why = f"{ip} is node {self.node}'s own, on its device {VXLAN_DEVICE}; it goes with the last vxlan network"
             return {"done": False, "why": why}
         if held.record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision):
-            return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
+            return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
         endpoint = self._endpoints.of_ip(ip)
         if endpoint is None:
             self._holder.accept(self._holder.plan_release([ip]))
@@ -521,6 +543,7 @@ class Isolator:
         if not ended:
             return {
                 "done": False,
+                "live": True,
                 "why": f"{ip} is carried by the live container {endpoint.key.container_id} ({endpoint.key.ifname}); "
                 "end the container, or use --force to cut it off",
             }

@@ -30,6 +30,7 @@ from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
 from isolator.underlay import Underlay, underlay
+from isolator.vacancy import is_vacant
 
 
 def wiring(endpoint: Endpoint) -> Wiring:
@@ -162,6 +163,10 @@ class Kernel:
 
     def _restore_limits(self, endpoint: Endpoint) -> None:
         self._wiring.driver(endpoint.driver).restore_limits(wiring(endpoint))
+
+    async def is_vacant(self, endpoint: Endpoint) -> bool:
+        """Whether no process is left in its namespace; see vacancy.py. On the thread that ADDs do not wait for."""
+        return await self._reaping.run(is_vacant, self._reaping.node, endpoint)
 
     async def gateways(self, driver: str) -> tuple[str, str]:
         """The IPv4 and IPv6 gateway that a driver's containers have."""

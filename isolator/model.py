@@ -125,6 +125,15 @@ class AttachSpec:
     bandwidth: Bandwidth = UNLIMITED
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an endpoint is for, as its engine says: ids of a framework and one of its tasks. app: "" if it has none."""
+
+    framework: str
+    task: str
+    app: str = ""
+
+
 class EndpointState(enum.StrEnum):
     """attaching -> attached -> detaching -> (gone).
 

@@ -16,7 +16,7 @@ from ipam.errors import TryAgain
 from marathon import events
 from marathon.events import Event
 from marathon.facts import Task, instance_of
-from marathon.http import Absent, Access, Http, NotAnswered
+from marathon.http import NO_SECRETS, Absent, Access, Http, NotAnswered
 
 T = TypeVar("T")
 
@@ -73,7 +73,11 @@ class Marathon:
     """One Marathon, at one or several URLs. keep_alive: seconds, of its event streams."""
 
     def __init__(
-        self, urls: Sequence[str], access: Access = Access(), *, keep_alive: float = KEEP_ALIVE  # noqa: B008
+        self,
+        urls: Sequence[str],
+        access: Access = NO_SECRETS,
+        *,
+        keep_alive: float = KEEP_ALIVE,
     ) -> None:
         self._http = Http("Marathon", urls, access)
         self._stream = Http("Marathon", urls, access)
@@ -92,7 +96,9 @@ class Marathon:
         """Raises as Http.get, and TryAgain while Marathon is not registered with a master."""
         info = self._decoded("/v2/info", Info)
         if not info.framework_id:
-            raise TryAgain(f"Marathon at {self.url} has no framework id yet; it is not registered with a master")
+            raise TryAgain(
+                f"Marathon at {self.url} has no framework id yet; it is not registered with a master"
+            )
         return info
 
     def tasks(self) -> dict[str, Task]:
@@ -141,7 +147,9 @@ class Marathon:
         try:
             return msgspec.json.decode(body, type=kind)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise NotAnswered(f"Marathon at {self.url} answered {path} with something else ({error})") from error
+            raise NotAnswered(
+                f"Marathon at {self.url} answered {path} with something else ({error})"
+            ) from error
 
 
 def _ours(labels: dict[str, str] | None) -> dict[str, str]:
@@ -149,7 +157,7 @@ def _ours(labels: dict[str, str] | None) -> dict[str, str]:
 
 
 def _instances(pod: _Pod) -> dict[str, Task]:
-    """A pod's instances in the place of tasks: its containers share their addresses, and its instance's end is theirs."""
+    """A pod's instances in the place of tasks: its containers share addresses, and the instance's end is theirs."""
     return {
         instance_of(instance.id): Task(
             id=instance.id,

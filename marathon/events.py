@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from marathon.facts import OVER, Condition, condition_of, instance_of
+from marathon.facts import OVER, Condition, app_of, condition_of, instance_of, is_of_pod
 
 log = structlog.get_logger(__name__)
 
@@ -112,7 +112,8 @@ def messages(pieces: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     https://html.spec.whatwg.org/multipage/server-sent-events.html: fields a line, a blank line ends a message, a line
     that starts with a colon is a comment. What the stream breaks off in is dropped, and so is what is too large.
     """
-    kind, data, size = "", [], 0
+    kind, size = "", 0
+    data: list[bytes] = []
     for line in _lines(pieces):
         if line is None or size > LARGEST:
             # Everything up to the next blank line belongs to something too large.
@@ -176,7 +177,7 @@ def read(kind: str, data: bytes) -> Event | None:
 def _meaning(kind: str, wire: _Wire) -> Event | None:
     match kind:
         case "status_update_event":
-            return Event(kind, instance_of(wire.task_id), wire.task_status, wire.slave_id or "")
+            return _task_event(kind, wire)
         case "instance_changed_event":
             said = wire.condition.get("str", "") if isinstance(wire.condition, dict) else wire.condition
             return Event(
@@ -193,6 +194,14 @@ def _meaning(kind: str, wire: _Wire) -> Event | None:
             return Event(kind, app=_pod(wire.uri))
         case _:
             return None
+
+
+def _task_event(kind: str, wire: _Wire) -> Event:
+    """A task's status. That a container of a pod ended is no end of the pod's addresses: the pod is looked at."""
+    state, agent = wire.task_status, wire.slave_id or ""
+    if condition_of(state) in OVER and is_of_pod(wire.task_id):
+        return Event(kind, state=state, agent=agent, app=app_of(wire.task_id))
+    return Event(kind, instance_of(wire.task_id), state, agent)
 
 
 def _pod(uri: str) -> str:

@@ -17,7 +17,7 @@ ENGINE = "mesos"
 """The engine of endpoints that a Mesos agent asked for (netmodules/cni/spec.py)."""
 
 _TASK_ID = re.compile(
-    r"(?P<app>.+?)\.(?:(?:instance|marathon)-)?(?P<uuid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\..*)?",
+    r"(?P<app>.+?)\.(?:(?:instance|marathon)-)?(?P<uuid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?P<part>\..*)?",
     re.ASCII | re.DOTALL,
 )
 
@@ -83,6 +83,13 @@ def app_of(task: str) -> str:
     """
     found = _TASK_ID.fullmatch(task)
     return "" if found is None else "/" + found["app"].replace("_", "/")
+
+
+def is_of_pod(task: str) -> bool:
+    """Whether a Marathon task is one of a pod's containers: those have their container's name behind the instance."""
+    found = _TASK_ID.fullmatch(task)
+    part = (found and found["part"]) or ""
+    return bool(part) and not part.startswith("._app") and not part[1:].isdecimal()
 
 
 class Task(msgspec.Struct, frozen=True, gc=False, rename="camel"):

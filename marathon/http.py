@@ -85,13 +85,18 @@ class Access:
         return {}
 
 
+NO_SECRETS = Access()
+
+
 def check_url(what: str, url: str) -> str:
     """A base URL without its last slash. Raises InvalidInput, never quoting what may be a password."""
     try:
         parts = urlsplit(url)
         port_is_fine = parts.port is None or parts.port > 0
     except ValueError as error:
-        raise InvalidInput(f"{what} cannot be parsed ({error}); write for example http://192.0.2.10:8080") from error
+        raise InvalidInput(
+            f"{what} cannot be parsed ({error}); write for example http://192.0.2.10:8080"
+        ) from error
     if "@" in parts.netloc:
         raise InvalidInput(
             f"{what} has a user in it, where `ps` and logs show the password; put user:password into a file of mode "
@@ -111,7 +116,7 @@ class Http:
         self,
         name: str,
         urls: Sequence[str],
-        access: Access = Access(),  # noqa: B008 (frozen, so nobody can change the one that all share)
+        access: Access = NO_SECRETS,
         *,
         patience: float = ANSWER_WITHIN,
     ) -> None:
@@ -168,7 +173,9 @@ class Http:
             while piece := response.raw.read1(64 * 1024, decode_content=True):
                 yield piece
         except (OSError, urllib3.exceptions.HTTPError) as error:
-            raise NotAnswered(f"{self.name} broke off in the middle ({_cause(error)}); it is asked again") from error
+            raise NotAnswered(
+                f"{self.name} broke off in the middle ({_cause(error)}); it is asked again"
+            ) from error
 
     @contextlib.contextmanager
     def _ask_any(
@@ -187,7 +194,9 @@ class Http:
             with contextlib.closing(response):
                 yield response
             return
-        raise NotAnswered(f"{self.name} does not answer: {'; '.join(failures)}; see that it runs, and the URL")
+        raise NotAnswered(
+            f"{self.name} does not answer: {'; '.join(failures)}; see that it runs, and the URL"
+        )
 
     def _ask(
         self, method: str, url: str, body: bytes | None, headers: dict[str, str], silent: float
@@ -255,7 +264,9 @@ class Http:
                 if len(body) > largest:
                     raise NotAnswered(f"{self.name}: its answer is larger than {largest} bytes")
                 if time.monotonic() > until:
-                    raise NotAnswered(f"{self.name}: its answer was not complete within {self._patience:.0f} s")
+                    raise NotAnswered(
+                        f"{self.name}: its answer was not complete within {self._patience:.0f} s"
+                    )
         except (requests.RequestException, OSError, urllib3.exceptions.HTTPError) as error:
             raise NotAnswered(f"{self.name} broke off in the middle ({_cause(error)})") from error
         return bytes(body)

@@ -45,7 +45,9 @@ class Leader(Record, frozen=True, kw_only=True):
 def check_framework(framework: str) -> str:
     """A framework's id as part of a key. Raises InvalidInput."""
     if _FRAMEWORK.fullmatch(framework) is None:
-        raise InvalidInput(f"Marathon gave the framework id {framework!r:.80}, which is none of Mesos's; see its /v2/info")
+        raise InvalidInput(
+            f"Marathon gave the framework id {framework!r:.80}, which is none of Mesos's; see its /v2/info"
+        )
     return framework
 
 
@@ -54,7 +56,7 @@ class Leadership:
 
     def __init__(self, store: Store, framework: str, instance: str, where: str) -> None:
         self._store = store
-        self._framework = check_framework(framework)
+        self.framework = check_framework(framework)
         self._instance = instance
         self._where = where
         self._lease: Lease | None = None
@@ -62,7 +64,7 @@ class Leadership:
 
     @property
     def _key(self) -> str:
-        return keys.LEADERS + self._framework
+        return keys.LEADERS + self.framework
 
     @property
     def held(self) -> bool:
@@ -73,7 +75,7 @@ class Leadership:
     def guards(self) -> tuple[Compare, ...]:
         """What every transaction of a leader compares. Raises Overtaken."""
         if not self.held:
-            raise Overtaken(f"this process does not lead for framework {self._framework} any more")
+            raise Overtaken(f"this process does not lead for framework {self.framework} any more")
         return (Compare(self._key, self._revision),)
 
     async def leader(self) -> Leader | None:
@@ -89,7 +91,9 @@ class Leadership:
         taken = False
         try:
             me = Leader(instance=self._instance, where=self._where, since=time.time())
-            result = await self._store.txn(Txn((absent(self._key),), (Put(self._key, me.encode(), lease.id),)))
+            result = await self._store.txn(
+                Txn((absent(self._key),), (Put(self._key, me.encode(), lease.id),))
+            )
             taken = result.succeeded
         finally:
             if not taken:
@@ -107,7 +111,7 @@ class Leadership:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK):
                     await self._vacant(page.revision + 1)
-        log.info("this listener leads", framework=self._framework)
+        log.info("this listener leads", framework=self.framework)
 
     async def _vacant(self, revision: int) -> None:
         async for batch in self._store.watch(self._key, revision):
@@ -127,9 +131,9 @@ class Leadership:
         """Leave for others how it stands. Raises Overtaken, StoreError."""
         guards = self.guards
         assert self._lease is not None, "guards raise without one"
-        put = Put(keys.LISTENERS + self._framework, msgspec.json.encode(state), self._lease.id)
+        put = Put(keys.LISTENERS + self.framework, msgspec.json.encode(state), self._lease.id)
         if not (await self._store.txn(Txn(guards, (put,)))).succeeded:
-            raise Overtaken(f"another process leads for framework {self._framework}")
+            raise Overtaken(f"another process leads for framework {self.framework}")
 
     async def resign(self) -> None:
         """Let another one lead, at once if the store answers."""

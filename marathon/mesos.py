@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from marathon.facts import Agents, app_of
-from marathon.http import Access, Http, NotAnswered
+from marathon.http import NO_SECRETS, Access, Http, NotAnswered
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class _Registry(msgspec.Struct):
 class Master:
     """The Mesos master, at one or several URLs."""
 
-    def __init__(self, urls: Sequence[str], access: Access = Access()) -> None:  # noqa: B008
+    def __init__(self, urls: Sequence[str], access: Access = NO_SECRETS) -> None:
         self._http = Http("the Mesos master", urls, access)
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class _GetContainersAnswer(msgspec.Struct):
 class Agent:
     """A Mesos agent: the one of this node."""
 
-    def __init__(self, url: str, access: Access = Access()) -> None:  # noqa: B008
+    def __init__(self, url: str, access: Access = NO_SECRETS) -> None:
         self._http = Http("the Mesos agent", [url], access, patience=20.0)
 
     def close(self) -> None:

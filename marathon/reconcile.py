@@ -176,7 +176,10 @@ def verdict_on(
     task = facts.tasks.get(address.instance) if facts.tasks is not None else None
     if task is None:
         if not answered:
-            return Verdict.MISSING, "Marathon's list of tasks is missing, or names none that has an address here"
+            return (
+                Verdict.MISSING,
+                "Marathon's list of tasks is missing, or names none that has an address here",
+            )
         return Verdict.STALE, f"Marathon does not know its task {address.task}"
     condition = task.condition
     if condition in OVER:

@@ -1,0 +1,74 @@
+"""Whether a container's namespace is vacant: still there, because something holds its handle, with no process in it.
+
+A mount or an open file keeps a namespace, and with it the interface, alive for as long as it likes: an engine that
+crashed, or whose DEL got lost, leaves one behind. Processes are what uses an address.
+
+The handle is a path, and paths are re-used; so what it leads to must hold our interface. Whatever cannot be told
+counts as occupied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
+from isolator.identity import boottime
+from isolator.model import Endpoint
+from isolator.netlink import Node
+from isolator.netlink.inventory import link_by_name
+from isolator.netlink.socket import NetlinkSocket
+
+STARTS_FIRST = frozenset({"mesos"})
+"""Engines that have a process in the namespace before they ask for an ADD."""
+
+SETTLED = 60 * 10**9
+"""Nanoseconds after its ADD in which another engine's container may have no process yet."""
+
+_PROC = Path("/proc")
+
+
+def may_be_vacant(endpoint: Endpoint) -> bool:
+    """Whether it says anything that no process is there (yet)."""
+    return endpoint.engine in STARTS_FIRST or boottime() - endpoint.asked.at > SETTLED
+
+
+def is_vacant(node: Node, endpoint: Endpoint) -> bool:
+    """Whether no process is in the endpoint's namespace. Takes some microseconds for each thread of the machine."""
+    if not endpoint.netns:
+        return False
+    try:
+        with node.open_namespace(endpoint.netns) as namespace:
+            with namespace.inside(), NetlinkSocket() as route:
+                link = link_by_name(route, endpoint.key.ifname)
+            if link is None or link.mac != endpoint.mac:
+                return False
+            # As long as it is open here no other namespace gets its number.
+            status = os.fstat(namespace.fd)
+            # Twice: one may have been missed that was forked while its parent ended.
+            return not _has_process(status) and not _has_process(status)
+    except (NamespaceGone, NotANamespace, KernelRefused, OSError):
+        return False
+
+
+def _has_process(namespace: os.stat_result) -> bool:
+    """Raises PermissionError where a thread may not be looked at."""
+    for thread in _threads():
+        try:
+            if os.path.samestat((thread / "ns/net").stat(), namespace):
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended, or has no namespace any more
+    return False
+
+
+def _threads() -> Iterator[Path]:
+    """Each thread of each process: a single one may have stepped into another namespace."""
+    for process in _PROC.iterdir():
+        if not process.name.isdecimal():
+            continue
+        try:
+            yield from (process / "task").iterdir()
+        except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
+            continue
