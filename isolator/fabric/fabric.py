@@ -10,6 +10,7 @@ seconds. Until the cluster was listed nothing is touched: what an earlier agent 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 
 import structlog
@@ -41,6 +42,12 @@ log = structlog.get_logger(__name__)
 
 RESYNC_EVERY = 5.0
 """Seconds between comparisons with all that the kernel holds."""
+
+RESYNC_SHARE = 0.005
+"""Of the time, that comparisons may take which nothing gave cause for: with a thousand nodes they come less often."""
+
+RESYNC_SELDOM = 60.0
+"""Seconds between them at most."""
 
 SETTLE = 0.05
 """Seconds in which changes gather before they are carried out."""
@@ -80,6 +87,7 @@ class Fabric:
         self._dirty: set[str] = set()
         self._all_dirty = True
         self._resync_due = True
+        self._resync_every = RESYNC_EVERY
         self._wake = asyncio.Event()
         self._addresses_due = asyncio.Event()
         self._missing: dict[Family, str] = {}
@@ -124,6 +132,11 @@ class Fabric:
         self._all_dirty = True
 
     # -- what others need to know
+
+    @property
+    def port(self) -> int:
+        """Of the netlink socket through which all is done."""
+        return self._kernel.port
 
     def mtu(self, network: Network) -> int:
         """Bytes that a container on ``network`` can send in one packet."""
@@ -178,7 +191,7 @@ class Fabric:
         while True:
             await self._settle()
             try:
-                async with asyncio.timeout(RESYNC_EVERY):
+                async with asyncio.timeout(self._resync_every):
                     await self._wake.wait()
             except TimeoutError:
                 self._resync_due = True
@@ -312,7 +325,10 @@ class Fabric:
         for plan in self._plans.values():
             desired.add(plan)
         keep = asyncio.get_running_loop().time() < self._keep_until
+        begun = time.monotonic()
         done, refused = await self._kernel.resync(desired, keep=keep)
+        took = time.monotonic() - begun
+        self._resync_every = min(max(RESYNC_EVERY, took / RESYNC_SHARE), RESYNC_SELDOM)
         if done:
             log.info("fabric made as it should be", changes=len(done), such_as=done[:5])
         self._note(refused)

@@ -55,6 +55,12 @@ class NetlinkSocket:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def port(self) -> int:
+        """What the kernel calls this socket when it tells others of what was done through it."""
+        port: int = self._socket.getsockname()[0]
+        return port
+
     def execute(self, requests: Sequence[Request]) -> None:
         """Carry out all requests, in order, whatever becomes of each.
 
