@@ -14,6 +14,7 @@ Two kinds of news come out of it, each told once per batch of changes:
 from __future__ import annotations
 
 import asyncio
+import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,7 @@ class Cluster:
         self._strays: defaultdict[str, set[_Place]] = defaultdict(set)
         self._unplaced: dict[_Place, str] = {}
         self._interned: dict[Holding, Holding] = {}
+        self._netgroups: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._intern_limit = INTERN_AT_LEAST
         self._changed_nodes: set[str] = set()
         self._changed_members: dict[_Place, Member | None] = {}
@@ -274,14 +276,28 @@ class Cluster:
         if record.state == AddressState.ASSIGNED:
             own = record.engine == NODE_ENGINE
             member = Member(record.node, record.network, tuple(record.netgroups), own)
+        found = Holding(record.node, member)
+        return self._interned.get(found) or self._intern(found)
+
+    def _intern(self, new: Holding) -> Holding:
+        """The holding that stands for all equal ones, made of what others are made of, too."""
         if len(self._interned) > self._intern_limit:
             in_use = {
                 holding for of in self._slices.values() for p in of.values() for holding in p.held.values()
             }
             self._interned = {holding: holding for holding in in_use}
+            self._netgroups = {m.netgroups: m.netgroups for h in in_use if (m := h.member) is not None}
             self._intern_limit = 2 * len(in_use) + INTERN_AT_LEAST
-        found = Holding(record.node, member)
-        return self._interned.setdefault(found, found)
+        node, member = sys.intern(new.node), new.member
+        if member is not None:
+            netgroups = self._netgroups.get(member.netgroups)
+            if netgroups is None:
+                netgroups = tuple(map(sys.intern, member.netgroups))
+                self._netgroups[netgroups] = netgroups
+            member = Member(node, sys.intern(member.network), netgroups, member.own)
+        holding = Holding(node, member)
+        self._interned[holding] = holding
+        return holding
 
     def _set_node(self, name: str, kv: KeyValue | None) -> None:
         node = None if kv is None else Node.decode(kv.key, kv.value)

@@ -43,6 +43,7 @@ class NetlinkSocket:
             ) from error
         for option in (_CAP_ACK, _EXT_ACK, _STRICT_CHECK):
             self._socket.setsockopt(_SOL_NETLINK, option, 1)
+        self._socket.bind((0, 0))  # else it has no port before its first request
         self._seq = 0
 
     def close(self) -> None:
