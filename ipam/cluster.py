@@ -5,7 +5,7 @@ lie in the slice of their pool that is or could be a block, as offset -> an inte
 
     slice 10.64.3.0/26   owner n7     5 -> (n7, web, ...)     9 -> (n2, web, ...)    <- a stray: away from its block
 
-Two kinds of news come out of it, each told once per batch of changes:
+Two kinds of news come out of it, each told once per batch of changes, and on_members already while they are listed:
 
     on_topology(nodes)   the facts, blocks or strays of these nodes are different
     on_members(changes)  these addresses were assigned, changed netgroups, or are assigned no more
@@ -214,16 +214,18 @@ class Cluster:
 
     async def _list(self, prefix: str) -> int:
         """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
-        seen: set[str] = set()
+        gone = set(self._known(prefix))
         cursor: str | None = prefix
         revision = 0
         while cursor is not None:
             page = await self._store.page(cursor, prefix_end(prefix), revision=revision)
             for kv in page.items:
                 self._apply(kv.key, kv)
-                seen.add(kv.key)
+                gone.discard(kv.key)
+            # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
+            self._tell_members()
             cursor, revision = page.next_key, page.revision
-        for key in [key for key in self._known(prefix) if key not in seen]:
+        for key in gone:
             self._apply(key, None)
         return revision
 
@@ -248,9 +250,12 @@ class Cluster:
 
     def _tell(self) -> None:
         changed, self._changed_nodes = self._changed_nodes, set()
-        members, self._changed_members = self._changed_members, {}
         if changed:
             self._on_topology(changed)
+        self._tell_members()
+
+    def _tell_members(self) -> None:
+        members, self._changed_members = self._changed_members, {}
         if members:
             self._on_members([(_ip(*place), member) for place, member in members.items()])
 
