@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ipam.keys import IPNetwork
+from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
 from isolator.model import Endpoint, IPAddress
 from isolator.netlink import (
@@ -23,6 +24,7 @@ from isolator.netlink import (
     flush_conntrack,
     shaper_links,
 )
+from isolator.netlink.lookup import Lookup, look_up, neighbour_state
 from isolator.policy import Policy
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
@@ -113,6 +115,18 @@ class Kernel:
             mine = [wiring(endpoint) for endpoint in endpoints if endpoint.driver == name]
             self._reaping.driver(name).remove(mine)
         flush_conntrack([ip for endpoint in endpoints for ip in endpoint.ips])
+
+    async def look_up(self, dst: IPAddress, src: IPAddress | None, iif: str) -> Lookup:
+        """Where the kernel would send a packet; see netlink/lookup.py."""
+        return await self._wiring.run(look_up, self._wiring.node, dst, src, iif)
+
+    async def neighbour_state(self, ip: IPAddress, device: str) -> str:
+        """What the kernel knows of a neighbour; see netlink/lookup.py."""
+        return await self._wiring.run(neighbour_state, self._wiring.node, ip, device)
+
+    async def setting(self, name: str) -> str | None:
+        """The value of a sysctl of the node, such as ``net/ipv4/ip_forward``."""
+        return await self._wiring.run(sysctl.read, name)
 
     async def differences(self, endpoint: Endpoint) -> list[str]:
         """Sentences, one per difference between an endpoint and the kernel."""

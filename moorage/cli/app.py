@@ -14,7 +14,7 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, block, endpoint, ip, network, node, status, store
+from moorage.cli import agent, block, endpoint, ip, lab, network, node, status, store
 from moorage.cli.session import Session
 
 
@@ -84,6 +84,7 @@ for group in (
     node.node,
     store.store,
     status.status,
+    lab.lab,
 ):
     cli.add_command(group)
 
