@@ -146,10 +146,7 @@ class Crowd:
                 ("returned", Delete(keys.block_key(cidr))),
             ):
                 await self._store.txn(Txn(then=(op,)))
-                begun = time.monotonic()
-                while self._is_reached(cidr[1]) != (what == "claimed"):
-                    await asyncio.sleep(LOOK)
-                took[what].append(time.monotonic() - begun)
+                took[what].append(self._seconds_until(cidr[1], what == "claimed"))
                 await asyncio.sleep(random.uniform(0.1, 0.3))
         return took
 
@@ -198,6 +195,13 @@ class Crowd:
     def _device(self) -> int:
         link = link_by_name(self._kernel.route, VXLAN_DEVICE)
         return link.index if link is not None else 0
+
+    def _seconds_until(self, ip: IPv4Address, reached: bool) -> float:
+        """Holds everything here up meanwhile: whoever is measured is another process."""
+        begun = time.monotonic()
+        while self._is_reached(ip) != reached:
+            time.sleep(LOOK)
+        return time.monotonic() - begun
 
     def _is_reached(self, ip: IPv4Address) -> bool:
         """Whether the kernel would send a packet for the address into the tunnel."""

@@ -32,7 +32,7 @@ from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
-from ipam.store.base import KeyValue, Store, WatchBatch, prefix_end
+from ipam.store.base import KeyValue, Store, WatchBatch, pages
 
 log = structlog.get_logger(__name__)
 
@@ -215,16 +215,14 @@ class Cluster:
     async def _list(self, prefix: str) -> int:
         """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
         gone = set(self._known(prefix))
-        cursor: str | None = prefix
         revision = 0
-        while cursor is not None:
-            page = await self._store.page(cursor, prefix_end(prefix), revision=revision)
+        async for page in pages(self._store, prefix):
             for kv in page.items:
                 self._apply(kv.key, kv)
                 gone.discard(kv.key)
             # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
             self._tell_members()
-            cursor, revision = page.next_key, page.revision
+            revision = page.revision
         for key in gone:
             self._apply(key, None)
         return revision

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
 import structlog
 
 from ipam import keys
@@ -26,7 +27,7 @@ from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
 from ipam.shelf import Held
-from ipam.store.base import KeyValue, Store, read_prefix, read_range
+from ipam.store.base import KeyValue, Store, pages, read_prefix, read_range
 from ipam.writer import Writer
 
 log = structlog.get_logger(__name__)
@@ -38,6 +39,15 @@ IsLive = Callable[[IPAddress, Address], bool]
 
 Stored: TypeAlias = dict[IPAddress, tuple[Address | None, int]]
 """Record and mod_revision by IP; None stands for a record that cannot be read."""
+
+
+class _Owner(msgspec.Struct):
+    """What is read of an address record to see whose it is; the rest is skipped unparsed."""
+
+    node: str
+
+
+_decode_owner = msgspec.json.Decoder(_Owner).decode
 
 
 @dataclass(slots=True)
@@ -112,7 +122,8 @@ async def _sync_blocks(
 async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport, *, full: bool) -> Stored:
     items: list[KeyValue] = []
     if full:
-        items.extend((await read_prefix(store, keys.ADDRESSES))[0])
+        async for page in pages(store, keys.ADDRESSES):
+            items.extend(kv for kv in page.items if _concerns(holdings, kv))
     else:
         for block in holdings.blocks:
             items.extend((await read_range(store, *keys.address_range(block)))[0])
@@ -120,6 +131,15 @@ async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport
         strays = [ip for ip in holdings.shelf.held if keys.address_key(ip) not in seen]
         items.extend([kv for ip in strays if (kv := await store.get(keys.address_key(ip)))])
     return {ip: read for kv in items if (ip := _ip(kv, report)) and (read := _address(kv, report))}
+
+
+def _concerns(holdings: Holdings, kv: KeyValue) -> bool:
+    """Whether it has to be looked at: of the cluster's addresses, most are other nodes' in their own blocks."""
+    try:
+        ip, node = keys.ip_of(kv.key), _decode_owner(kv.value).node
+    except (StoreError, msgspec.MsgspecError):
+        return True
+    return node == holdings.node or ip in holdings.shelf.held or any(ip in block for block in holdings.blocks)
 
 
 def _ip(kv: KeyValue, report: SyncReport) -> IPAddress | None:

@@ -213,6 +213,16 @@ class Store(Protocol):
         ...
 
 
+async def pages(store: Store, prefix: str) -> AsyncIterator[Page]:
+    """All keys below ``prefix`` at one revision, page by page: for what may be too large to hold at once."""
+    cursor: str | None = prefix
+    revision = 0
+    while cursor is not None:
+        page = await store.page(cursor, prefix_end(prefix), revision=revision)
+        yield page
+        cursor, revision = page.next_key, page.revision
+
+
 async def read_range(
     store: Store, start: str, end: str, *, limit: int = 1000, keys_only: bool = False
 ) -> tuple[Sequence[KeyValue], int]:

@@ -99,7 +99,9 @@ class ChangeMonitor(_Monitor):
 
     def _take(self, datagrams: list[bytes], *, lost: bool) -> None:
         told = (message for datagram in datagrams for message in codec.messages(datagram))
-        if lost or any(_matters(message) for message in told if not message.port or message.port != self._ours):
+        if lost or any(
+            _matters(message) for message in told if not message.port or message.port != self._ours
+        ):
             self._on_change()
 
 
