@@ -4,7 +4,8 @@ Runs in the namespace of the agent that follows: it writes what the others' agen
 kernel what became of it. Reads commands from stdin, one a line, and answers each with one line of JSON.
 
     settle            write all nodes and their blocks
-    reached ROUTES    wait until the kernel has that many routes, and the next hop and tunnel of each node
+    reached ROUTES    wait until the kernel has that many routes for all packets, also this node's own, and the next hop
+                      and tunnel of each node
     blocks COUNT      one node claims a block and returns it, COUNT times: seconds until the kernel follows, each
     populate          write all address records
     churn SECONDS     addresses are released and assigned, RATE changes a second: how many a second there were
@@ -21,8 +22,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
-from ipaddress import IPv4Address, IPv4Network, ip_network
-from typing import Any
+from ipaddress import IPv4Address, IPv4Network
 
 from ipam import keys
 from ipam.records import Address, AddressState, Block, Label, Node
@@ -59,7 +59,7 @@ def _block(index: int) -> IPv4Network:
     """The crowd's blocks are the last ones of the pool: an agent that starts takes some elsewhere."""
     size = 1 << (32 - BLOCK_SIZE)
     base = int(POOL.broadcast_address) + 1 - (index + 1) * size
-    return ip_network((base, BLOCK_SIZE))
+    return IPv4Network((base, BLOCK_SIZE))
 
 
 def _node(number: int) -> Put:
@@ -131,9 +131,9 @@ class Crowd:
 
     async def reached(self, routes: str) -> None:
         while True:
-            index = self._device()
-            found = read(self._kernel, {index: VXLAN_DEVICE})
-            if (len(found.routes), len(found.neighbours), len(found.tunnels)) >= (int(routes), NODES, NODES):
+            found = read(self._kernel, {self._device(): VXLAN_DEVICE})
+            whole = sum(route.source is not None for route in found.routes.values())
+            if whole >= int(routes) and len(found.neighbours) >= NODES and len(found.tunnels) >= NODES:
                 return
             await asyncio.sleep(0.02)
 
@@ -160,7 +160,7 @@ class Crowd:
         pairs = itertools.cycle(homes)
         waiting: list[tuple[IPv4Address, str]] = []
         free = asyncio.Semaphore(4 * WRITERS)
-        under_way: set[asyncio.Task[Any]] = set()
+        under_way: set[asyncio.Task[None]] = set()
         begun = time.monotonic()
         for number in itertools.count():
             due = number / RATE
@@ -174,11 +174,17 @@ class Crowd:
             else:
                 op = _assigned(*waiting.pop(0))
             await free.acquire()
-            task = asyncio.create_task(self._store.txn(Txn(then=(op,))))
-            under_way.add(task)
-            task.add_done_callback(lambda done: (under_way.discard(done), free.release()))
+            under_way.add(task := asyncio.create_task(self._change(op, free)))
+            task.add_done_callback(under_way.discard)
         await asyncio.gather(*under_way)
         return number / (time.monotonic() - begun)
+
+    async def _change(self, op: Op, free: asyncio.Semaphore) -> None:
+        """free: has been acquired."""
+        try:
+            await self._store.txn(Txn(then=(op,)))
+        finally:
+            free.release()
 
     async def _write_all(self, ops: Iterable[Op]) -> None:
         left = iter(ops)

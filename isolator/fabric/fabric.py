@@ -10,6 +10,7 @@ seconds. Until the cluster was listed nothing is touched: what an earlier agent 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 
@@ -53,6 +54,9 @@ RESYNC_SELDOM = 60.0
 SETTLE = 0.05
 """Seconds in which changes gather before they are carried out."""
 
+ADDRESS_PATIENCE = 1.0
+"""Seconds that the first routes wait for the device's addresses, which they name: else all are made twice."""
+
 ADDRESS_RETRY = 10.0
 """Seconds before an address for the device is asked for again."""
 
@@ -91,6 +95,7 @@ class Fabric:
         self._resync_every = RESYNC_EVERY
         self._wake = asyncio.Event()
         self._addresses_due = asyncio.Event()
+        self._addresses_settled = asyncio.Event()
         self._missing: dict[Family, str] = {}
         self._device: DeviceSpec | None = None
         self._device_problem = ""
@@ -226,6 +231,9 @@ class Fabric:
             group.create_task(self._keep_addresses())
 
     async def _keep_kernel(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ADDRESS_PATIENCE):
+                await self._addresses_settled.wait()
         while True:
             await self._settle()
             try:
@@ -242,6 +250,7 @@ class Fabric:
             if missing and missing != self._missing:
                 log.warning("fabric device lacks an address", why="; ".join(missing.values()))
             self._missing = missing
+            self._addresses_settled.set()
             if tuple(self._addresses.current().values()) != self.carried:
                 self._all_dirty = True  # routes name the addresses
                 self._wake.set()
