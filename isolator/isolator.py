@@ -193,7 +193,7 @@ class Isolator:
             lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
         )
         monitor.start(asyncio.get_running_loop())
-        changes = ChangeMonitor(self._underlay_changed.set)
+        changes = ChangeMonitor(self._underlay_changed.set, self._fabric.port)
         changes.start(asyncio.get_running_loop())
         try:
             async with asyncio.TaskGroup() as group:
@@ -325,6 +325,7 @@ class Isolator:
                 async with asyncio.timeout(UNDERLAY_EVERY):
                     await self._underlay_changed.wait()
             await asyncio.sleep(UNDERLAY_SETTLE)
+            told = self._underlay_changed.is_set()
             self._underlay_changed.clear()
             try:
                 found = await self._kernel.underlay(self._settings.underlay)
@@ -345,7 +346,7 @@ class Isolator:
                 self._underlay = found
                 self._fabric.underlay_changed(found)
                 self._describe()
-            else:
+            elif told:
                 self._fabric.kernel_changed()
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
