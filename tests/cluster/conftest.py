@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ipam.records import NODE_ENGINE
 from moorage.lab import Lab, LabNode
 from tests.cluster.load import NETWORK, Load, Stay, refused, slowest, succeeded
 from tests.system.conftest import eventually, links
@@ -102,8 +103,14 @@ def nothing_is_left(node: LabNode) -> None:
     eventually(lambda: node.ask("endpoint", "list") == [])
     eventually(lambda: links(node) == [])
     eventually(lambda: node.ask("status")["outbox"] == 0)
-    eventually(lambda: node.ask("ip", "list", "--state", "assigned") == [])
+    eventually(lambda: containers_addresses(node) == [])
     assert node.ask("status")["conflicts"] == []
+
+
+def containers_addresses(node: LabNode) -> list[dict[str, Any]]:
+    """What the store, asked on ``node``, has as assigned to containers. (Each node has addresses of its own, too.)"""
+    rows = node.ask("ip", "list", "--state", "assigned")
+    return [row for row in rows if row["engine"] != NODE_ENGINE]
 
 
 def refused_quickly(load: Load, node: LabNode, since: float) -> None:
@@ -124,7 +131,7 @@ def stored_for(node: LabNode, stays: Sequence[Stay]) -> None:
     wanted = {(stay.ip, stay.node, stay.container.id) for stay in stays if stay.ip}
 
     def missing() -> set[tuple[str, str, str]]:
-        rows = node.ask("ip", "list", "--state", "assigned")
+        rows = containers_addresses(node)
         return wanted - {(row["address"], row["node"], row["container_id"]) for row in rows}
 
     deadline = time.monotonic() + HEALED_WITHIN
