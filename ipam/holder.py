@@ -167,6 +167,11 @@ class Holder:
         """Why nothing but warm addresses can be given out now; "" if all is well."""
         return self._holdings.trouble
 
+    @property
+    def serves(self) -> bool:
+        """Whether what is held here is known, and this agent's to give out."""
+        return self._holdings.serving
+
     # -- ADD
 
     async def take(self, request: AddressRequest) -> list[Held]:
@@ -330,9 +335,9 @@ class Holder:
         key = str(evidence.get("reservation", ""))
         return await self._generosity.give_back_ip(ip, intent.mod_revision, key)
 
-    async def return_block(self, intent: Intent) -> dict[str, Any]:
+    async def return_block(self, intent: Intent, on_returning: Callable[[], None]) -> dict[str, Any]:
         """The answer to an intent of kind `return-block`. Raises InvalidInput."""
-        return await return_block(self._holdings, str(intent.evidence.get("block", "")))
+        return await return_block(self._holdings, str(intent.evidence.get("block", "")), on_returning)
 
     # -- looking in
 
@@ -363,6 +368,10 @@ class Holder:
         """What this node knows of one address of its own."""
         return self._shelf.held.get(ip)
 
+    def is_returning(self, ip: IPAddress) -> bool:
+        """Whether an address lies in a block that is being returned; ipam/return_block.py."""
+        return any(block.version == ip.version and ip in block for block in self._holdings.returning)
+
     def pools_of_blocks(self) -> set[str]:
         """The pools that this node has blocks of."""
         return {row.pool for row in self._holdings.blocks.values()}
@@ -376,7 +385,7 @@ class Holder:
         counts: Counter[tuple[str, int, str]] = Counter()
         for ip, held in self._shelf.held.items():
             if held.record is not None and not held.is_asked_for:
-                counts[held.record.network, ip.version, held.record.state.value] += 1
+                counts[held.record.network, ip.version, held.record.use] += 1
         return {
             "in_sync": not self.problem,
             "drained": self._holdings.drained,
