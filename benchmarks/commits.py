@@ -93,8 +93,9 @@ class _Bench:
 def _bench() -> Iterator[_Bench]:
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(nodes=0))
-        proxy = stack.enter_context(DelayingProxy(lab.switch, PROXY, lab.etcd.addresses[0]))
+        switch, etcd = lab.switch, lab.etcd
+        proxy = stack.enter_context(DelayingProxy(switch, PROXY, etcd.addresses[0]))
         proxy.delay(round_trip=FAR)
         place = stack.enter_context(Namespace(unique("bench")))
-        lab.switch.plug(place, HOST)
-        yield _Bench(lab.etcd, proxy, place)
+        switch.plug(place, HOST)
+        yield _Bench(etcd, proxy, place)

@@ -42,10 +42,11 @@ def rows(rounds: int) -> list[Row]:
     found: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(nodes=0))
+        switch, etcd = lab.switch, lab.etcd
         nodes = {}
         for host, count in enumerate((FEW, MANY), 1):
-            url = f"{lab.etcd.url}?prefix=/{count}"
-            nodes[count] = stack.enter_context(LabNode(f"n{count}", store=url, switch=lab.switch, host=host))
+            url = f"{etcd.url}?prefix=/{count}"
+            nodes[count] = stack.enter_context(LabNode(f"n{count}", store=url, switch=switch, host=host))
             _fill(nodes[count], count)
         for _ in range(starts):
             for count, node in nodes.items():

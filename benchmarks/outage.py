@@ -38,10 +38,11 @@ def rows(rounds: int) -> list[Row]:
     count = min(max(AT_LEAST, rounds), WARM - WARM_UPS)
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(nodes=0))
-        proxy = stack.enter_context(DelayingProxy(lab.switch, PROXY, lab.etcd.addresses[0]))
-        urls = {HEALTHY: lab.etcd.url, SLOW: f"etcd://{proxy.address}", DOWN: lab.etcd.url}
+        switch, etcd = lab.switch, lab.etcd
+        proxy = stack.enter_context(DelayingProxy(switch, PROXY, etcd.addresses[0]))
+        urls = {HEALTHY: etcd.url, SLOW: f"etcd://{proxy.address}", DOWN: etcd.url}
         nodes = {
-            name: stack.enter_context(_node(name, url, lab.switch, host))
+            name: stack.enter_context(_node(name, url, switch, host))
             for host, (name, url) in enumerate(urls.items(), 1)
         }
         nodes[HEALTHY].cli("network", "create", NETWORK, "--pool", IPV4, "--warm", str(WARM), "--preload")
@@ -49,7 +50,7 @@ def rows(rounds: int) -> list[Row]:
             _await_stock(node)
         mine = {name: stack.enter_context(containers(WARM_UPS + count)) for name in nodes}
         proxy.delay(ROUND_TRIP)
-        lab.partition(nodes[DOWN], *lab.etcd.members)
+        lab.partition(nodes[DOWN], etcd.members[0])
         round_trip = _round_trip(nodes[SLOW], proxy.address)
         subjects = {name: subject_of(node) for name, node in nodes.items()}
         took = measure(subjects, mine, ("ADD",))

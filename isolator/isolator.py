@@ -122,6 +122,7 @@ class Isolator:
             is_live=self._is_live,
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
+            preloads=not settings.gateway,
         )
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal

@@ -42,13 +42,13 @@ class DelayingProxy(Resource):
 
     def delete(self) -> None:
         if self._process is not None:
-            with self._process:  # it ends with its stdin
-                self._process = None
+            with self._process:  # its end of the pipe closed is its order to end
+                pass
         self.namespace.delete()
 
     def delay(self, round_trip: float) -> None:
         """From now on a round trip takes this many seconds longer. Raises RuntimeError if the proxy is gone."""
-        assert self._process is not None, "the proxy was not created"
+        assert self._process is not None, "it is made first"
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):

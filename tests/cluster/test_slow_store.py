@@ -24,8 +24,9 @@ BURST = 30
 def test_a_burst_on_a_node_whose_etcd_takes_200_ms_a_round_trip_is_served_and_written() -> None:
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(nodes=0))
-        proxy = stack.enter_context(DelayingProxy(lab.switch, 150, lab.etcd.addresses[0]))
-        node = stack.enter_context(LabNode("far", store=f"etcd://{proxy.address}", switch=lab.switch))
+        switch, etcd = lab.switch, lab.etcd
+        proxy = stack.enter_context(DelayingProxy(switch, 150, etcd.addresses[0]))
+        node = stack.enter_context(LabNode("far", store=f"etcd://{proxy.address}", switch=switch))
         node.start()
         node.cli("network", "create", "web", "--pool", "10.64.0.0/24", "--no-nat")
         proxy.delay(round_trip=0.2)
