@@ -21,11 +21,9 @@ from tests.cluster.guests import (
     Guest,
     all_answer,
     between,
-    create_networks,
     fabric_is_well,
     fabric_of,
     from_nodes,
-    guest,
     unanswered,
 )
 from tests.system.conftest import eventually
@@ -46,22 +44,6 @@ COMPARED_WITHIN = RESYNC_SELDOM + 20
 
 STREAM = 8
 """Seconds of traffic in which an agent is started anew."""
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """Three nodes, one etcd, and both networks."""
-    with Lab(nodes=3, etcd=1) as lab:
-        lab.start()
-        create_networks(lab.nodes[0])
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def guests(lab: Lab) -> Iterator[list[Guest]]:
-    """One container on every node, each on both networks."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(guest(node)) for node in lab.nodes]
 
 
 def test_every_container_reaches_every_other_on_each_of_its_two_networks(guests: list[Guest]) -> None:
