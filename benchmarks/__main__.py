@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import agent_share, burst, cni, follow, idle, scale, throughput
+from benchmarks import agent_share, burst, cni, commits, follow, idle, large, outage, scale, throughput
 from benchmarks.figures import Row, table
 from benchmarks.launch import CallFailed
 
@@ -26,6 +26,9 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "burst": burst.rows,
     "scale": scale.rows,
     "idle": idle.rows,
+    "commits": commits.rows,
+    "outage": outage.rows,
+    "large": large.rows,
     "fabric-throughput": throughput.rows,
     "follow": follow.rows,
 }

@@ -32,7 +32,7 @@ from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
-from ipam.store.base import KeyValue, Store, WatchBatch, pages
+from ipam.store.base import IN_A_ROW, SCAN_PAGE, KeyValue, Store, WatchBatch, prefix_end
 
 log = structlog.get_logger(__name__)
 
@@ -175,6 +175,8 @@ class Cluster:
         """Follow the store until cancelled. Raises StoreError when it fails; the caller runs it again."""
         while True:
             self._rewound.clear()
+            # Blocks of pools that are not known yet would be taken for nobody's.
+            await self._catalogue.refresh()
             self.pools_changed()
             listed = {prefix: await self._list(prefix) for prefix in FOLLOWED}
             self.listed.set()
@@ -215,14 +217,18 @@ class Cluster:
     async def _list(self, prefix: str) -> int:
         """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
         gone = set(self._known(prefix))
+        cursor: str | None = prefix
         revision = 0
-        async for page in pages(self._store, prefix):
-            for kv in page.items:
+        while cursor is not None:
+            page = await self._store.page(cursor, prefix_end(prefix), limit=SCAN_PAGE, revision=revision)
+            for number, kv in enumerate(page.items):
+                if number % IN_A_ROW == 0:
+                    await asyncio.sleep(0)
                 self._apply(kv.key, kv)
                 gone.discard(kv.key)
             # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
             self._tell_members()
-            revision = page.revision
+            cursor, revision = page.next_key, page.revision
         for key in gone:
             self._apply(key, None)
         return revision
@@ -349,6 +355,8 @@ class Cluster:
             self._place_stray(place, holding, piece)
         if (before.member if before else None) != (member := holding.member if holding else None):
             self._changed_members[place] = member
+        if piece.size == BITS[family] and piece.owner:
+            self._changed_nodes.add(piece.owner)  # the whole block is elsewhere now, or back
         self._keep(family, piece)
 
     def _place_stray(self, place: _Place, holding: Holding, piece: _Slice) -> None:

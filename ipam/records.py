@@ -120,6 +120,10 @@ NODE_ENGINE = "moorage"
 """The engine of addresses that no container has: those of the nodes' own fabric devices."""
 
 
+OWN = "own"
+"""What those are counted as, where addresses are counted by state."""
+
+
 class AddressState(enum.StrEnum):
     """warm -> assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py."""
 
@@ -156,6 +160,11 @@ class Address(Record, frozen=True, kw_only=True):
         """Whether it is the node's own address, no container's."""
         return self.state is AddressState.ASSIGNED and self.engine == NODE_ENGINE
 
+    @property
+    def use(self) -> str:
+        """What it is counted as: its state, or OWN."""
+        return OWN if self.is_nodes_own else self.state.value
+
 
 class Reservation(Record, frozen=True, kw_only=True):
     """``reservations/<family>/<hex of ip>``: an IP kept for whoever presents its key."""
@@ -173,6 +182,7 @@ class Node(Record, frozen=True, kw_only=True):
     mac, vxlan_port: of its VXLAN device; vtep: that one's addresses. "" and 0 if it has none.
     gateway: it joins the fabric and runs no containers.
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
+    since: wall clock, seconds, of its first registration.
     """
 
     name: str

@@ -27,7 +27,7 @@ from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
 from ipam.shelf import Held
-from ipam.store.base import KeyValue, Store, pages, read_prefix, read_range
+from ipam.store.base import KeyValue, Store, prefix_end, read_prefix, read_range, scan
 from ipam.writer import Writer
 
 log = structlog.get_logger(__name__)
@@ -39,15 +39,6 @@ IsLive = Callable[[IPAddress, Address], bool]
 
 Stored: TypeAlias = dict[IPAddress, tuple[Address | None, int]]
 """Record and mod_revision by IP; None stands for a record that cannot be read."""
-
-
-class _Owner(msgspec.Struct):
-    """What is read of an address record to see whose it is; the rest is skipped unparsed."""
-
-    node: str
-
-
-_decode_owner = msgspec.json.Decoder(_Owner).decode
 
 
 @dataclass(slots=True)
@@ -122,8 +113,7 @@ async def _sync_blocks(
 async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport, *, full: bool) -> Stored:
     items: list[KeyValue] = []
     if full:
-        async for page in pages(store, keys.ADDRESSES):
-            items.extend(kv for kv in page.items if _concerns(holdings, kv))
+        items.extend(await _of_concern(store, holdings))
     else:
         for block in holdings.blocks:
             items.extend((await read_range(store, *keys.address_range(block)))[0])
@@ -133,13 +123,27 @@ async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport
     return {ip: read for kv in items if (ip := _ip(kv, report)) and (read := _address(kv, report))}
 
 
-def _concerns(holdings: Holdings, kv: KeyValue) -> bool:
-    """Whether it has to be looked at: of the cluster's addresses, most are other nodes' in their own blocks."""
-    try:
-        ip, node = keys.ip_of(kv.key), _decode_owner(kv.value).node
-    except (StoreError, msgspec.MsgspecError):
-        return True
-    return node == holdings.node or ip in holdings.shelf.held or any(ip in block for block in holdings.blocks)
+class _Whose(msgspec.Struct):
+    """Of an address's record the one field that says whether to read the others."""
+
+    node: str
+
+
+async def _of_concern(store: Store, holdings: Holdings) -> list[KeyValue]:
+    """Of everybody's addresses those that are this node's, are held by it, or lie in its blocks, or might."""
+    held = {keys.address_key(ip) for ip in holdings.shelf.held}
+    blocks = [keys.address_range(block) for block in holdings.blocks]
+
+    def concerns(kv: KeyValue) -> bool:
+        try:
+            if msgspec.json.decode(kv.value, type=_Whose).node == holdings.node:
+                return True
+        except (msgspec.MsgspecError, RecursionError):
+            return True
+        return kv.key in held or any(start <= kv.key < end for start, end in blocks)
+
+    everybodys = scan(store, keys.ADDRESSES, prefix_end(keys.ADDRESSES))
+    return [kv async for kv in everybodys if concerns(kv)]
 
 
 def _ip(kv: KeyValue, report: SyncReport) -> IPAddress | None:

@@ -122,6 +122,7 @@ class Isolator:
             is_live=self._is_live,
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
+            preloads=not settings.gateway,
         )
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
@@ -134,6 +135,7 @@ class Isolator:
             self._catalogue,
             self._addresses,
             on_addresses=self._describe,
+            is_leaving=lambda: self._holder.drain.is_on and not self._endpoints.all(),
         )
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
@@ -245,11 +247,10 @@ class Isolator:
         return await self._endpoints.check(key, netns)
 
     async def ready(self, network: str | None = None) -> None:
-        """Raises TryAgain when an ADD on ``network`` could not work now for want of the store, NotFound."""
+        """Raises TryAgain when an ADD on ``network`` would get no address now, NotFound."""
         if network is not None:
             await self._catalogue.network(network)
-        if self._holder.problem and not self._holder.has_warm(network):
-            raise TryAgain(f"no address is warm and the store is not in sync: {self._holder.problem}")
+        self._holder.check_ready(network)
 
     @property
     def node(self) -> str:
@@ -331,7 +332,11 @@ class Isolator:
             except InvalidInput as error:
                 log.warning("underlay is gone; what it was is kept", why=str(error))
                 continue
-            if found != self._underlay:
+            if self._underlay.addresses and not found.addresses:
+                # Between two of a link's states, or of a DHCP client's: no reason to cut containers off.
+                log.warning("underlay has no address; what it was is kept", links=found.links)
+                self._fabric.kernel_changed()
+            elif found != self._underlay:
                 log.info(
                     "underlay changed",
                     links=found.links,
@@ -364,6 +369,7 @@ class Isolator:
 
     def _on_conflict(self, conflict: Conflict) -> None:
         self._conflicts.put_nowait(conflict)
+        self._fabric.addresses_changed()
 
     async def _look_at_fence(self) -> None:
         """Notices a store that went back in time also where nothing is written, before others take what it forgot."""
@@ -468,7 +474,7 @@ class Isolator:
             case IntentKind.GIVE_BACK:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
-                return await self._holder.return_block(intent)
+                return await self._holder.return_block(intent, self._fabric.addresses_changed)
             case IntentKind.TRACE:
                 return await self._tracer.answer(intent.evidence)
             case IntentKind.DRAIN:
@@ -487,6 +493,7 @@ class Isolator:
             drain.begin()
             await drain.settle(DRAIN_WITHIN)
             await self._membership.tell()
+        self._fabric.addresses_changed()
         return drain.report()
 
     async def _answer_release(self, intent: Intent) -> dict[str, Any]:

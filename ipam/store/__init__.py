@@ -27,10 +27,10 @@ from ipam.store.base import (
     WatchBatch,
     absent,
     none_between,
-    pages,
     prefix_end,
     read_prefix,
     read_range,
+    scan,
     unchanged,
 )
 from ipam.store.etcd_url import SCHEME
@@ -56,10 +56,10 @@ __all__ = [
     "absent",
     "none_between",
     "open_store",
-    "pages",
     "prefix_end",
     "read_prefix",
     "read_range",
+    "scan",
     "unchanged",
 ]
 
