@@ -16,7 +16,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import agent_share, burst, cni, commits, follow, idle, large, outage, scale, throughput
+from benchmarks import (
+    agent_share,
+    burst,
+    cni,
+    commits,
+    follow,
+    idle,
+    large,
+    outage,
+    scale,
+    throughput,
+)
 from benchmarks.figures import Row, table
 from benchmarks.launch import CallFailed
 

@@ -32,7 +32,7 @@ from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
-from ipam.store.base import IN_A_ROW, SCAN_PAGE, KeyValue, Store, WatchBatch, prefix_end
+from ipam.store.base import IN_A_ROW, KeyValue, Store, WatchBatch, pages, prefix_end
 
 log = structlog.get_logger(__name__)
 
@@ -217,10 +217,8 @@ class Cluster:
     async def _list(self, prefix: str) -> int:
         """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
         gone = set(self._known(prefix))
-        cursor: str | None = prefix
         revision = 0
-        while cursor is not None:
-            page = await self._store.page(cursor, prefix_end(prefix), limit=SCAN_PAGE, revision=revision)
+        async for page in pages(self._store, prefix, prefix_end(prefix)):
             for number, kv in enumerate(page.items):
                 if number % IN_A_ROW == 0:
                     await asyncio.sleep(0)
@@ -228,7 +226,7 @@ class Cluster:
                 gone.discard(kv.key)
             # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
             self._tell_members()
-            cursor, revision = page.next_key, page.revision
+            revision = page.revision
         for key in gone:
             self._apply(key, None)
         return revision

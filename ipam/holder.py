@@ -23,7 +23,7 @@ import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.drain import Drain, refusal
-from ipam.errors import Fenced, InvalidInput, MoorageError, TryAgain
+from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
 from ipam.holdings import Conflict, Holdings, cooling
 from ipam.journal import AddressRow, Journal
 from ipam.keys import IPAddress
@@ -139,7 +139,10 @@ class Holder:
         self._holdings.problem = str(error)
         if isinstance(error, (Fenced, StoreRewound)):
             self._holdings.serving = False
-        self._fail_all(TryAgain(f"no address can be given out now: {error}"))
+        if isinstance(error, StoreUnavailable):
+            self._on_away(str(error))
+        else:
+            self._fail_all(TryAgain(f"no address can be given out now: {error}"))
 
     def _on_away(self, problem: str) -> None:
         """Nobody waits for a store that is away; ipam/outage.py says from when on it is."""
