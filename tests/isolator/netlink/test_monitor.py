@@ -197,7 +197,7 @@ async def test_the_fabrics_own_changes_are_not_told_and_others_are(container: Ro
     add = messages.add_fabric_route(
         destination, ip_address("fe80::1"), index=link.index, onlink=True, source=None
     )
-    delete = messages.delete_fabric_route(destination, blackhole=False)
+    delete = messages.delete_fabric_route(destination)
     monitor.start(asyncio.get_running_loop())
     try:
         await asyncio.sleep(0.2)  # the new links have settled
