@@ -11,11 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 from ipam import keys
 from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
+from ipam.permissions import check_rules
 from ipam.pools import NAME, geometry, overlapping, parse_pool
 from ipam.records import Address, AddressState, Block, Network, Pool, Reservation
 from ipam.store.base import (
@@ -97,6 +99,7 @@ def validate(network: Network) -> None:
     for domain in network.search:
         if not NAME.fullmatch(domain.rstrip(".")):
             raise InvalidInput(f"the search domain {domain!r} is no domain name")
+    check_rules(network)
 
 
 async def create_network(store: Store, network: Network, pools: Sequence[PoolSpec]) -> Network:
@@ -235,14 +238,20 @@ class NetworkChange:
     warm: int | None = None
     preload: bool | None = None
     strict: bool | None = None
+    allow_netgroups: tuple[str, ...] | None = None
+    allow_public: bool | None = None
+    allow_static: tuple[str, ...] | None = None
+    allow_mac: bool | None = None
+    allow_hostports: tuple[str, ...] | None = None
+    max_bandwidth: int | None = None
 
     def fields(self) -> dict[str, Any]:
         """The changed fields of the network's own record."""
-        plain = {name: getattr(self, name) for name in ("mtu", "nat", "warm", "preload", "strict")}
-        lists = {"dns": self.dns, "search": self.search}
+        given = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
         return {
-            **{name: value for name, value in plain.items() if value is not None},
-            **{name: list(value) for name, value in lists.items() if value is not None},
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+            if value is not None and name not in ("add", "disable", "enable")
         }
 
 

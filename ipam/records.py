@@ -66,6 +66,8 @@ class Network(Record, frozen=True, kw_only=True):
     preload: keep them ready even before the network is first used.
     strict: addresses nobody asked for by name come from a node's own blocks only, none are borrowed.
     fabric: how other nodes reach its containers, one of FABRICS.
+    allow_*, max_bandwidth: who may ask for what; ipam/permissions.py. Their defaults are what a network allows that was
+    written before they were there: what worked then.
     """
 
     name: str
@@ -79,6 +81,12 @@ class Network(Record, frozen=True, kw_only=True):
     preload: bool = False
     strict: bool = False
     fabric: str = "none"
+    allow_netgroups: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    allow_public: bool = True
+    allow_static: list[str] = msgspec.field(default_factory=lambda: ["all"])
+    allow_mac: bool = True
+    allow_hostports: list[str] = msgspec.field(default_factory=lambda: ["31000-32000"])
+    max_bandwidth: int = 0
 
 
 class Pool(Record, frozen=True, kw_only=True):

@@ -1,11 +1,12 @@
 """The endpoints of this node: attach, detach, check. The walk of an ADD, in one sitting:
 
     attach(spec)
-      1. take warm addresses                          ipam/holder.py
-      2. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
-      3. admit it in the policy                       isolator/policy/, before the links go up
-      4. wire the namespace                           isolator/drivers/, links up last
-      5. journal: endpoint 'attached'
+      1. authorise it by the network's rules          isolator/authorise.py
+      2. take warm addresses                          ipam/holder.py
+      3. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
+      4. admit it in the policy                       isolator/policy/, before the links go up
+      5. wire the namespace                           isolator/drivers/, links up last
+      6. journal: endpoint 'attached'
     and one undo path for all of them.
 
 DEL goes the other way: journal 'detaching', routes withdrawn and policy revoked, answer; then, off the
@@ -33,6 +34,7 @@ from ipam.keys import IPAddress, IPNetwork
 from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
+from isolator.authorise import authorise, netgroups_of
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.errors import EndpointExists, JournalUnwritable, KernelRefused, NotAttached, Superseded
 from isolator.identity import boottime
@@ -115,7 +117,7 @@ class Endpoints:
     async def attach(self, spec: AttachSpec) -> Endpoint:
         """Give a container an interface with addresses; the same request again gets the same answer.
 
-        Raises NotFound (network), NamespaceGone, NotANamespace, EndpointExists, Superseded, AddressTaken,
+        Raises NotFound (network), Refused, NamespaceGone, NotANamespace, EndpointExists, Superseded, AddressTaken,
         TryAgain, KernelRefused, JournalUnwritable; nothing is left behind then.
         """
         reached("attach:begun")
@@ -126,6 +128,8 @@ class Endpoints:
             if known is not None and known.state is EndpointState.ATTACHED:
                 return known
             network = await self._catalogue.network(spec.network)
+            if known is None:
+                await self._authorise(spec, network)
             self._check_mtu(spec, network)
             self._kernel.check_namespace(spec.netns)
             if known is None:
@@ -150,6 +154,15 @@ class Endpoints:
             raise Superseded(
                 f"the ADD of {spec.key} was asked for before its DEL, which came first; nothing needs to be done"
             )
+
+    async def _authorise(self, spec: AttachSpec, network: Network) -> None:
+        """Step 1. What was allowed when it was asked for first stays so."""
+        reserved: set[IPAddress] = set()
+        if spec.ips and spec.reservation is not None:
+            if not self._catalogue.reserved_under(spec.reservation, network.name):
+                await self._catalogue.look_again()
+            reserved = {r.ip for r in self._catalogue.reserved_under(spec.reservation, network.name)}
+        authorise(spec, network, self._catalogue.pools_of(network), reserved)
 
     def _check_mtu(self, spec: AttachSpec, network: Network) -> None:
         if spec.mtu is not None and spec.mtu < MTU[0] and self._catalogue.pools_of(network, 6):
@@ -183,7 +196,7 @@ class Endpoints:
         return None
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
-        """Steps 1 and 2."""
+        """Steps 2 and 3."""
         lent = await self._holder.take(
             AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
         )
@@ -225,16 +238,18 @@ class Endpoints:
             host_ifname=host_ifname(spec.key),
             mac=spec.mac or mac_for(ips),
             mtu=spec.mtu or network.mtu or self._underlay_mtu(),
-            netgroups=spec.netgroups or (network.name,),
+            netgroups=netgroups_of(spec),
             labels=spec.labels,
             default_route=spec.default_route,
             nameservers=tuple(network.dns),
             search=tuple(network.search),
             since=time.time(),
+            port_mappings=spec.port_mappings,
+            bandwidth=spec.bandwidth.within(network.max_bandwidth),
         )
 
     async def _connect(self, endpoint: Endpoint) -> Endpoint:
-        """Steps 3 to 5, and the one undo path."""
+        """Steps 4 to 6, and the one undo path."""
         try:
             await self._wire(endpoint)
             attached = replace(endpoint, state=EndpointState.ATTACHED)

@@ -11,6 +11,7 @@ __all__ = [
     "NamespaceGone",
     "NotANamespace",
     "NotAttached",
+    "Refused",
     "Superseded",
 ]
 
@@ -57,6 +58,12 @@ class KernelRefused(MoorageError):
     def __init__(self, message: str, *, errno: int = 0) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class Refused(MoorageError):
+    """What was asked for makes sense, but the network does not allow it."""
+
+    code = 106
 
 
 class JournalUnwritable(TryAgain):

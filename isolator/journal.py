@@ -35,11 +35,12 @@ from ipam.journal import AddressRow, BlockRow
 from ipam.keys import IPAddress, IPNetwork
 from ipam.records import Address, Label
 from isolator.errors import JournalCorrupt, JournalUnwritable
-from isolator.model import Asked, Endpoint, EndpointKey, EndpointState
+from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointState, PortMapping
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: endpoints have port mappings and limits. What version 1 wrote is read as it is, but never the reverse."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -109,7 +110,7 @@ class Journal:
                     f"the journal {self._path} was written by a newer moorage (schema {version}); "
                     "start that version, or move the file away to rebuild it from kernel and store"
                 )
-            if self._meta("schema") is None:
+            if self._meta("schema") != str(SCHEMA_VERSION):
                 self._set_meta("schema", str(SCHEMA_VERSION))
             int(self._meta("confirmed_seq") or 0)
             for load in (
@@ -307,5 +308,12 @@ def _decode_endpoint(raw: bytes) -> Endpoint:
             "ips": tuple(ip_address(ip) for ip in fields["ips"]),
             "labels": tuple(Label(**label) for label in fields["labels"]),
             **{name: tuple(fields[name]) for name in ("netgroups", "nameservers", "search")},
+            "port_mappings": tuple(map(_port_mapping, fields.get("port_mappings", ()))),
+            "bandwidth": msgspec.convert(fields.get("bandwidth", {}), Bandwidth),
         }
     )
+
+
+def _port_mapping(fields: dict[str, Any]) -> PortMapping:
+    host_ip = fields["host_ip"]
+    return PortMapping(**{**fields, "host_ip": None if host_ip is None else ip_address(host_ip)})

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, TypeAlias
 
+from ipam.netgroups import Netgroup
 from ipam.records import Label
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
+
+PROTOCOLS = ("tcp", "udp", "sctp")
+"""What has ports that can be mapped."""
 
 
 class EndpointKey(NamedTuple):
@@ -38,12 +42,69 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class PortMapping:
+    """A port of the node that leads to one of the container.
+
+    protocol: of PROTOCOLS. host_port, container_port: 1 to 65535.
+    host_ip: the node's address that it holds for; None is every address of the node, the unspecified one of a
+    family (``0.0.0.0``, ``::``) every address of that family.
+    """
+
+    protocol: str
+    host_port: int
+    container_port: int
+    host_ip: IPAddress | None = None
+
+    def claims_the_same_as(self, other: PortMapping) -> bool:
+        """Whether a packet to the node could be meant by both."""
+        return (self.protocol, self.host_port) == (other.protocol, other.host_port) and _overlap(
+            self.host_ip, other.host_ip
+        )
+
+    def __str__(self) -> str:
+        host = "" if self.host_ip is None else f" on {self.host_ip}"
+        return f"{self.protocol} port {self.host_port}{host} to {self.container_port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most ``rate`` bits per second, and ``burst`` bits at once; a burst of 0 is for the driver to choose."""
+
+    rate: int
+    burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """ingress: of what goes to the container. egress: of what comes from it. None is no limit."""
+
+    ingress: Limit | None = None
+    egress: Limit | None = None
+
+    def within(self, most: int) -> Bandwidth:
+        """With ``most`` bits per second where no limit was asked for; 0 is none."""
+        if not most:
+            return self
+        return Bandwidth(self.ingress or Limit(most), self.egress or Limit(most))
+
+
+UNLIMITED = Bandwidth()
+
+
+def _overlap(one: IPAddress | None, other: IPAddress | None) -> bool:
+    if one is None or other is None or one == other:
+        return True
+    return one.version == other.version and (one.is_unspecified or other.is_unspecified)
+
+
+@dataclass(frozen=True, slots=True)
 class AttachSpec:
     """An ADD, parsed and validated as far as that needs neither store nor kernel.
 
     ips: static addresses asked for, at most one a family; () lets IPAM choose.
     netgroups: () means the network's default.
     mtu: bytes; None lets the network or the underlay decide.
+    port_mappings: no two of them claim the same port of the node.
     """
 
     key: EndpointKey
@@ -54,12 +115,14 @@ class AttachSpec:
     netns: str
     ips: tuple[IPAddress, ...] = ()
     reservation: str | None = None
-    netgroups: tuple[str, ...] = ()
+    netgroups: tuple[Netgroup, ...] = ()
     labels: tuple[Label, ...] = ()
     mac: str | None = None
     pool: str | None = None
     default_route: bool = False
     mtu: int | None = None
+    port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = UNLIMITED
 
 
 class EndpointState(enum.StrEnum):
@@ -96,9 +159,11 @@ class Endpoint:
     host_ifname: str
     mac: str
     mtu: int
-    netgroups: tuple[str, ...] = ()
+    netgroups: tuple[Netgroup, ...] = ()
     labels: tuple[Label, ...] = ()
     default_route: bool = False
     nameservers: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
     since: float = 0.0
+    port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = UNLIMITED

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import structlog
 
 from ipam.catalogue import Catalogue
+from ipam.netgroups import Netgroup
 from ipam.records import Address
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.endpoints import Endpoints
@@ -46,7 +47,7 @@ def adopted_endpoint(
         host_ifname=link.name,
         mac=mac_for(ips),
         mtu=link.mtu,
-        netgroups=tuple(record.netgroups),
+        netgroups=tuple(map(Netgroup, record.netgroups)),
         labels=tuple(record.labels),
         since=record.since,
     )

@@ -174,5 +174,6 @@ def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
         "netns": endpoint.netns,
         "netgroups": list(endpoint.netgroups),
         "labels": [msgspec.to_builtins(label) for label in endpoint.labels],
+        "port_mappings": [msgspec.to_builtins(mapping, enc_hook=str) for mapping in endpoint.port_mappings],
         "since": endpoint.since,
     }

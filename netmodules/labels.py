@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from ipam.errors import InvalidInput
+from ipam.netgroups import Netgroup, parse_netgroup
+from ipam.rates import parse_rate
 from ipam.records import Label
-from isolator.model import IPAddress
+from isolator.model import UNLIMITED, Bandwidth, IPAddress, Limit
 
 PREFIX = "moorage."
-BANDWIDTH = ("moorage.bandwidth.ingress", "moorage.bandwidth.egress")
 KNOWN = (
     "moorage.ip",
     "moorage.ip6",
@@ -26,7 +27,8 @@ KNOWN = (
     "moorage.mac",
     "moorage.pool",
     "moorage.default-route",
-    *BANDWIDTH,
+    "moorage.bandwidth.ingress",
+    "moorage.bandwidth.egress",
 )
 # All labels of an endpoint go into one record of the store, and a store transaction holds up to 127 of those
 # in at most 1.5 MiB.
@@ -34,26 +36,23 @@ LARGEST_LABELS = 10 * 1024
 MOST_NETGROUPS = 64
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}", re.ASCII)
+_POOL = re.compile(r"[A-Za-z0-9:][A-Za-z0-9_.:/-]{0,62}", re.ASCII)
 _MAC = re.compile(r"[0-9A-Fa-f]{2}([:-])[0-9A-Fa-f]{2}(\1[0-9A-Fa-f]{2}){4}", re.ASCII)
-_BANDWIDTH = re.compile(r"[1-9][0-9]{0,14}[kMG]?", re.ASCII)
 _LONGEST_RESERVATION = 253
 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """What the ``moorage.*`` labels of one endpoint ask for.
-
-    bandwidth: True if a limit was asked for.
-    """
+    """What the ``moorage.*`` labels of one endpoint ask for."""
 
     ip: IPv4Address | None = None
     ip6: IPv6Address | None = None
     reservation: str | None = None
-    netgroups: tuple[str, ...] = ()
+    netgroups: tuple[Netgroup, ...] = ()
     mac: str | None = None
     pool: str | None = None
     default_route: bool = False
-    bandwidth: bool = False
+    bandwidth: Bandwidth = UNLIMITED
 
 
 def read_labels(labels: Sequence[Label]) -> Requested:
@@ -73,33 +72,31 @@ def read_labels(labels: Sequence[Label]) -> Requested:
     netgroups = ours.get("moorage.netgroups")
     mac = ours.get("moorage.mac")
     pool = ours.get("moorage.pool")
-    for name in BANDWIDTH:
-        if name in ours and _BANDWIDTH.fullmatch(ours[name]) is None:
-            raise InvalidInput(
-                f"label {name} must be bits per second like 500k, 10M or 1G, not {ours[name]!r:.80}"
-            )
     return Requested(
         ip=_ip4(ip) if ip is not None else None,
         ip6=_ip6(ip6) if ip6 is not None else None,
         reservation=_reservation(reservation) if reservation is not None else None,
         netgroups=read_netgroups("label moorage.netgroups", netgroups.split(",")) if netgroups else (),
         mac=read_mac("label moorage.mac", mac) if mac is not None else None,
-        pool=read_name("label moorage.pool", pool) if pool is not None else None,
+        pool=_pool(pool) if pool is not None else None,
         default_route=_true_or_false("moorage.default-route", ours.get("moorage.default-route", "false")),
-        bandwidth=any(name in ours for name in BANDWIDTH),
+        bandwidth=Bandwidth(
+            ingress=_limit("moorage.bandwidth.ingress", ours),
+            egress=_limit("moorage.bandwidth.egress", ours),
+        ),
     )
 
 
 def read_name(what: str, value: str) -> str:
-    """The name of a network, pool or netgroup. Raises InvalidInput."""
+    """The name of a network. Raises InvalidInput."""
     if _NAME.fullmatch(value) is None:
         raise InvalidInput(f"{what} must be 1 to 63 letters, digits, '_', '.' and '-', not {value!r:.80}")
     return value
 
 
-def read_netgroups(what: str, names: Sequence[str]) -> tuple[str, ...]:
+def read_netgroups(what: str, names: Sequence[str]) -> tuple[Netgroup, ...]:
     """Each name once, in the order given. Raises InvalidInput."""
-    netgroups = tuple(dict.fromkeys(read_name(f"a netgroup in {what}", name.strip()) for name in names))
+    netgroups = tuple(dict.fromkeys(parse_netgroup(f"a netgroup in {what}", name.strip()) for name in names))
     if len(netgroups) > MOST_NETGROUPS:
         raise InvalidInput(f"{what} has {len(netgroups)} netgroups; at most {MOST_NETGROUPS} are possible")
     return netgroups
@@ -161,6 +158,12 @@ def _ip6(value: str) -> IPv6Address:
     return address
 
 
+def _pool(value: str) -> str:
+    if _POOL.fullmatch(value) is None:
+        raise InvalidInput(f"label moorage.pool must be a pool's CIDR or name, not {value!r:.80}")
+    return value
+
+
 def _reservation(value: str) -> str:
     if len(value) > _LONGEST_RESERVATION or not value.isprintable():
         raise InvalidInput(
@@ -168,6 +171,10 @@ def _reservation(value: str) -> str:
             f"not {value!r:.80}"
         )
     return value
+
+
+def _limit(name: str, ours: Mapping[str, str]) -> Limit | None:
+    return Limit(parse_rate(f"label {name}", ours[name])) if name in ours else None
 
 
 def _true_or_false(name: str, value: str) -> bool:

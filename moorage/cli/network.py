@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,19 @@ import click
 from ipam import networks
 from ipam.errors import InvalidInput
 from ipam.networks import NetworkChange, PoolSpec
+from ipam.permissions import EVERYTHING, NEW_NETWORK
 from ipam.pools import parse_range
 from ipam.records import Network, Pool
 from ipam.store.base import Store
+from moorage.cli.network_settings import read_settings, setting_options, settings_in_words
 from moorage.cli.output import Column, fields, print_json, words
-from moorage.cli.session import IP, IPAddress, Session, pass_session
+from moorage.cli.session import Session, pass_session
 from moorage.config import DEFAULT_SOCKET
 
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
 IPV4_BITS = 32
 """A block of IPv4 is never longer than this and one of IPv6 never shorter, so N alone says which is meant."""
-
-EVERYTHING = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
 @click.group(short_help="Networks that apps join.")
@@ -77,52 +77,22 @@ def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[
 @click.option(
     "--exclude", "excluded", metavar="RANGE", multiple=True, help="Addresses given to nobody; repeatable."
 )
-@click.option(
-    "--mtu",
-    metavar="BYTES",
-    type=int,
-    default=0,
-    show_default=False,
-    help="Largest packet of containers.  [default: as the underlay allows]",
-)
-@click.option("--nat/--no-nat", default=True, help="Masquerade traffic that leaves all pools.")
-@click.option("--dns", metavar="IP", type=IP, multiple=True, help="Name server for containers; repeatable.")
-@click.option("--search", metavar="DOMAIN", multiple=True, help="Search domain for containers; repeatable.")
-@click.option(
-    "--warm",
-    metavar="N",
-    type=int,
-    default=8,
-    help="Addresses per family that a node keeps ready.",
-)
-@click.option(
-    "--preload", is_flag=True, help="Keep them ready on all nodes, before the network is first used."
-)
-@click.option(
-    "--strict/--no-strict",
-    default=False,
-    help="Never take addresses from other nodes' blocks, even when no block is left.",
-)
+@setting_options(new=True)
 @pass_session
 def create(
     session: Session,
+    /,
     name: str,
     pools: tuple[str, ...],
     block_sizes: list[int],
     static: tuple[str, ...],
     excluded: tuple[str, ...],
-    mtu: int,
-    nat: bool,
-    dns: tuple[IPAddress, ...],
-    search: tuple[str, ...],
-    warm: int,
-    preload: bool,
-    strict: bool,
+    **settings: Any,
 ) -> None:
     """Create a network with its pools.
 
     With an IPv4 and an IPv6 pool every container gets an address of each. A RANGE belongs to the
-    pool that contains it.
+    pool that contains it. What apps ask for beyond an address of some sort has to be allowed.
 
     \b
     Examples:
@@ -131,17 +101,7 @@ def create(
           --block-size 28 --static 10.65.0.10-10.65.0.19 --dns 10.0.0.2 --no-nat
     """
     specs = pool_specs(pools, block_sizes, static, excluded)
-    record = Network(
-        name=name,
-        pools=[],
-        mtu=mtu,
-        nat=nat,
-        dns=[str(ip) for ip in dns],
-        search=list(search),
-        warm=warm,
-        preload=preload,
-        strict=strict,
-    )
+    record = Network(name=name, pools=[], **{**NEW_NETWORK, **read_settings(settings).fields()})
 
     async def act(store: Store) -> tuple[Network, list[Pool]]:
         await networks.create_network(store, record, specs)
@@ -280,7 +240,7 @@ def show(session: Session, name: str) -> None:
     session.out.record(
         {
             **found,
-            "mtu": found["mtu"] or "underlay's",
+            **settings_in_words(found),
             "pools": [
                 {
                     "cidr": pool["cidr"],
@@ -333,80 +293,35 @@ def largest_first(holder: tuple[str, dict[str, int]]) -> tuple[int, str]:
     help="Give out nothing more of this pool; what is assigned stays; repeatable.",
 )
 @click.option("--enable-pool", "enable", metavar="CIDR", multiple=True, help="The opposite; repeatable.")
-@click.option(
-    "--mtu",
-    metavar="BYTES",
-    type=int,
-    help="Largest packet of containers; 0: as the underlay allows.  [default: as it is]",
-)
-@click.option("--nat/--no-nat", default=None, help="Masquerade traffic that leaves all pools.")
-@click.option(
-    "--dns",
-    metavar="IP",
-    type=IP,
-    multiple=True,
-    help="Name server for containers, in place of those there are; repeatable.",
-)
-@click.option("--no-dns", is_flag=True, help="No name server of its own.")
-@click.option(
-    "--search",
-    metavar="DOMAIN",
-    multiple=True,
-    help="Search domain for containers, in place of those there are; repeatable.",
-)
-@click.option("--no-search", is_flag=True, help="No search domain.")
-@click.option(
-    "--warm",
-    metavar="N",
-    type=int,
-    help="Addresses per family that a node keeps ready.  [default: as it is]",
-)
-@click.option(
-    "--preload/--no-preload", default=None, help="Keep them ready on all nodes, before it is first used."
-)
-@click.option("--strict/--no-strict", default=None, help="Never take addresses from other nodes' blocks.")
+@setting_options(new=False)
 @pass_session
 def set_(
     session: Session,
+    /,
     name: str,
     add: tuple[str, ...],
     block_sizes: list[int],
     disable: tuple[str, ...],
     enable: tuple[str, ...],
-    mtu: int | None,
-    nat: bool | None,
-    dns: tuple[IPAddress, ...],
-    no_dns: bool,
-    search: tuple[str, ...],
-    no_search: bool,
-    warm: int | None,
-    preload: bool | None,
-    strict: bool | None,
+    **settings: Any,
 ) -> None:
     """Change a network while it is used; agents follow at once.
 
-    Running containers stay as they are: MTU, name servers and search domains are those of containers
-    started from now on. A disabled pool is drained as its containers end; `network show` says what is
-    left in it.
+    Running containers stay as they are: MTU, name servers, search domains and what apps may ask for
+    are those of containers started from now on. A disabled pool is drained as its containers end;
+    `network show` says what is left in it.
 
     \b
     Examples:
       moorage network set web --add-pool 10.66.0.0/16 --disable-pool 10.64.0.0/24
       moorage network set web --warm 32 --dns 10.0.0.2 --no-nat
+      moorage network set web --allow-netgroup db --allow-netgroup 'team-*' --max-bandwidth 1gbit
     """
-    if (dns and no_dns) or (search and no_search):
-        raise InvalidInput("a list cannot be both given and emptied; leave one of the two out")
-    change = NetworkChange(
+    change = replace(
+        read_settings(settings),
         add=tuple(pool_specs(add, block_sizes, (), ())),
         disable=disable,
         enable=enable,
-        mtu=mtu,
-        nat=nat,
-        dns=tuple(str(ip) for ip in dns) if dns or no_dns else None,
-        search=search if search or no_search else None,
-        warm=warm,
-        preload=preload,
-        strict=strict,
     )
     if change == NetworkChange():
         raise InvalidInput("nothing is to be changed; see `moorage network set --help`")

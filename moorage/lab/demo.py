@@ -111,8 +111,9 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
         node = stack.enter_context(LabNode("demo", agent=mortal.command(orders)))
         made += [orders, node.directory, node.namespace.path]
         node.start()
-    with step("a dual-stack network: moorage network create web --pool 10.64.0.0/16 --pool fd64::/64"):
-        node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
+    network = f"network create web --pool 10.64.0.0/16 --pool fd64::/64 --static {STATIC_IP}"
+    with step(f"a dual-stack network: moorage {network}"):
+        node.cli(*network.split())
 
     names = ("web", "client", "static", "late", "refused")
     containers = [stack.enter_context(node.container(name)) for name in names]

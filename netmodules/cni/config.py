@@ -44,6 +44,16 @@ class PortMapping(msgspec.Struct, frozen=True, rename="camel"):
     host_port: int
     container_port: int
     protocol: str | None = None
+    host_ip: str | None = msgspec.field(name="hostIP", default=None)
+
+
+class RuntimeBandwidth(msgspec.Struct, frozen=True, rename="camel"):
+    """``runtimeConfig.bandwidth``: bits per second, and bits; 0 is no limit."""
+
+    ingress_rate: int | None = None
+    ingress_burst: int | None = None
+    egress_rate: int | None = None
+    egress_burst: int | None = None
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, rename="camel"):
@@ -53,6 +63,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, rename="camel"):
     ips: list[str] | None = None
     mac: str | None = None
     dns: RuntimeDns | None = None
+    bandwidth: RuntimeBandwidth | None = None
 
 
 class CniArgs(msgspec.Struct, frozen=True):

@@ -118,7 +118,7 @@ class CniHandler:
         environment = read_environment(request.env, netns_required=True)
         config = parse_config(request.stdin)
         spec = attach_spec(config, environment, request)
-        self._warn_of_unenforced(config, spec)
+        self._warn_of_unenforced(spec)
         if self._drain is not None:
             await self._drain(spec.key)
         try:
@@ -159,9 +159,9 @@ class CniHandler:
             return error
         return NotFound(str(error), details=f"known networks: {', '.join(known) or 'none'}")
 
-    def _warn_of_unenforced(self, config: Config, spec: AttachSpec) -> None:
+    def _warn_of_unenforced(self, spec: AttachSpec) -> None:
         """Once per network: every container of an app would repeat it."""
-        for what in unenforced(config, spec):
+        for what in unenforced(spec):
             if (spec.network, what) not in self._warned:
                 self._warned.add((spec.network, what))
                 log.warning("asked for, without effect in this version", network=spec.network, what=what)

@@ -4,21 +4,25 @@ labels                  NetworkInfo.labels, then args.cni.labels; all are record
 addresses               labels, NetworkInfo.ip_addresses, args.cni.ips, runtimeConfig.ips must agree;
                         CNI_ARGS IP= counts only where none of them names the family (args.cni beats it)
 netgroups               NetworkInfo.groups and label moorage.netgroups together
+port mappings           NetworkInfo.port_mappings and runtimeConfig.portMappings together
+bandwidth               label, then runtimeConfig.bandwidth, each direction by itself
 MAC                     label, runtimeConfig.mac, args.cni.mac, then CNI_ARGS MAC=
 """
 
 from __future__ import annotations
 
 from ipam.errors import InvalidInput
+from ipam.rates import check_rate
 from ipam.records import Label
-from isolator.model import AttachSpec, IPAddress
-from netmodules.cni.config import Config
+from isolator.model import AttachSpec, Bandwidth, IPAddress, Limit, PortMapping
+from netmodules.cni.config import Config, RuntimeBandwidth
 from netmodules.cni.environment import Environment
 from netmodules.labels import Requested, read_address, read_labels, read_mac, read_name, read_netgroups
+from netmodules.ports import read_port_mapping, read_port_mappings
 from netmodules.request import Request
 
-PORT_RANGE = range(1, 65536)
-PROTOCOLS = ("tcp", "udp", "sctp")
+LARGEST_BURST = 2**35
+"""Bits; the 4 GiB that a burst may be in the CNI reference plugin."""
 
 
 def attach_spec(config: Config, environment: Environment, request: Request) -> AttachSpec:
@@ -27,7 +31,6 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
     requested = read_labels(labels)
     info = config.network_info
     groups = read_netgroups("NetworkInfo.groups", (info.groups or ()) if info else ())
-    _check_port_mappings(config)
     return AttachSpec(
         key=environment.key,
         request_id=request.request_id,
@@ -43,6 +46,8 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
         pool=requested.pool,
         default_route=requested.default_route,
         mtu=config.mtu,
+        port_mappings=_port_mappings(config),
+        bandwidth=_bandwidth(config, requested),
     )
 
 
@@ -53,15 +58,9 @@ def network_of(config: Config) -> str:
     return read_name("the network's name", config.network_name)
 
 
-def unenforced(config: Config, spec: AttachSpec) -> list[str]:
+def unenforced(spec: AttachSpec) -> list[str]:
     """What is accepted and recorded but has no effect yet, as words for a warning."""
-    info = config.network_info
-    found = []
-    if (info and info.port_mappings) or config.runtime.port_mappings:
-        found.append("port mappings")
-    if read_labels(spec.labels).bandwidth:
-        found.append("bandwidth limits")
-    return found
+    return ["port mappings"] if spec.port_mappings else []
 
 
 def _labels(config: Config) -> list[Label]:
@@ -104,14 +103,46 @@ def _mac(config: Config, environment: Environment, requested: Requested) -> str 
     return None
 
 
-def _check_port_mappings(config: Config) -> None:
+def _bandwidth(config: Config, requested: Requested) -> Bandwidth:
+    given = config.runtime.bandwidth or RuntimeBandwidth()
+    return Bandwidth(
+        ingress=requested.bandwidth.ingress or _limit("ingress", given.ingress_rate, given.ingress_burst),
+        egress=requested.bandwidth.egress or _limit("egress", given.egress_rate, given.egress_burst),
+    )
+
+
+def _limit(direction: str, rate: int | None, burst: int | None) -> Limit | None:
+    """A rate of 0 is none, and then a burst means nothing."""
+    what = f"runtimeConfig.bandwidth.{direction}"
+    if not rate and not burst:
+        return None
+    if not rate:
+        raise InvalidInput(f"{what}Burst is given without {direction}Rate; give both or neither")
+    check_rate(f"{what}Rate", rate)
+    if burst is not None and not 0 <= burst <= LARGEST_BURST:
+        raise InvalidInput(f"{what}Burst must be from 0 to {LARGEST_BURST} bits, not {burst!s:.40}")
+    return Limit(rate, burst or 0)
+
+
+def _port_mappings(config: Config) -> tuple[PortMapping, ...]:
     info = config.network_info
-    for mapping in [*((info.port_mappings or ()) if info else ()), *(config.runtime.port_mappings or ())]:
-        if mapping.host_port not in PORT_RANGE or mapping.container_port not in PORT_RANGE:
-            raise InvalidInput(
-                f"port mapping {mapping.host_port} -> {mapping.container_port}: ports are from 1 to 65535"
-            )
-        if (mapping.protocol or "tcp").lower() not in PROTOCOLS:
-            raise InvalidInput(
-                f"port mapping protocol {mapping.protocol!r:.40} is none of {', '.join(PROTOCOLS)}"
-            )
+    mappings = [
+        read_port_mapping(
+            "NetworkInfo.port_mappings",
+            protocol=given.protocol,
+            host_port=given.host_port,
+            container_port=given.container_port,
+        )
+        for given in (info.port_mappings or () if info else ())
+    ]
+    mappings += [
+        read_port_mapping(
+            "runtimeConfig.portMappings",
+            protocol=given.protocol,
+            host_port=given.host_port,
+            container_port=given.container_port,
+            host_ip=given.host_ip,
+        )
+        for given in config.runtime.port_mappings or ()
+    ]
+    return read_port_mappings("the request", mappings)

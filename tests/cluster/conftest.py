@@ -40,8 +40,9 @@ def story(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
         with Lab(nodes=3, etcd=etcd, etcd_flags=flags) as lab:
             lab.start()
             lab.nodes[0].cli(
-                "network", "create", NETWORK, "--pool", "10.64.0.0/22", "--block-size", "28", "--no-nat"
-            )
+                "network", "create", NETWORK,
+                "--pool", "10.64.0.0/22", "--block-size", "28", "--no-nat", "--allow-static", "all",
+            )  # fmt: skip
             load = Load(lab.nodes[quiet:], seed)
             try:
                 with load:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import cast
 
@@ -14,14 +15,25 @@ from ipam.catalogue import Catalogue
 from ipam.errors import NotFound
 from ipam.holder import Holder
 from ipam.holdings import Conflict
-from ipam.networks import PoolSpec, create_network
+from ipam.netgroups import Netgroup
+from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.records import Address, AddressState, Network
-from ipam.store import open_store
+from ipam.reservations import reserve
+from ipam.store import Store, open_store
 from isolator.endpoints import Endpoints
-from isolator.errors import JournalUnwritable, KernelRefused, Superseded
+from isolator.errors import JournalUnwritable, KernelRefused, Refused, Superseded
 from isolator.journal import Journal
 from isolator.kernel import Kernel
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import (
+    UNLIMITED,
+    Asked,
+    AttachSpec,
+    Bandwidth,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Limit,
+)
 
 BOOT = "boot"
 
@@ -80,6 +92,8 @@ class Node:
     kernel: StubKernel
     holder: Holder
     journal: Journal
+    store: Store
+    catalogue: Catalogue
 
     def spec(self, container: str = "c1", at: int = 1000, request: str = "r1") -> AttachSpec:
         return AttachSpec(EndpointKey(container, "eth0"), request, Asked(BOOT, at), "cni", "web", "/netns")
@@ -104,7 +118,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     kernel = StubKernel()
     endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda: 1500)
     tasks = [asyncio.create_task(holder.serve()), asyncio.create_task(endpoints.reap())]
-    yield Node(endpoints, kernel, holder, journal)
+    yield Node(endpoints, kernel, holder, journal, store, catalogue)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,6 +148,41 @@ async def test_an_unknown_network_takes_no_address(node: Node) -> None:
     with pytest.raises(NotFound, match="web"):
         await node.endpoints.attach(replace(node.spec(), network="wbe"))
     assert node.holder.assigned() == {}
+
+
+async def test_what_the_network_does_not_allow_takes_no_address_until_it_does(node: Node) -> None:
+    await set_network(node.store, "web", NetworkChange(allow_netgroups=()))
+    await node.catalogue.refresh()
+    spec = replace(node.spec(), netgroups=(Netgroup("db"),))
+    with pytest.raises(Refused, match="--allow-netgroup db"):
+        await node.endpoints.attach(spec)
+    assert node.holder.assigned() == {}
+    assert node.kernel.calls == []
+    await set_network(node.store, "web", NetworkChange(allow_netgroups=("db",)))
+    await node.catalogue.refresh()
+    assert (await node.endpoints.attach(spec)).netgroups == ("db",)
+
+
+async def test_a_limit_set_live_holds_for_who_is_attached_from_then_on(node: Node) -> None:
+    before = await node.endpoints.attach(node.spec("c1"))
+    await set_network(node.store, "web", NetworkChange(max_bandwidth=10**6))
+    await node.catalogue.refresh()
+    after = await node.endpoints.attach(node.spec("c2", request="r2"))
+    assert before.bandwidth == UNLIMITED
+    assert after.bandwidth == Bandwidth(Limit(10**6), Limit(10**6))
+    again = await node.endpoints.attach(replace(node.spec("c1"), bandwidth=Bandwidth(Limit(10**9))))
+    assert again == before, "the same request gets the same answer"
+
+
+async def test_a_reservation_made_a_moment_ago_is_a_permission_for_its_address(node: Node) -> None:
+    await set_network(node.store, "web", NetworkChange(allow_static=()))
+    await node.catalogue.refresh()
+    ip = ip_address("10.0.0.9")
+    with pytest.raises(Refused, match="--allow-static"):
+        await node.endpoints.attach(replace(node.spec(), ips=(ip,)))
+    await reserve(node.store, ip, key="k")
+    asked = replace(node.spec(), ips=(ip,), reservation="k")
+    assert (await node.endpoints.attach(asked)).ips == (ip,)
 
 
 async def test_an_endpoint_that_the_kernel_will_not_remove_does_not_hold_up_others(node: Node) -> None:

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ipam.errors import StoreError
@@ -16,7 +18,16 @@ from ipam.journal import AddressRow, BlockRow
 from ipam.records import Address, AddressState, Label
 from isolator.errors import JournalUnwritable
 from isolator.journal import Journal
-from isolator.model import Asked, Endpoint, EndpointKey, EndpointState
+from isolator.model import (
+    UNLIMITED,
+    Asked,
+    Bandwidth,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Limit,
+    PortMapping,
+)
 
 BOOT = "5c5a1c1e-0000-4000-8000-000000000001"
 KEY = EndpointKey("c1", "eth0")
@@ -39,6 +50,12 @@ ENDPOINT = Endpoint(
     nameservers=("10.0.0.53",),
     search=("svc.internal",),
     since=1.5,
+    port_mappings=(
+        PortMapping("tcp", 31080, 80),
+        PortMapping("udp", 53, 5353, ip_address("192.0.2.1")),
+        PortMapping("sctp", 9, 9, ip_address("::")),
+    ),
+    bandwidth=Bandwidth(ingress=Limit(10**7), egress=Limit(10**6, 80_000)),
 )
 ADDRESS = AddressRow(
     ip_address("10.0.0.1"),
@@ -72,6 +89,22 @@ def test_everything_written_is_there_when_it_is_opened_again(path: Path) -> None
     assert again.load_cache() == [("networks/web", b"{}", 4)]
     assert again.load_tombstones() == {KEY: Asked(BOOT, 99)}
     assert again.confirmed_seq == 12
+    again.close()
+
+
+def test_a_journal_of_an_older_moorage_is_read_and_no_longer_one_of_its_own(path: Path) -> None:
+    journal = Journal(path, BOOT)
+    older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED)
+    journal.save_endpoint(older)
+    fields = msgspec.json.decode(journal._db.execute("SELECT value FROM endpoints").fetchone()[0])
+    del fields["port_mappings"], fields["bandwidth"]
+    journal._db.execute("UPDATE endpoints SET value = ?", (msgspec.json.encode(fields),))
+    journal._set_meta("schema", "1")
+    journal.close()
+    again = Journal(path, BOOT)
+    assert again.load_endpoints() == [older]
+    assert again._meta("schema") == "2"
+    assert not again.rebuilt
     again.close()
 
 

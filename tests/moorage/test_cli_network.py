@@ -24,6 +24,8 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "--exclude", "10.65.0.1", "--mtu", "1400", "--no-nat",
         "--dns", "10.0.0.2", "--dns", "fd00::2", "--search", "db.example.org",
         "--warm", "4", "--preload", "--strict",
+        "--allow-netgroup", "team-*", "--allow-netgroup", "ops", "--allow-static", "all", "--allow-mac",
+        "--allow-hostport", "80", "--allow-hostport", "8000-8999", "--allow-public", "--max-bandwidth", "1gbit",
     )  # fmt: skip
     assert created == {
         "name": "db",
@@ -55,8 +57,71 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "warm": 4,
         "preload": True,
         "strict": True,
+        "allow_netgroups": ["team-*", "ops"],
+        "allow_public": True,
+        "allow_static": ["all"],
+        "allow_mac": True,
+        "allow_hostports": ["80", "8000-8999"],
+        "max_bandwidth": 10**9,
     }
     assert moorage.json("network", "list") == [created]
+
+
+RULES = ("netgroups", "public", "static", "mac", "hostports")
+
+
+def test_a_new_network_allows_little_until_its_operator_says_so(moorage: CommandLine) -> None:
+    created = moorage.json("network", "create", "web", "--pool", "10.64.0.0/16")
+    assert [created[f"allow_{rule}"] for rule in RULES] == [[], False, ["ranges"], False, ["31000-32000"]]
+    assert created["max_bandwidth"] == 0
+    changed = moorage.json(
+        "network", "set", "web",
+        "--allow-netgroup", "*", "--allow-public", "--allow-static", "10.64.1.0/24", "--allow-mac",
+        "--allow-hostport", "none", "--max-bandwidth", "100mbit",
+    )  # fmt: skip
+    assert [changed[f"allow_{rule}"] for rule in RULES] == [["*"], True, ["10.64.1.0/24"], True, []]
+    assert changed["max_bandwidth"] == 100_000_000
+    back = ("--allow-netgroup", "none", "--no-allow-mac", "--allow-static", "none", "--max-bandwidth", "none")
+    again = moorage.json("network", "set", "web", *back)
+    assert [again[f"allow_{rule}"] for rule in RULES] == [[], True, [], False, []]
+    assert again["max_bandwidth"] == 0
+
+
+def test_what_a_network_allows_is_shown_in_words(moorage: CommandLine) -> None:
+    moorage.ok(
+        "network", "create", "web", "--pool", "10.64.0.0/16", "--allow-netgroup", "team-*",
+        "--allow-static", "none", "--max-bandwidth", "1500k",
+    )  # fmt: skip
+    shown = [line.split(maxsplit=2) for line in moorage.ok("network", "show", "web").splitlines()]
+    words = {" ".join(line[:2]): line[2] for line in shown if len(line) > 2}
+    assert words["allow netgroups"] == "web, team-*"
+    assert words["allow static"] == "none"
+    assert words["max bandwidth"] == "1500kbit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "code"),
+    [
+        (["--allow-netgroup", "a b"], "'a b' is no netgroup", 1),
+        (["--allow-netgroup", "none", "--allow-netgroup", "a"], "'none' stands alone", 2),
+        (["--allow-static", "some"], "'some' is no address range", 1),
+        (["--allow-hostport", "0-80"], "'0-80' is no port range", 1),
+        (["--allow-hostport", "90-80"], "'90-80' is no port range", 1),
+        (["--max-bandwidth", "fast"], "it must be bits per second like", 2),
+        (["--max-bandwidth", "1bit"], "it must be from 8kbit", 2),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(
+    moorage: CommandLine, arguments: list[str], sentence: str, code: int
+) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16")
+    said = moorage.fails("network", "set", "web", *arguments, code=code)
+    assert sentence in " ".join(said.split())
+
+
+def test_a_network_called_public_has_to_say_that_it_is(moorage: CommandLine) -> None:
+    assert "--allow-public" in moorage.fails("network", "create", "public", "--pool", "10.64.0.0/16")
+    moorage.ok("network", "create", "public", "--pool", "10.64.0.0/16", "--allow-public")
 
 
 def test_defaults(moorage: CommandLine) -> None:
@@ -188,7 +253,7 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
         "by_node": {"a": {"assigned": 1, "warm": 1}},
     }
     table = moorage.ok("network", "show", "web")
-    assert table.splitlines()[0] == "name     web"
+    assert table.splitlines()[0].split() == ["name", "web"]
     assert table.splitlines()[-2:] == [
         "NODE  CIDR          ASSIGNED  WARM  COOLING",
         "a     10.64.0.0/24  1         1     0",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ipam.errors import InvalidInput
 from ipam.records import Label
+from isolator.model import Bandwidth, Limit
 from netmodules.labels import KNOWN, Requested, read_labels
 
 
@@ -30,8 +31,13 @@ def test_every_label_is_understood() -> None:
         mac="02:00:00:aa:bb:cc",
         pool="blue",
         default_route=True,
-        bandwidth=True,
+        bandwidth=Bandwidth(ingress=Limit(10_000_000)),
     )
+
+
+@pytest.mark.parametrize("pool", ["10.64.0.0/16", "10.64.0.0-16", "fd00::/64", "fd00::-64", "::/32", "blue"])
+def test_a_pool_is_named_by_its_cidr_or_name(pool: str) -> None:
+    assert read_labels(labels(pool=pool)).pool == pool
 
 
 def test_labels_of_the_user_are_left_alone() -> None:
@@ -67,13 +73,19 @@ def test_the_same_label_twice_is_fine_with_one_value_and_refused_with_two() -> N
             ("moorage.ip6", bad)
             for bad in ("10.0.0.1", "::1", "fe80::1", "fd00::1%eth0", "::ffff:10.0.0.1", "::")
         ],
-        *[("moorage.netgroups", bad) for bad in (",", "a,,b", "a b", "ä", "x" * 64, "$(id)", "a;drop")],
+        *[
+            ("moorage.netgroups", bad)
+            for bad in (",", "-a", ".a", "_a", "*", "a*", "a,,b", "a b", "ä", "x" * 64, "$(id)", "a;drop")
+        ],
         *[
             ("moorage.mac", bad)
             for bad in ("01:00:00:00:00:00", "00:00:00:00:00:00", "02:00:00:00:00", "02-00:00:00:00:00")
         ],
         *[("moorage.default-route", bad) for bad in ("yes", "1", "True")],
-        *[("moorage.bandwidth.egress", bad) for bad in ("0", "-1", "1.5M", "10MB", "1e9", "9" * 16)],
+        *[
+            ("moorage.bandwidth.egress", bad)
+            for bad in ("0", "-1", "1.5M", "10MB", "10m", "1e9", "9" * 16, "1k", "2000G")
+        ],
         ("moorage.reservation", "x" * 254),
         ("moorage.pool", "../x"),
     ],

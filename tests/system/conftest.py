@@ -16,7 +16,17 @@ def node() -> Iterator[LabNode]:
     """A node whose agent serves the dual-stack network ``web``."""
     with LabNode("node") as node:
         node.start()
-        node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
+        node.cli(
+            "network",
+            "create",
+            "web",
+            "--pool",
+            "10.64.0.0/16",
+            "--pool",
+            "fd64::/64",
+            "--allow-static",
+            "all",
+        )
         yield node
 
 

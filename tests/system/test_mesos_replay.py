@@ -30,7 +30,8 @@ def test_every_recorded_call_is_answered_as_mesos_needs_it() -> None:
         node = stack.enter_context(LabNode("replay"))
         node.start()
         for name, pools in table["networks"].items():
-            node.cli("network", "create", name, *(word for pool in pools for word in ("--pool", pool)))
+            rules = ("--allow-static", "all", "--allow-netgroup", "*")
+            node.cli("network", "create", name, *rules, *(w for pool in pools for w in ("--pool", pool)))
         namespaces: dict[str, Namespace] = {}
         for call, expected in zip(calls, table["calls"], strict=True):
             assert (call["run"], call["call"]) == (expected["run"], expected["call"])

@@ -20,7 +20,9 @@ USABLE = 14
 def lab() -> Iterator[Lab]:
     with Lab(nodes=2, etcd=1) as lab:
         lab.start()
-        lab.nodes[0].cli("network", "create", "web", "--pool", "10.64.0.0/28", "--no-nat")
+        lab.nodes[0].cli(
+            "network", "create", "web", "--pool", "10.64.0.0/28", "--no-nat", "--allow-static", "all"
+        )
         yield lab
 
 

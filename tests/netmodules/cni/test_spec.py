@@ -7,7 +7,7 @@ import pytest
 
 from ipam.errors import InvalidInput
 from ipam.records import Label
-from isolator.model import AttachSpec
+from isolator.model import UNLIMITED, AttachSpec, Bandwidth, Limit, PortMapping
 from netmodules.cni.config import parse_config
 from netmodules.cni.environment import read_environment
 from netmodules.cni.spec import attach_spec, unenforced
@@ -113,13 +113,56 @@ def test_labels_are_recorded_as_given() -> None:
     assert spec_of(config).labels == (*(Label(key, value) for key, value in given), Label("k", "v"))
 
 
-def test_port_mappings_and_bandwidth_are_accepted_and_known_to_have_no_effect() -> None:
-    config = labels_config(
-        ("moorage.bandwidth.ingress", "10M"),
-        runtimeConfig={"portMappings": [{"hostPort": 80, "containerPort": 8080}]},
+def test_port_mappings_of_both_sources_become_typed_values() -> None:
+    config = mesos_config({"name": "web", "port_mappings": [{"host_port": 31080, "container_port": 80}]})
+    config["runtimeConfig"] = {
+        "portMappings": [
+            {"hostPort": 31080, "containerPort": 80, "protocol": "tcp"},
+            {"hostPort": 53, "containerPort": 5353, "protocol": "UDP", "hostIP": "192.0.2.1"},
+            {"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "::"},
+            {"hostPort": 9, "containerPort": 9, "protocol": "sctp", "hostIP": ""},
+        ]
+    }
+    assert spec_of(config).port_mappings == (
+        PortMapping("tcp", 31080, 80),
+        PortMapping("udp", 53, 5353, ip_address("192.0.2.1")),
+        PortMapping("udp", 53, 53, ip_address("::")),
+        PortMapping("sctp", 9, 9),
     )
-    request = cni_request("ADD", config)
-    assert unenforced(parse_config(request.stdin), spec_of(config)) == ["port mappings", "bandwidth limits"]
+
+
+def test_port_mappings_are_accepted_and_known_to_have_no_effect() -> None:
+    config = {"name": "web", "runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 8080}]}}
+    assert unenforced(spec_of(config)) == ["port mappings"]
+
+
+def test_a_bandwidth_label_beats_the_runtime_in_its_direction_only() -> None:
+    runtime = {"ingressRate": 10**6, "ingressBurst": 8 * 10**4, "egressRate": 2 * 10**6, "egressBurst": 0}
+    asked = labels_config(("moorage.bandwidth.ingress", "5mbit"), runtimeConfig={"bandwidth": runtime})
+    assert spec_of(asked).bandwidth == Bandwidth(ingress=Limit(5 * 10**6), egress=Limit(2 * 10**6))
+    unasked = {"name": "web", "runtimeConfig": {"bandwidth": runtime}}
+    assert spec_of(unasked).bandwidth == Bandwidth(Limit(10**6, 8 * 10**4), Limit(2 * 10**6))
+
+
+@pytest.mark.parametrize("runtime", [{}, {"ingressRate": 0, "ingressBurst": 0}, {"egressRate": None}])
+def test_a_rate_of_nothing_is_no_limit(runtime: dict[str, Any]) -> None:
+    assert spec_of({"name": "web", "runtimeConfig": {"bandwidth": runtime}}).bandwidth == UNLIMITED
+
+
+@pytest.mark.parametrize(
+    ("runtime", "named"),
+    [
+        ({"ingressBurst": 8000}, "ingressBurst is given without ingressRate"),
+        ({"egressRate": 100}, r"egressRate must be from 8kbit"),
+        ({"egressRate": -(10**6)}, r"egressRate must be from"),
+        ({"egressRate": 10**40}, r"egressRate must be from"),
+        ({"egressRate": 10**6, "egressBurst": -1}, r"egressBurst must be from 0"),
+        ({"egressRate": 10**6, "egressBurst": 2**36}, r"egressBurst must be from 0"),
+    ],
+)
+def test_an_impossible_bandwidth_is_refused_by_name(runtime: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        spec_of({"name": "web", "runtimeConfig": {"bandwidth": runtime}})
 
 
 @pytest.mark.parametrize("mapping", [{"host_port": 0}, {"container_port": 65536}, {"protocol": "icmp"}])

@@ -1,0 +1,80 @@
+"""Who may ask for what: an ADD against the rules of the network it joins. Pure.
+
+Netgroups, addresses, MACs, ports of the node and bandwidth come from labels and engines' arguments, which
+users write; the rules come from operators (ipam/permissions.py). What a container asks only of itself needs no rule:
+which of the network's pools its address is from, and which of its interfaces has the default route. A reservation's
+key is its own permission.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+
+from ipam.keys import IPAddress
+from ipam.netgroups import PUBLIC, Netgroup
+from ipam.permissions import RANGES, allows_host_port, allows_netgroup, allows_static, listed
+from ipam.pools import Geometry
+from ipam.rates import rate_text
+from ipam.records import Network
+from isolator.errors import Refused
+from isolator.model import AttachSpec
+
+
+def authorise(
+    spec: AttachSpec, network: Network, pools: Sequence[Geometry] = (), reserved: Collection[IPAddress] = ()
+) -> None:
+    """Raises Refused naming the first thing that the network does not allow, the rule, and how it would be.
+
+    pools: the network's. reserved: the addresses that are reserved under the key that was presented.
+    """
+    for asked, rule, option in _denied(spec, network, pools, reserved):
+        raise Refused(
+            f"network {network.name} {rule}, and {spec.key} asks for {asked}; "
+            f"its operator allows it with `moorage network set {shlex.quote(network.name)} {option}`"
+        )
+
+
+def netgroups_of(spec: AttachSpec) -> tuple[Netgroup, ...]:
+    """The netgroups that the endpoint is to have: those asked for, else the network's own."""
+    return spec.netgroups or (Netgroup(spec.network),)
+
+
+def _denied(
+    spec: AttachSpec, network: Network, pools: Sequence[Geometry], reserved: Collection[IPAddress]
+) -> Iterator[tuple[str, str, str]]:
+    """(what is asked for, the rule against it, the option that allows it) of everything not allowed."""
+    for name in netgroups_of(spec):
+        if name == PUBLIC and not network.allow_public:
+            yield f"the netgroup {name}", "lets nobody be reachable from anywhere", "--allow-public"
+        elif not allows_netgroup(network, name):
+            allowed = listed([network.name, *network.allow_netgroups])
+            option = _option("--allow-netgroup", network.allow_netgroups, name)
+            yield f"the netgroup {name}", f"allows the netgroups {allowed}", option
+    # One that is in no pool is refused later, with the pools that there are.
+    for ip in (ip for ip in spec.ips if any(ip in pool.cidr for pool in pools)):
+        if ip not in reserved and not allows_static(network, pools, ip):
+            option = _option("--allow-static", network.allow_static, str(ip))
+            yield f"the address {ip}", f"allows {_static_rule(network)} to be asked for", option
+    for mapping in spec.port_mappings:
+        if not allows_host_port(network, mapping.host_port):
+            option = _option("--allow-hostport", network.allow_hostports, str(mapping.host_port))
+            rule = f"allows these ports of its nodes to be mapped: {listed(network.allow_hostports)}"
+            yield str(mapping), rule, option
+    if spec.mac is not None and not network.allow_mac:
+        yield f"the MAC {spec.mac}", "lets nobody choose a MAC", "--allow-mac"
+    for direction, limit in (("ingress", spec.bandwidth.ingress), ("egress", spec.bandwidth.egress)):
+        if limit is not None and network.max_bandwidth and limit.rate > network.max_bandwidth:
+            asked = f"{rate_text(limit.rate)} of {direction}"
+            most = f"gives a container at most {rate_text(network.max_bandwidth)}"
+            yield asked, most, f"--max-bandwidth {rate_text(limit.rate)}"
+
+
+def _static_rule(network: Network) -> str:
+    names = {RANGES: "the static ranges of its pools"}
+    return listed([names.get(rule, rule) for rule in network.allow_static]).replace("none", "no address")
+
+
+def _option(name: str, rules: Sequence[str], more: str) -> str:
+    """The option for all rules that there are and one more: given, they replace those that there are."""
+    return " ".join(f"{name} {shlex.quote(rule)}" for rule in (*rules, more))

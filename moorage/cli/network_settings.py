@@ -1,0 +1,158 @@
+"""A network's settings as options, the same for `network create` and `network set`, and as words.
+
+An option that is not given is None, and leaves the setting at its default or as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import click
+
+from ipam.errors import InvalidInput
+from ipam.networks import NetworkChange
+from ipam.permissions import RANGES
+from ipam.rates import parse_rate, rate_text
+from moorage.cli.session import IP
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+NOTHING = "none"
+"""In place of a list of rules, or of a rate."""
+
+
+def setting_options(*, new: bool) -> Callable[[Command], Command]:
+    """Decorates a command with all of them. new: their help tells a new network's defaults."""
+
+    def otherwise(default: str) -> str:
+        return f"  [default: {default if new else 'as it is'}]"
+
+    lists = "repeatable" if new else "repeatable; in place of those there are"
+    options = [
+        click.option(
+            "--mtu",
+            metavar="BYTES",
+            type=int,
+            help="Largest packet of containers; 0: as the underlay allows." + otherwise("0"),
+        ),
+        click.option(
+            "--nat/--no-nat", default=None, help="Masquerade what leaves all pools." + otherwise("nat")
+        ),
+        click.option("--dns", metavar="IP", type=IP, multiple=True, help=f"Name server; {lists}."),
+        click.option("--search", metavar="DOMAIN", multiple=True, help=f"Search domain; {lists}."),
+        click.option(
+            "--warm",
+            metavar="N",
+            type=int,
+            help="Addresses per family that a node keeps ready." + otherwise("8"),
+        ),
+        click.option(
+            "--preload/--no-preload",
+            default=None,
+            help="Keep them ready on all nodes, before it is first used." + otherwise("no-preload"),
+        ),
+        click.option(
+            "--strict/--no-strict",
+            default=None,
+            help="Never take addresses from other nodes' blocks, even when no block is left."
+            + otherwise("no-strict"),
+        ),
+        click.option(
+            "--allow-netgroup",
+            "allow_netgroups",
+            metavar="PATTERN",
+            multiple=True,
+            callback=_rules,
+            help="Netgroups that apps may join besides the network's own: names, or patterns like team-*; "
+            f"none; {lists}." + otherwise(NOTHING),
+        ),
+        click.option(
+            "--allow-public/--no-allow-public",
+            default=None,
+            help="Let apps be reachable from anywhere, by the netgroup public."
+            + otherwise("no-allow-public"),
+        ),
+        click.option(
+            "--allow-static",
+            metavar="RANGE",
+            multiple=True,
+            callback=_rules,
+            help="Addresses that apps may ask for by name: all, none, ranges (those of --static), "
+            f"FIRST-LAST, one address or a CIDR; {lists}." + otherwise(RANGES),
+        ),
+        click.option(
+            "--allow-hostport",
+            "allow_hostports",
+            metavar="RANGE",
+            multiple=True,
+            callback=_rules,
+            help="Ports of the node that apps may have mapped: 8080, 31000-32000, or none; "
+            f"{lists}." + otherwise("31000-32000"),
+        ),
+        click.option(
+            "--allow-mac/--no-allow-mac",
+            default=None,
+            help="Let apps choose a MAC." + otherwise("no-allow-mac"),
+        ),
+        click.option(
+            "--max-bandwidth",
+            metavar="RATE",
+            callback=_rate,
+            help="The most that a container sends, and receives: 100mbit, 1gbit, or none. Who asks for no "
+            "limit has this one." + otherwise(NOTHING),
+        ),
+    ]
+    if not new:
+        options += [
+            click.option("--no-dns", is_flag=True, help="No name server of its own."),
+            click.option("--no-search", is_flag=True, help="No search domain."),
+        ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def read_settings(given: Mapping[str, Any]) -> NetworkChange:
+    """The options as a change of nothing else. Raises InvalidInput for a list both given and emptied."""
+    if (given["dns"] and given.get("no_dns")) or (given["search"] and given.get("no_search")):
+        raise InvalidInput("a list cannot be both given and emptied; leave one of the two out")
+    own = {field.name for field in fields(NetworkChange)}
+    settings = {name: value for name, value in given.items() if name in own}
+    settings["dns"] = tuple(map(str, given["dns"])) if given["dns"] or given.get("no_dns") else None
+    settings["search"] = given["search"] if given["search"] or given.get("no_search") else None
+    return NetworkChange(**settings)
+
+
+def settings_in_words(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says in place of numbers and empty lists that mean something."""
+    limit = row["max_bandwidth"]
+    return {
+        "mtu": row["mtu"] or "underlay's",
+        "allow_netgroups": [row["name"], *row["allow_netgroups"]],
+        "allow_static": row["allow_static"] or NOTHING,
+        "allow_hostports": row["allow_hostports"] or NOTHING,
+        "max_bandwidth": rate_text(limit) if limit else NOTHING,
+    }
+
+
+def _rules(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[str, ...] | None:
+    if NOTHING in values and len(values) > 1:
+        raise click.BadParameter(f"{NOTHING!r} stands alone; leave it or the others out")
+    if not values:
+        return None
+    return () if values[0] == NOTHING else tuple(values)
+
+
+def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None or value == NOTHING:
+        return None if value is None else 0
+    try:
+        return parse_rate("it", value)
+    except InvalidInput as error:
+        raise click.BadParameter(str(error)) from error
