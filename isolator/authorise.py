@@ -29,10 +29,20 @@ def authorise(
     pools: the network's. reserved: the addresses that are reserved under the key that was presented.
     """
     for asked, rule, option in _denied(spec, network, pools, reserved):
-        raise Refused(
-            f"network {network.name} {rule}, and {spec.key} asks for {asked}; "
-            f"its operator allows it with `moorage network set {shlex.quote(network.name)} {option}`"
-        )
+        raise _refused(str(spec.key), network, asked, rule, option)
+
+
+def authorise_netgroups(who: str, netgroups: Sequence[Netgroup], network: Network) -> None:
+    """The same for netgroups alone."""
+    for asked, rule, option in _denied_netgroups(netgroups, network):
+        raise _refused(who, network, asked, rule, option)
+
+
+def _refused(who: str, network: Network, asked: str, rule: str, option: str) -> Refused:
+    return Refused(
+        f"network {network.name} {rule}, and {who} asks for {asked}; "
+        f"its operator allows it with `moorage network set {shlex.quote(network.name)} {option}`"
+    )
 
 
 def netgroups_of(spec: AttachSpec) -> tuple[Netgroup, ...]:
@@ -44,13 +54,7 @@ def _denied(
     spec: AttachSpec, network: Network, pools: Sequence[Geometry], reserved: Collection[IPAddress]
 ) -> Iterator[tuple[str, str, str]]:
     """(what is asked for, the rule against it, the option that allows it) of everything not allowed."""
-    for name in netgroups_of(spec):
-        if name == PUBLIC and not network.allow_public:
-            yield f"the netgroup {name}", "lets nobody be reachable from anywhere", "--allow-public"
-        elif not allows_netgroup(network, name):
-            allowed = listed([network.name, *network.allow_netgroups])
-            option = _option("--allow-netgroup", network.allow_netgroups, name)
-            yield f"the netgroup {name}", f"allows the netgroups {allowed}", option
+    yield from _denied_netgroups(netgroups_of(spec), network)
     # One that is in no pool is refused later, with the pools that there are.
     for ip in (ip for ip in spec.ips if any(ip in pool.cidr for pool in pools)):
         if ip not in reserved and not allows_static(network, pools, ip):
@@ -68,6 +72,16 @@ def _denied(
             asked = f"{rate_text(limit.rate)} of {direction}"
             most = f"gives a container at most {rate_text(network.max_bandwidth)}"
             yield asked, most, f"--max-bandwidth {rate_text(limit.rate)}"
+
+
+def _denied_netgroups(netgroups: Sequence[Netgroup], network: Network) -> Iterator[tuple[str, str, str]]:
+    for name in netgroups:
+        if name == PUBLIC and not network.allow_public:
+            yield f"the netgroup {name}", "lets nobody be reachable from anywhere", "--allow-public"
+        elif not allows_netgroup(network, name):
+            allowed = listed([network.name, *network.allow_netgroups])
+            option = _option("--allow-netgroup", network.allow_netgroups, name)
+            yield f"the netgroup {name}", f"allows the netgroups {allowed}", option
 
 
 def _static_rule(network: Network) -> str:

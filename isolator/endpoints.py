@@ -30,18 +30,28 @@ from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import AddressRequest, Holder, Owner
 from ipam.holdings import Conflict
-from ipam.keys import IPAddress, IPNetwork
+from ipam.keys import IPAddress
+from ipam.netgroups import Netgroup
 from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
-from isolator.authorise import authorise, netgroups_of
+from isolator.authorise import authorise, authorise_netgroups, netgroups_of
 from isolator.drivers.naming import host_ifname, mac_for
-from isolator.errors import EndpointExists, JournalUnwritable, KernelRefused, NotAttached, Superseded
+from isolator.errors import (
+    EndpointExists,
+    JournalUnwritable,
+    KernelRefused,
+    NotAttached,
+    PortTaken,
+    Superseded,
+)
 from isolator.identity import boottime
 from isolator.journal import Journal
-from isolator.kernel import Kernel
+from isolator.kernel import Kernel, admission
 from isolator.locks import KeyedLocks
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.neighbours import surroundings
+from isolator.policy import NETGROUPS, Isolation, isolation_of
 from isolator.steps import reached
 
 log = structlog.get_logger(__name__)
@@ -201,6 +211,11 @@ class Endpoints:
             AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
         )
         reached("attach:lent")
+        try:
+            self._check_ports(spec)
+        except BaseException:
+            self._holder.put_back(lent)
+            raise
         endpoint = self._endpoint(spec, network, lent)
         owner = Owner(
             container_id=spec.key.container_id,
@@ -222,6 +237,17 @@ class Endpoints:
         self._endpoints[endpoint.key] = endpoint
         reached("attach:journalled")
         return endpoint
+
+    def _check_ports(self, spec: AttachSpec) -> None:
+        """Raises PortTaken naming who has a port of the node."""
+        for endpoint in self._endpoints.values():
+            for mapping in endpoint.port_mappings if endpoint.state in ADMITTED else ():
+                for asked in spec.port_mappings:
+                    if asked.claims_the_same_as(mapping):
+                        raise PortTaken(
+                            f"{spec.key} asks for {asked}, but on this node {endpoint.key} has {mapping}; "
+                            "end that one first, or ask for another host port"
+                        )
 
     def _endpoint(self, spec: AttachSpec, network: Network, lent: Sequence[Held]) -> Endpoint:
         ips = tuple(held.ip for held in lent)
@@ -261,28 +287,35 @@ class Endpoints:
             raise
         self._endpoints[endpoint.key] = attached
         reached("attach:attached")
+        if any(mapping.protocol == "udp" for mapping in endpoint.port_mappings):
+            await self._kernel.forget_ports(endpoint.port_mappings)
         return attached
 
     async def _wire(self, endpoint: Endpoint) -> None:
         try:
-            await self._kernel.connect(endpoint)
+            await self._kernel.connect(endpoint, self._isolation(endpoint.network))
         except KernelRefused as error:
             if error.errno != errno.ENOENT or await self._kernel.policy_is_intact():
                 raise
             # Somebody flushed the ruleset a moment ago.
             await self.restore_policy()
-            await self._kernel.connect(endpoint)
+            await self._kernel.connect(endpoint, self._isolation(endpoint.network))
 
-    async def restore_policy(self, *, keep: bool = False) -> None:
-        """Put the firewall's table in place for what is attached; keep: what it admits already stays admitted."""
-        admitted = [e for e in self._endpoints.values() if e.state in ADMITTED]
-        await self._kernel.restore_policy(admitted, *self.pools(), keep=keep)
+    async def restore_policy(self, *, keep_endpoints: bool = False, keep_others: bool = False) -> None:
+        """Put the firewall's table in place for what is attached; see Policy.restore for what may be kept."""
+        around = surroundings(self._catalogue)
+        admitted = [
+            admission(endpoint, around.isolation.get(endpoint.network, NETGROUPS))
+            for endpoint in self._endpoints.values()
+            if endpoint.state in ADMITTED
+        ]
+        await self._kernel.restore_policy(
+            admitted, around, keep_endpoints=keep_endpoints, keep_others=keep_others
+        )
 
-    def pools(self) -> tuple[list[IPNetwork], list[IPNetwork]]:
-        """(all pools, those whose traffic to the outside is masqueraded), for the firewall."""
-        natted = {network.name for network in self._catalogue.networks() if network.nat}
-        pools = self._catalogue.pools()
-        return [p.cidr for p in pools], [p.cidr for p in pools if p.network in natted]
+    def _isolation(self, name: str) -> Isolation:
+        """A network's; that of one that is not known allows netgroups only."""
+        return next((isolation_of(n) for n in self._catalogue.networks() if n.name == name), NETGROUPS)
 
     # -- DEL
 
@@ -423,6 +456,34 @@ class Endpoints:
             self._gone.pop(endpoint.key).set()
             log.info("endpoint removed", endpoint=str(endpoint.key), ips=[str(ip) for ip in endpoint.ips])
         reached("detach:released")
+
+    # -- netgroups of a live endpoint
+
+    async def set_netgroups(self, key: EndpointKey, netgroups: Sequence[Netgroup]) -> bool:
+        """Give an attached endpoint other netgroups without a restart; returns whether it left one.
+
+        Raises NotAttached, Refused, JournalUnwritable, KernelRefused. Whoever it left has to be cut off: the caller
+        forgets its connections.
+        """
+        async with self._locks.of(key):
+            endpoint = self._endpoints.get(key)
+            if endpoint is None or endpoint.state is not EndpointState.ATTACHED:
+                raise NotAttached(
+                    f"{key} is not attached on this node (any more); see `moorage endpoint list`"
+                )
+            network = await self._catalogue.network(endpoint.network)
+            wanted = tuple(netgroups) or (Netgroup(network.name),)
+            authorise_netgroups(str(key), wanted, network)
+            changed = replace(endpoint, netgroups=wanted)
+            rows = self._holder.plan_netgroups(endpoint.ips, endpoint.key, wanted)
+            with self._journal.transaction():
+                self._journal.save_endpoint(changed)
+                self._journal.save_addresses(rows)
+            self._endpoints[key] = changed
+            self._holder.accept(rows)
+            await self._kernel.readmit(changed, isolation_of(network))
+            log.info("netgroups changed", endpoint=str(key), before=endpoint.netgroups, now=wanted)
+            return not set(endpoint.netgroups) <= set(wanted)
 
     # -- CHECK and what happens by itself
 

@@ -24,14 +24,17 @@ import structlog
 
 from ipam import keys
 from ipam.catalogue import Catalogue
+from ipam.cluster import Cluster
 from ipam.errors import Fenced, MoorageError, StoreError, TryAgain
 from ipam.holder import COOLDOWN, Holder
 from ipam.holdings import Conflict
 from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
+from ipam.netgroups import MOST_NETGROUPS, parse_netgroup
 from ipam.records import Address, AddressState, Fence, Intent, IntentKind, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
+from ipam.shelf import Held
 from ipam.store.base import Store
 from isolator.audit import audit
 from isolator.endpoints import Endpoints
@@ -39,6 +42,7 @@ from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
@@ -108,10 +112,13 @@ class Isolator:
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, lambda: self._mtu
         )
+        self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue)
+        self._cluster = Cluster(
+            store, self._catalogue, self._neighbours.on_topology, self._neighbours.on_members
+        )
         self._membership: Membership | None = None
         self._mtu = 1500
         self._links: dict[str, HostLink] = {}
-        self._pools_changed = asyncio.Event()
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
@@ -150,7 +157,14 @@ class Isolator:
     async def _recover(self) -> None:
         in_sync = not self._holder.problem
         await self._kernel.enable_forwarding()
-        await recover(self._kernel, self._endpoints, self._catalogue, self._boot_id, in_sync=in_sync)
+        await recover(
+            self._kernel,
+            self._endpoints,
+            self._catalogue,
+            self._boot_id,
+            in_sync=in_sync,
+            keep_others=not self._cluster.listed.is_set(),
+        )
         self._recovered_in_sync = in_sync
 
     async def run(self) -> None:
@@ -174,6 +188,9 @@ class Isolator:
                     ("collector", self._collect),
                     ("conflicts", self._cut_off),
                     ("firewall", self._heal),
+                    ("cluster", self._cluster.follow),
+                    ("neighbours", lambda: self._neighbours.tell(self._cluster)),
+                    ("connections", self._neighbours.forget),
                     ("unfinished", self._undo_unfinished),
                 ):
                     group.create_task(_supervised(name, work), name=name)
@@ -241,7 +258,8 @@ class Isolator:
 
     def _catalogue_changed(self) -> None:
         self._holder.catalogue_changed()
-        self._pools_changed.set()
+        self._cluster.pools_changed()
+        self._neighbours.on_catalogue()
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
         if record.state is not AddressState.ASSIGNED:
@@ -305,33 +323,21 @@ class Isolator:
 
     async def _restore_elements(self) -> None:
         """Somebody may have flushed a set and left the table as it is."""
-        attached = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHED]
-        there = await self._kernel.elements()
-        lost = [e for e in attached if any((e.host_ifname, ip) not in there for ip in e.ips)]
-        # What was attached or detached meanwhile is no loss.
-        lost = [e for e in lost if self._endpoints.get(e.key) is e]
-        if lost:
-            log.warning("firewall elements were missing; restored", endpoints=[str(e.key) for e in lost])
-            await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
+        wrong = await self._kernel.wrong_sets()
+        if wrong:
+            log.warning("firewall sets did not hold what they should; restored", sets=wrong)
+            await self._restore_policy()
+
+    async def _restore_policy(self) -> None:
+        await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
 
     async def _heal(self) -> None:
         """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
         while True:
-            try:
-                async with asyncio.timeout(HEAL_EVERY):
-                    await self._pools_changed.wait()
-            except TimeoutError:
-                pass
-            if self._pools_changed.is_set():
-                self._pools_changed.clear()
-                try:
-                    await self._kernel.set_pools(*self._endpoints.pools())
-                except BaseException:
-                    self._pools_changed.set()
-                    raise
+            await asyncio.sleep(HEAL_EVERY)
             if not await self._kernel.policy_is_intact():
                 log.warning("firewall table inet moorage was missing or changed; restored")
-                await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
+                await self._restore_policy()
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
 
@@ -357,6 +363,8 @@ class Isolator:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
                 return await self._holder.return_block(intent)
+            case IntentKind.LABELS:
+                return await self._answer_labels(intent)
             case IntentKind.DRAIN:
                 return await self._answer_drain(undo=bool(intent.evidence.get("undo")))
             case _:
@@ -375,6 +383,31 @@ class Isolator:
             await self._membership.tell()
         return drain.report()
 
+    async def _answer_labels(self, intent: Intent) -> dict[str, Any]:
+        """Gives the endpoint that has an address other netgroups."""
+        ip = ip_address(intent.ip)
+        held = self._holder.held(ip)
+        endpoint = self._endpoints.of_ip(ip)
+        if held is None or held.record is None or endpoint is None:
+            return {
+                "done": False,
+                "why": f"{ip} is not held by an endpoint of this node any more; look again",
+            }
+        if self._has_changed(held, held.record, intent):
+            return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
+        asked = intent.evidence.get("netgroups")
+        if not isinstance(asked, list) or len(asked) > MOST_NETGROUPS:
+            return {"done": False, "why": f"the request names no list of at most {MOST_NETGROUPS} netgroups"}
+        netgroups = [parse_netgroup("a netgroup", str(name)) for name in dict.fromkeys(asked)]
+        if await self._endpoints.set_netgroups(endpoint.key, netgroups):
+            self._neighbours.left(endpoint.ips)
+        return {"done": True, "why": ""}
+
+    @staticmethod
+    def _has_changed(held: Held, record: Address, intent: Intent) -> bool:
+        """Whether an address is not what the asker saw."""
+        return record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision)
+
     async def _answer_release(self, intent: Intent) -> dict[str, Any]:
         """VERIFY releases what nobody uses; RELEASE ends the endpoint that uses it."""
         ip = ip_address(intent.ip)
@@ -383,7 +416,7 @@ class Isolator:
             return {"done": True, "why": f"{ip} is not held by this node any more"}
         if held.record.state is not AddressState.ASSIGNED:
             return {"done": True, "why": f"{ip} is {held.record.state.value} already"}
-        if held.record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision):
+        if self._has_changed(held, held.record, intent):
             return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
         endpoint = self._endpoints.of_ip(ip)
         if endpoint is None:

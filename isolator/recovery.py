@@ -59,16 +59,27 @@ def owner_of(links: Mapping[str, HostLink], record: Address) -> HostLink | None:
 
 
 async def recover(
-    kernel: Kernel, endpoints: Endpoints, catalogue: Catalogue, boot_id: str, *, in_sync: bool
+    kernel: Kernel,
+    endpoints: Endpoints,
+    catalogue: Catalogue,
+    boot_id: str,
+    *,
+    in_sync: bool,
+    keep_others: bool,
 ) -> None:
-    """Bring kernel and endpoints in line; see the module's docstring. Raises KernelRefused."""
+    """Bring kernel and endpoints in line; see the module's docstring. Raises KernelRefused.
+
+    keep_others: other nodes' endpoints are not heard of yet, the firewall goes on with those it knows.
+    """
     for endpoint in endpoints.all():
         if endpoint.asked.boot_id != boot_id:
             log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
             endpoints.forget(endpoint)
     links = await kernel.links()
     if in_sync or catalogue.pools() or not await kernel.elements():
-        await endpoints.restore_policy(keep=not in_sync)
+        await endpoints.restore_policy(keep_endpoints=not in_sync, keep_others=keep_others)
+    else:
+        await kernel.adopt_policy()
     for endpoint in endpoints.all():
         if endpoint.state is EndpointState.DETACHING:
             await endpoints.resume_end(endpoint)

@@ -1,6 +1,6 @@
 """Netlink: messages as bytes, a socket that sends them in batches, namespaces, and what the kernel holds."""
 
-from isolator.netlink.conntrack import flush_conntrack
+from isolator.netlink.conntrack import flush_conntrack, flush_ports
 from isolator.netlink.inventory import (
     HostLink,
     HostRoute,
@@ -28,6 +28,7 @@ __all__ = [
     "delete_routes",
     "endpoint_links",
     "flush_conntrack",
+    "flush_ports",
     "our_routes",
     "our_rules",
 ]

@@ -12,8 +12,10 @@ from __future__ import annotations
 import errno
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from ipaddress import ip_address
 
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec
 from isolator.netlink.codec import Message, Request, attribute
@@ -23,12 +25,16 @@ _SUBSYSTEM = 1 << 8
 _GET, _DELETE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
 
 _TUPLE_ORIG, _TUPLE_REPLY, _ID, _ZONE = 1, 2, 12, 18
-_TUPLE_IP = 1
+_TUPLE_IP, _TUPLE_PROTO = 1, 2
+_PROTO_NUMBER, _PORT_DST = 1, 3  # CTA_PROTO_*
 _SOURCE_AND_DESTINATION = {4: (1, 2), 6: (3, 4)}  # CTA_IP_*
 
 
-def flush_conntrack(ips: Iterable[IPAddress]) -> None:
+def flush_conntrack(ips: Iterable[IPAddress], among: Sequence[IPNetwork] | None = None) -> None:
     """Delete every entry that names one of the addresses: in either direction, as source or destination.
+
+    among: only entries all of whose addresses are in one of these networks: what was translated, and would not find
+    its way again, is left alone.
 
     In the namespace of the calling thread, over a socket of its own. Takes some 5 ms for the table's buckets
     and 3 ms per 1,000 entries in it. Raises KernelRefused; a kernel that tracks nothing has nothing to forget.
@@ -40,17 +46,43 @@ def flush_conntrack(ips: Iterable[IPAddress]) -> None:
     family = (
         {4: socket.AF_INET, 6: socket.AF_INET6}[families.pop()] if len(families) == 1 else socket.AF_UNSPEC
     )
+    packed = frozenset(ip.packed for ip in wanted)
+
+    def doomed(entry: codec.Attributes) -> bool:
+        return _names(entry, packed) and (among is None or _is_among(entry, among))
+
+    _flush(family, _needles(wanted), doomed)
+
+
+def flush_ports(ports: Iterable[int]) -> None:
+    """Delete every UDP entry whose first packet went to one of these ports; costs what flush_conntrack does.
+
+    A flow that began before its port was mapped would go on past the mapping for as long as it is kept up.
+    """
+    wanted = frozenset(port.to_bytes(2, "big") for port in ports)
+    if not wanted:
+        return
+    needles = re.compile(b"|".join(re.escape(attribute(_PORT_DST, port)) for port in wanted), re.DOTALL)
+
+    def doomed(entry: codec.Attributes) -> bool:
+        found = codec.attributes(codec.attributes(entry[_TUPLE_ORIG]).get(_TUPLE_PROTO, memoryview(b"")))
+        is_udp = bytes(found.get(_PROTO_NUMBER, b"")) == bytes([socket.IPPROTO_UDP])
+        return is_udp and bytes(found.get(_PORT_DST, b"")) in wanted
+
+    _flush(socket.AF_UNSPEC, needles, doomed)
+
+
+def _flush(family: int, needles: re.Pattern[bytes], doomed: Callable[[codec.Attributes], bool]) -> None:
+    """Delete the entries that are doomed among those in which a needle is found."""
     listing = Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
-        needles = _needles(wanted)
-        packed = frozenset(ip.packed for ip in wanted)
-        doomed = [
-            _deletion(message.body[0], found)
+        deletions = [
+            _deletion(message.body[0], entry)
             for datagram in netfilter.stream(listing)
             for message in _suspects(datagram, needles)
-            if _names(found := codec.attributes(message.body, 4), packed)
+            if doomed(entry := codec.attributes(message.body, 4))
         ]
-        netfilter.execute(doomed)
+        netfilter.execute(deletions)
 
 
 def _needles(ips: Iterable[IPAddress]) -> re.Pattern[bytes]:
@@ -78,6 +110,16 @@ def _suspects(datagram: bytes, needles: re.Pattern[bytes]) -> Iterator[Message]:
 def _names(entry: codec.Attributes, packed: frozenset[bytes]) -> bool:
     """Whether one of the entry's tuples holds one of the addresses."""
     return any(_addresses(entry[kind]) & packed for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in entry)
+
+
+def _is_among(entry: codec.Attributes, networks: Sequence[IPNetwork]) -> bool:
+    """Whether all addresses of the entry's tuples are in one of the networks."""
+    found = {ip for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in entry for ip in _addresses(entry[kind])}
+    return all(any(_is_in(ip_address(ip), network) for network in networks) for ip in found)
+
+
+def _is_in(ip: IPAddress, network: IPNetwork) -> bool:
+    return ip.version == network.version and ip in network
 
 
 def _deletion(family: int, entry: codec.Attributes) -> Request:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ipam.errors import InvalidInput
+from ipam.isolation import ISOLATIONS
 from ipam.networks import NetworkChange
 from ipam.permissions import RANGES
 from ipam.rates import parse_rate, rate_text
@@ -58,6 +59,20 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
             default=None,
             help="Never take addresses from other nodes' blocks, even when no block is left."
             + otherwise("no-strict"),
+        ),
+        click.option(
+            "--isolation",
+            type=click.Choice(ISOLATIONS),
+            help="Who may call containers: who shares a netgroup with them, or everybody."
+            + otherwise("netgroups"),
+        ),
+        click.option(
+            "--allow-from",
+            metavar="CIDR|nodes",
+            multiple=True,
+            callback=_rules,
+            help=f"Who else may, without being a container: addresses, every node, or none; {lists}."
+            + otherwise(NOTHING),
         ),
         click.option(
             "--allow-netgroup",
@@ -134,6 +149,7 @@ def settings_in_words(row: Mapping[str, Any]) -> dict[str, Any]:
     limit = row["max_bandwidth"]
     return {
         "mtu": row["mtu"] or "underlay's",
+        "allow_from": row["allow_from"] or NOTHING,
         "allow_netgroups": [row["name"], *row["allow_netgroups"]],
         "allow_static": row["allow_static"] or NOTHING,
         "allow_hostports": row["allow_hostports"] or NOTHING,

@@ -56,7 +56,7 @@ class StubKernel:
     def check_namespace(self, path: str) -> None:
         pass
 
-    async def connect(self, endpoint: Endpoint) -> None:
+    async def connect(self, endpoint: Endpoint, _: object) -> None:
         await asyncio.sleep(0)
         self._told("connect", endpoint)
         self.there.add(endpoint.host_ifname)

@@ -250,7 +250,7 @@ def test_flushed_elements_are_restored_although_the_table_is_there(node: LabNode
             node.namespace.run("nft", "flush", "set", "inet", "moorage", f"endpoints{family}")
         assert not a.namespace.pings(ips[4], wait=1)
         eventually(lambda: a.namespace.pings(ips[4], wait=1) and a.namespace.pings(ips[6], wait=1))
-        assert "firewall elements were missing" in node.log.read_text()
+        assert "firewall sets did not hold what they should" in node.log.read_text()
         for each in (a, b):
             each.delete("web")
 
