@@ -9,11 +9,11 @@ Pure. Settings are text in the store; what cannot be read there, because a newer
 from __future__ import annotations
 
 import contextlib
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 from ipam.errors import InvalidInput
-from ipam.keys import IPNetwork
-from ipam.records import Network
+from ipam.keys import IPAddress, IPNetwork
+from ipam.records import Network, Node
 
 NETGROUPS, OPEN = ISOLATIONS = ("netgroups", "open")
 NODES = "nodes"
@@ -55,3 +55,14 @@ def parse_source(text: str) -> IPNetwork:
         raise InvalidInput(
             f"{text!r} is neither a CIDR nor {NODES!r} ({error}); write for example 192.0.2.0/24"
         ) from error
+
+
+def addresses_of_node(node: Node) -> list[IPAddress]:
+    """Addresses that a node calls others from; link-local ones, and what cannot be read, are left out."""
+    found = []
+    for text in (*node.underlay, *node.vtep):
+        with contextlib.suppress(ValueError):
+            ip = ip_address(text)
+            if not ip.is_link_local:
+                found.append(ip)
+    return found

@@ -118,6 +118,7 @@ class Isolator:
         )
         self._membership: Membership | None = None
         self._mtu = 1500
+        self._own_addresses: tuple[IPAddress, ...] = ()
         self._links: dict[str, HostLink] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
@@ -133,6 +134,7 @@ class Isolator:
         self._links = await self._kernel.links()
         underlay = await self._kernel.underlay(self._settings.underlay)
         self._mtu = underlay.mtu
+        self._own_addresses = underlay.addresses
         node = Node(
             name=self._settings.node,
             version=self._settings.version,
@@ -248,6 +250,7 @@ class Isolator:
             "version": self._settings.version,
             "boot_id": self._boot_id,
             "mtu": self._mtu,
+            "own_addresses": [str(ip) for ip in self._own_addresses],
             "endpoints": dict(sorted(states.items())),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
             "journal_rebuilt": self._journal.rebuilt,

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Member
 from ipam.errors import MoorageError
+from ipam.isolation import addresses_of_node
 from ipam.keys import IPAddress
 from isolator.kernel import Kernel
 from isolator.policy import Surroundings, isolation_of
@@ -123,10 +123,7 @@ class Neighbours:
     def _addresses_of_nodes(self, cluster: Cluster) -> set[IPAddress]:
         found = set(self._own_of_nodes)
         for node in cluster.nodes().values():
-            for text in (*node.underlay, *node.vtep):
-                ip = _address(text)
-                if ip is not None and not ip.is_link_local:
-                    found.add(ip)
+            found.update(addresses_of_node(node))
         return found
 
     # -- connections
@@ -158,11 +155,3 @@ class Neighbours:
             except MoorageError:
                 self._let_go(leaving)
                 raise
-
-
-def _address(text: str) -> IPv4Address | IPv6Address | None:
-    """What another node wrote about itself; None if it is no address."""
-    try:
-        return ip_address(text)
-    except ValueError:
-        return None

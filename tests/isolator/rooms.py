@@ -207,7 +207,7 @@ ALLOWED = Isolation(allow_from=(ip_network(WORLD4), ip_network(WORLD6)))
 
 
 def admission(wiring: Wiring, *netgroups: str, **policy: Any) -> Admission:
-    """What the policy is told of an interface: in the netgroup web and callable by the world, or what ``policy`` says."""
+    """What the policy is told of an interface: in netgroup web and callable by the world, or as ``policy`` says."""
     told = {"network": "web", "netgroups": netgroups or ("web",), "isolation": ALLOWED, **policy}
     return Admission(wiring.host_ifname, wiring.mac, wiring.ips, **told)
 
