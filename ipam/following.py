@@ -18,10 +18,6 @@ from ipam.store.base import Store, WatchBatch
 log = structlog.get_logger(__name__)
 
 
-class _Rewound(Exception):
-    """The watches run ahead of the store."""
-
-
 async def follow(
     store: Store,
     listed: Mapping[str, int],
@@ -34,19 +30,20 @@ async def follow(
     which no watch notices. Returns when that happened, or when the store has compacted what comes next:
     list again. Raises StoreError.
     """
-    trouble: list[Exception] = []
+    tasks = [asyncio.create_task(_follow(store, prefix, at + 1, deliver)) for prefix, at in listed.items()]
+    # No task group: one whose parent is cancelled in the moment in which a child fails forgets the cancellation.
+    tasks.append(asyncio.create_task(_until(rewound)))
     try:
-        async with asyncio.TaskGroup() as group:
-            for prefix, revision in listed.items():
-                group.create_task(_follow(store, prefix, revision + 1, deliver))
-            group.create_task(_end_when(rewound))
-    except* (Compacted, _Rewound) as again:
-        log.info("store is listed anew", prefixes=sorted(listed), why=str(again.exceptions[0]))
-    except* StoreError as errors:
-        # An exception raised in here would arrive in a group of its own.
-        trouble += errors.exceptions
-    if trouble:
-        raise trouble[0]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        for task in done:
+            task.result()
+    except Compacted as error:
+        log.info("store is listed anew", prefixes=sorted(listed), why=str(error))
 
 
 async def _follow(
@@ -57,6 +54,6 @@ async def _follow(
     raise StoreError(f"the store closed while {prefix} was followed; restart the agent")
 
 
-async def _end_when(rewound: asyncio.Event) -> None:
+async def _until(rewound: asyncio.Event) -> None:
     await rewound.wait()
-    raise _Rewound("the store went back in time")
+    log.info("store is listed anew", why="it went back in time")

@@ -57,12 +57,14 @@ class AddressRequest:
 
     ips: static addresses, at most one a family. pool: only from the pool of that name.
     reservation: key of a reservation; its addresses, where it has any, are used.
+    keeps_warm: whether addresses of the network are kept ready here from now on.
     """
 
     network: Network
     ips: tuple[IPAddress, ...] = ()
     reservation: str | None = None
     pool: str | None = None
+    keeps_warm: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,8 @@ class Holder:
             raise refusal(self._holdings.node)
         if not self._holdings.serving:
             raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
-        self._holdings.used.add(network.name)
+        if request.keeps_warm:
+            self._holdings.used.add(network.name)
         pools = self._catalogue.pools_of(network)
         if not pools:
             raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")
@@ -484,6 +487,13 @@ class Holder:
             self._shelf.want(held, row.record)
         self._holdings.nudge()
 
+    def give_up(self, ip: IPAddress) -> None:
+        """An address that nothing uses any more is free at once, without a cooldown."""
+        held = self._shelf.held.get(ip)
+        if held is not None and held.record is not None:
+            self._shelf.want(held, None)
+            self._holdings.nudge()
+
     # -- what other nodes ask for
 
     async def give_back(self, intent: Intent) -> dict[str, Any]:
@@ -523,6 +533,10 @@ class Holder:
     def held(self, ip: IPAddress) -> Held | None:
         """What this node knows of one address of its own."""
         return self._shelf.held.get(ip)
+
+    def pools_of_blocks(self) -> set[str]:
+        """The pools that this node has blocks of."""
+        return {row.pool for row in self._holdings.blocks.values()}
 
     def assigned(self) -> dict[IPAddress, Held]:
         """Every address that is assigned here."""

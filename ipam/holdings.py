@@ -19,7 +19,7 @@ from ipam.errors import AddressTaken, MoorageError, TryAgain
 from ipam.journal import AddressRow, BlockRow, Journal
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import Geometry
-from ipam.records import Address, AddressState
+from ipam.records import Address, AddressState, Network
 from ipam.shelf import Held, Shelf
 
 log = structlog.get_logger(__name__)
@@ -130,10 +130,19 @@ class Holdings:
         for row in self.journal.load_addresses():
             held = Held(row.ip, row.record, row.revision, row.dirty, journalled=True)
             self.shelf.add(held)
-            self.used.add(row.record.network)
+            self.note_use(row.record)
             if held.state is AddressState.WARM and not held.dirty and self.serving:
                 self.shelf.offer(held)
         self.open_spaces()
+
+    def note_use(self, record: Address) -> None:
+        """Containers here have, or had, addresses of that network."""
+        if not record.is_nodes_own:
+            self.used.add(record.network)
+
+    def keeps_warm(self, network: Network) -> bool:
+        """Whether addresses of the network are kept ready here."""
+        return network.name in self.used or network.preload
 
     def may_be_warm(self, held: Held) -> bool:
         """Whether an address may be given to who did not ask for it by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import structlog
@@ -48,7 +49,8 @@ class Membership:
         self._on_fenced = on_fenced
         self._drain = drain
         self._telling = asyncio.Lock()
-        self._told_drained = False
+        self._described = asyncio.Event()
+        self._told: Node | None = None
         self._missing = False
         self._alive = Alive(instance=instance, boot_id=boot_id)
         self._lease: Lease | None = None
@@ -71,6 +73,14 @@ class Membership:
         if lost is not None:
             await lost.abandon()
 
+    def describe(self, node: Node) -> None:
+        """What this node is from now on; the store is told at once, or as soon as it answers."""
+        self._node = node
+        self._described.set()
+
+    def _facts(self) -> Node:
+        return self._node.with_(drained=self._drain is not None and self._drain.confirmed)
+
     async def tell(self) -> None:
         """Write what this node is now. Raises Fenced, StoreUnavailable."""
         await self._write()
@@ -86,11 +96,11 @@ class Membership:
                 key = keys.NODES + self._node.name
                 kv = await self._store.get(key)
                 known = self._decode(kv)
-                drained = self._drain is not None and self._drain.confirmed
-                node = self._node.with_(drained=drained, unknown=known.unknown if known else {})
+                told = self._facts()
+                node = told.with_(unknown=known.unknown if known else {})
                 guards = (schema.guard, unchanged(fence), absent(key) if kv is None else unchanged(kv))
                 if (await self._store.txn(Txn(guards, (Put(key, node.encode()), *also)))).succeeded:
-                    self._told_drained = drained
+                    self._told = told
                     return
         raise TryAgain(f"node {self._node.name} wrote too much meanwhile to say what it is; it tries again")
 
@@ -116,15 +126,17 @@ class Membership:
         """Register again whenever the lease was lost, until cancelled."""
         while True:
             lost = self._lease is None or not self._lease.alive or self._missing
-            drained = self._drain is not None and self._drain.confirmed
-            if lost or drained != self._told_drained:
+            if lost or self._told != self._facts():
                 try:
                     await (self.register() if lost else self.tell())
                 except Fenced as error:
                     self._on_fenced(error)
                 except (StoreError, TryAgain) as error:
                     log.warning("node is not registered", why=str(error))
-            await asyncio.sleep(LOOK)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK):
+                    await self._described.wait()
+            self._described.clear()
 
     async def follow(self) -> None:
         """Watch who lives under this node's name, until cancelled. Raises StoreError; the caller runs it again."""

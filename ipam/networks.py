@@ -20,7 +20,7 @@ from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreE
 from ipam.isolation import check_isolation
 from ipam.permissions import check_rules
 from ipam.pools import NAME, geometry, overlapping, parse_pool
-from ipam.records import Address, AddressState, Block, Network, Pool, Reservation
+from ipam.records import FABRICS, Address, AddressState, Block, Network, Pool, Reservation
 from ipam.store.base import (
     Compare,
     Delete,
@@ -42,7 +42,7 @@ MAX_WARM = 4096
 MAX_POOLS = 32
 """Pools of one network; they are created and deleted in one transaction."""
 
-UNREADABLE = "unreadable"
+UNREADABLE, OWN = "unreadable", "own"
 CHANGE_TRIES = 50
 """Each try fails only because another change succeeded, so this bounds concurrent operators."""
 
@@ -59,11 +59,14 @@ class PoolSpec:
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """How a pool is used, in addresses. by_node: node -> state -> count; a record that cannot be read is
-    counted as ``unreadable`` of node ``?``."""
+    """How a pool is used, in addresses. own: the nodes' own ones, counted as state ``own``.
+
+    by_node: node -> state -> count; a record that cannot be read is counted as ``unreadable`` of node ``?``.
+    """
 
     usable: int
     assigned: int
+    own: int
     warm: int
     cooling: int
     by_node: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -77,7 +80,8 @@ class PoolUsage:
             f"{node}: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
             for node, states in sorted(self.by_node.items())
         )
-        total = f"{self.assigned} assigned, {self.warm} warm, {self.cooling} cooling, {self.free} free"
+        own = f" and {self.own} the nodes' own" * bool(self.own)
+        total = f"{self.assigned} assigned{own}, {self.warm} warm, {self.cooling} cooling, {self.free} free"
         return f"{total} ({nodes or 'no node holds any'})"
 
 
@@ -92,6 +96,10 @@ def validate(network: Network) -> None:
         raise InvalidInput(f"the MTU {network.mtu} is not between {MTU[0]} and {MTU[1]}")
     if not 0 <= network.warm <= MAX_WARM:
         raise InvalidInput(f"warm {network.warm} is not between 0 and {MAX_WARM}")
+    if network.fabric not in FABRICS:
+        raise InvalidInput(
+            f"there is no fabric {network.fabric!r}; a network's is one of {', '.join(FABRICS)}"
+        )
     for server in network.dns:
         try:
             ip_address(server)
@@ -203,7 +211,7 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
         for kv in page.items:
             try:
                 address = Address.decode(kv.key, kv.value)
-                counts[address.node, address.state.value] += 1
+                counts[address.node, OWN if address.is_nodes_own else address.state.value] += 1
             except StoreError:
                 counts["?", UNREADABLE] += 1
         cursor, revision = page.next_key, page.revision
@@ -211,12 +219,13 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
     for (node, state), count in counts.items():
         by_node.setdefault(node, {})[state] = count
 
-    def total(state: AddressState) -> int:
+    def total(state: str) -> int:
         return sum(count for (_, s), count in counts.items() if s == state)
 
     return PoolUsage(
         usable=shape.usable_count(),
         assigned=total(AddressState.ASSIGNED),
+        own=total(OWN),
         warm=total(AddressState.WARM),
         cooling=total(AddressState.COOLING),
         by_node=by_node,
@@ -242,6 +251,7 @@ class NetworkChange:
     strict: bool | None = None
     isolation: str | None = None
     allow_from: tuple[str, ...] | None = None
+    fabric: str | None = None
     allow_netgroups: tuple[str, ...] | None = None
     allow_public: bool | None = None
     allow_static: tuple[str, ...] | None = None

@@ -195,7 +195,7 @@ def _take_over(
     live = is_live(ip, record)
     held = Held(ip, record, revision)
     holdings.shelf.add(held)
-    holdings.used.add(record.network)
+    holdings.note_use(record)
     if live:
         report.adopted.append(ip)
     elif record.state is AddressState.COOLING:

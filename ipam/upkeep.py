@@ -221,6 +221,8 @@ class Upkeep:
         network = self._network(held.record.network) if held.record else None
         if network is None or held.record is None or self._holdings.drained:
             return 0
+        if not self._holdings.keeps_warm(network):
+            return 0
         if self._holdings.is_stray(held.ip) or self._holdings.is_held_back(held.record.pool):
             return 0
         return network.warm * HIGH_WATER
@@ -240,19 +242,20 @@ class Upkeep:
             await self._holdings.catalogue.refresh()
         room = GROUP - len(self._shelf.dirty())
         for network in self._holdings.catalogue.networks():
-            if network.name not in self._holdings.used and not network.preload:
-                continue
+            keeps_warm = self._holdings.keeps_warm(network)
             for family in _FAMILIES:
-                pools = self._holdings.catalogue.pools_of(network, family)
-                claims += await self._refill_family(network, family, pools, room)
+                if keeps_warm or self._shelf.waiters(network.name, family):
+                    pools = self._holdings.catalogue.pools_of(network, family)
+                    warm = network.warm if keeps_warm else 0
+                    claims += await self._refill_family(network, family, pools, room, warm)
         return claims
 
     async def _refill_family(
-        self, network: Network, family: Family, pools: Sequence[Geometry], room: int
+        self, network: Network, family: Family, pools: Sequence[Geometry], room: int, warm: int
     ) -> list[Change]:
         waiters = self._shelf.waiters(network.name, family)
         have = self._shelf.warm_count(network.name, family) + self._shelf.coming(network.name, family)
-        need = min(len(waiters) + network.warm - have, max(room, 0))
+        need = min(len(waiters) + warm - have, max(room, 0))
         waiting = min(len(waiters) - have, max(room, 0))
         picky = {w.pool for w in waiters if w.pool is not None}
         claims: list[Change] = []

@@ -6,6 +6,7 @@ confirmed yet. Repairs are only those that cannot take an address from a live na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +14,16 @@ from ipam.checks import Finding
 from ipam.holder import Holder
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
-from isolator.model import Endpoint, EndpointState
+from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.recovery import remove_strays
 
 
-async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair: bool) -> dict[str, Any]:
+async def audit(
+    kernel: Kernel, endpoints: Endpoints, holder: Holder, own: Mapping[IPAddress, str], *, repair: bool
+) -> dict[str, Any]:
     """The answer to an intent of kind ``check``.
+
+    own: the node's own addresses, and the devices that have them.
 
     findings, repaired: Finding as dicts. notes: sentences. carried: ip -> endpoint that has it. unwritten:
     addresses whose assignment the store has not confirmed yet.
@@ -67,7 +72,8 @@ async def audit(kernel: Kernel, endpoints: Endpoints, holder: Holder, *, repair:
         "repaired": [asdict(finding) for finding in repaired],
         "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
         "unwritten": [str(ip) for ip, held in holder.assigned().items() if held.dirty],
-        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips},
+        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips}
+        | {str(ip): device for ip, device in own.items()},
     }
 
 
@@ -100,7 +106,7 @@ def _orphans(endpoints: Endpoints, holder: Holder) -> list[Finding]:
             "released if no route leads to it",
         )
         for ip, held in holder.assigned().items()
-        if held.record is not None and ip not in carried
+        if held.record is not None and ip not in carried and not held.record.is_nodes_own
     ]
 
 

@@ -80,7 +80,7 @@ END_PATIENCE = 5.0
 
 
 class Endpoints:
-    """See the module's docstring. underlay_mtu: bytes, for networks that do not set their own."""
+    """See the module's docstring. mtu_of: bytes, of networks that do not set their own."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class Endpoints:
         journal: Journal,
         catalogue: Catalogue,
         holder: Holder,
-        underlay_mtu: Callable[[], int],
+        mtu_of: Callable[[Network], int],
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
         self._journal = journal
         self._catalogue = catalogue
         self._holder = holder
-        self._underlay_mtu = underlay_mtu
+        self._mtu_of = mtu_of
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
@@ -263,7 +263,7 @@ class Endpoints:
             ips=ips,
             host_ifname=host_ifname(spec.key),
             mac=spec.mac or mac_for(ips),
-            mtu=spec.mtu or network.mtu or self._underlay_mtu(),
+            mtu=spec.mtu or network.mtu or self._mtu_of(network),
             netgroups=netgroups_of(spec),
             labels=spec.labels,
             default_route=spec.default_route,

@@ -12,6 +12,7 @@ removed interfaces are reaped, vanished namespaces collected, the firewall watch
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -25,27 +26,30 @@ import structlog
 from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
-from ipam.errors import Fenced, MoorageError, StoreError, TryAgain
+from ipam.errors import Fenced, InvalidInput, MoorageError, StoreError, TryAgain
 from ipam.holder import COOLDOWN, Holder
 from ipam.holdings import Conflict
 from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
 from ipam.netgroups import MOST_NETGROUPS, parse_netgroup
+from ipam.node_addresses import NodeAddresses
 from ipam.records import Address, AddressState, Fence, Intent, IntentKind, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.shelf import Held
 from ipam.store.base import Store
 from isolator.audit import audit
 from isolator.endpoints import Endpoints
+from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
-from isolator.netlink.monitor import LinkMonitor
+from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
+from isolator.underlay import DEFAULT_MTU, Underlay
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +71,12 @@ HEAL_EVERY = 1.0
 DRAIN_WITHIN = 2.0
 """Seconds a drain has before it is answered with what is left; who asked asks again."""
 
+UNDERLAY_EVERY = 10.0
+"""Seconds between looks at the underlay; the kernel tells of changes sooner."""
+
+UNDERLAY_SETTLE = 0.1
+"""Seconds in which changes of the underlay gather: an address that is replaced is gone for a moment."""
+
 RETRY = 1.0
 """Seconds before a background task that failed is started again."""
 
@@ -75,14 +85,17 @@ RETRY = 1.0
 class Settings:
     """What an isolator is told.
 
-    state_dir: holds the journal. underlay: the interface towards other nodes, None for the one with the
-    default route. cooldown: seconds.
+    state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
+    interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
+    cooldown: seconds.
     """
 
     node: str
     state_dir: Path
     version: str
     underlay: str | None = None
+    vxlan_port: int = VXLAN_PORT
+    gateway: bool = False
     cooldown: float = COOLDOWN
 
 
@@ -97,7 +110,7 @@ class Isolator:
         self._boot_id = boot_id()
         self._journal = Journal(settings.state_dir / "journal.db", self._boot_id)
         self._kernel = Kernel()
-        self._catalogue = Catalogue(store, self._journal, self._catalogue_changed)
+        self._catalogue = Catalogue(store, self._journal, self._catalogue_changed, self._store_rewound)
         self._holder = Holder(
             settings.node,
             store,
@@ -109,16 +122,25 @@ class Isolator:
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
         )
-        self._endpoints = Endpoints(
-            self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, lambda: self._mtu
+        self._addresses = NodeAddresses(
+            settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
         )
         self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue)
-        self._cluster = Cluster(
-            store, self._catalogue, self._neighbours.on_topology, self._neighbours.on_members
+        self._cluster = Cluster(store, self._catalogue, self._topology_changed, self._neighbours.on_members)
+        self._fabric = Fabric(
+            settings.node,
+            settings.vxlan_port,
+            self._cluster,
+            self._catalogue,
+            self._addresses,
+            on_addresses=self._describe,
+        )
+        self._endpoints = Endpoints(
+            self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
         )
         self._membership: Membership | None = None
-        self._mtu = 1500
-        self._own_addresses: tuple[IPAddress, ...] = ()
+        self._underlay = Underlay((), DEFAULT_MTU, ())
+        self._underlay_changed = asyncio.Event()
         self._links: dict[str, HostLink] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
@@ -132,18 +154,15 @@ class Isolator:
         self._holder.load()
         self._endpoints.load()
         self._links = await self._kernel.links()
-        underlay = await self._kernel.underlay(self._settings.underlay)
-        self._mtu = underlay.mtu
-        self._own_addresses = underlay.addresses
-        node = Node(
-            name=self._settings.node,
-            version=self._settings.version,
-            underlay=[str(ip) for ip in underlay.addresses],
-            mtu=underlay.mtu,
-            features=["routed", f"{FEATURE}{VERSION}"],
-        )
+        self._underlay = await self._kernel.underlay(self._settings.underlay)
+        self._fabric.underlay_changed(self._underlay)
         self._membership = Membership(
-            self._store, node, self.instance, self._boot_id, self._holder.fenced, self._holder.drain
+            self._store,
+            self._facts(),
+            self.instance,
+            self._boot_id,
+            self._holder.fenced,
+            self._holder.drain,
         )
         try:
             async with asyncio.timeout(SYNC_PATIENCE):
@@ -177,6 +196,8 @@ class Isolator:
             lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
         )
         monitor.start(asyncio.get_running_loop())
+        changes = ChangeMonitor(self._underlay_changed.set)
+        changes.start(asyncio.get_running_loop())
         try:
             async with asyncio.TaskGroup() as group:
                 for name, work in (
@@ -190,26 +211,35 @@ class Isolator:
                     ("collector", self._collect),
                     ("conflicts", self._cut_off),
                     ("firewall", self._heal),
-                    ("cluster", self._cluster.follow),
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
                     ("unfinished", self._undo_unfinished),
+                    ("cluster", self._cluster.follow),
+                    ("fabric", self._fabric.run),
+                    ("underlay", self._follow_underlay),
                 ):
                     group.create_task(_supervised(name, work), name=name)
         finally:
             monitor.stop()
+            changes.stop()
 
     async def stop(self) -> None:
         """End in order; endpoints stay as they are. ``run`` has been cancelled before."""
         if self._membership is not None:
             await self._membership.leave()
+        self._fabric.close()
         self._kernel.close()
         self._journal.close()
 
     # -- what engines call
 
     async def attach(self, spec: AttachSpec) -> Endpoint:
-        """See Endpoints.attach."""
+        """See Endpoints.attach. Raises InvalidInput on a gateway."""
+        if self._settings.gateway:
+            raise InvalidInput(
+                f"node {self.node} is a gateway, whose agent wires no containers; start the container on another node, "
+                "or this agent without --gateway"
+            )
         return await self._endpoints.attach(spec)
 
     async def detach(self, key: EndpointKey, asked: Asked) -> None:
@@ -249,12 +279,16 @@ class Isolator:
             "instance": self.instance,
             "version": self._settings.version,
             "boot_id": self._boot_id,
-            "mtu": self._mtu,
-            "own_addresses": [str(ip) for ip in self._own_addresses],
+            "mtu": self._underlay.mtu,
+            "own_addresses": [
+                str(ip) for ip in (*self._underlay.addresses, *self._addresses.current().values())
+            ],
+            "gateway": self._settings.gateway,
             "endpoints": dict(sorted(states.items())),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
             "journal_rebuilt": self._journal.rebuilt,
             **self._holder.status(),
+            "fabric": self._fabric.status(),
         }
 
     # -- what goes on beside
@@ -263,10 +297,67 @@ class Isolator:
         self._holder.catalogue_changed()
         self._cluster.pools_changed()
         self._neighbours.on_catalogue()
+        self._fabric.networks_changed()
+
+    def _store_rewound(self) -> None:
+        self._cluster.start_over()
+        self._fabric.rewound()
+
+    def _topology_changed(self, nodes: set[str]) -> None:
+        self._fabric.topology_changed(nodes)
+        self._neighbours.on_topology(nodes)
+
+    def _facts(self) -> Node:
+        """What the other nodes have to know of this one."""
+        underlay = self._underlay
+        link_local = () if underlay.link_local is None else (underlay.link_local,)
+        return Node(
+            name=self.node,
+            version=self._settings.version,
+            underlay=[str(ip) for ip in (*underlay.addresses, *link_local)],
+            mtu=underlay.mtu,
+            mac=mac_of(self.node),
+            vxlan_port=self._settings.vxlan_port,
+            vtep=[str(ip) for ip in self._addresses.current().values()],
+            gateway=self._settings.gateway,
+            features=["routed", "hostgw", "vxlan", f"{FEATURE}{VERSION}"],
+        )
+
+    def _describe(self) -> None:
+        if self._membership is not None:
+            self._membership.describe(self._facts())
+
+    async def _follow_underlay(self) -> None:
+        """Other nodes and the fabric are told when the node's own network changes."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(UNDERLAY_EVERY):
+                    await self._underlay_changed.wait()
+            await asyncio.sleep(UNDERLAY_SETTLE)
+            self._underlay_changed.clear()
+            try:
+                found = await self._kernel.underlay(self._settings.underlay)
+            except InvalidInput as error:
+                log.warning("underlay is gone; what it was is kept", why=str(error))
+                continue
+            if found != self._underlay:
+                log.info(
+                    "underlay changed",
+                    links=found.links,
+                    addresses=[str(ip) for ip in found.addresses],
+                    mtu=found.mtu,
+                )
+                self._underlay = found
+                self._fabric.underlay_changed(found)
+                self._describe()
+            else:
+                self._fabric.kernel_changed()
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
         if record.state is not AddressState.ASSIGNED:
             return False
+        if record.is_nodes_own:
+            return True
         known = self._endpoints.of_ip(ip)
         if known is not None:
             return True
@@ -358,7 +449,11 @@ class Isolator:
         match intent.kind:
             case IntentKind.CHECK:
                 return await audit(
-                    self._kernel, self._endpoints, self._holder, repair=bool(intent.evidence.get("repair"))
+                    self._kernel,
+                    self._endpoints,
+                    self._holder,
+                    dict.fromkeys(self._fabric.carried, VXLAN_DEVICE),
+                    repair=bool(intent.evidence.get("repair")),
                 )
             case IntentKind.VERIFY | IntentKind.RELEASE:
                 return await self._answer_release(intent)
@@ -419,6 +514,9 @@ class Isolator:
             return {"done": True, "why": f"{ip} is not held by this node any more"}
         if held.record.state is not AddressState.ASSIGNED:
             return {"done": True, "why": f"{ip} is {held.record.state.value} already"}
+        if held.record.is_nodes_own:
+            why = f"{ip} is node {self.node}'s own, on its device {VXLAN_DEVICE}; it goes with the last vxlan network"
+            return {"done": False, "why": why}
         if self._has_changed(held, held.record, intent):
             return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
         endpoint = self._endpoints.of_ip(ip)

@@ -8,10 +8,7 @@ network namespace but for the moments when they open a socket inside a container
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 from ipam.keys import IPNetwork
 from isolator import sysctl
@@ -20,21 +17,18 @@ from isolator.model import Endpoint, IPAddress, PortMapping
 from isolator.netlink import (
     HostLink,
     HostRoute,
-    Node,
     delete_links,
     delete_routes,
     endpoint_links,
+    endpoint_routes,
     flush_conntrack,
     flush_ports,
-    our_routes,
 )
 from isolator.policy import Admission, Isolation, Policy, Surroundings
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
+from isolator.thread import KernelThread
 from isolator.underlay import Underlay, underlay
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def wiring(endpoint: Endpoint) -> Wiring:
@@ -63,21 +57,12 @@ def admission(endpoint: Endpoint, isolation: Isolation) -> Admission:
     )
 
 
-class _Thread:
-    """One thread with a netlink socket and drivers of its own."""
+class _DriverThread(KernelThread):
+    """A kernel thread with drivers of its own."""
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self.node = self.call(Node)
+        super().__init__(name)
         self._drivers: dict[str, Driver] = {}
-
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: work(*args, **kwargs))
-
-    def call(self, work: Callable[[], T]) -> T:
-        """Run it there and wait: for start and stop, when there is nobody to keep waiting."""
-        return self._executor.submit(work).result()
 
     def driver(self, name: str) -> Driver:
         """The driver ``name``, for use on this thread. Raises InvalidInput."""
@@ -85,17 +70,13 @@ class _Thread:
             self._drivers[name] = load_driver(name, self.node)
         return self._drivers[name]
 
-    def close(self) -> None:
-        self.call(self.node.close)
-        self._executor.shutdown()
-
 
 class Kernel:
     """See the module's docstring. Every method is atomic towards the others of its thread."""
 
     def __init__(self) -> None:
-        self._wiring = _Thread("moorage-wiring")
-        self._reaping = _Thread("moorage-reaping")
+        self._wiring = _DriverThread("moorage-wiring")
+        self._reaping = _DriverThread("moorage-reaping")
         self._policy = self._wiring.call(Policy)
 
     def close(self) -> None:
@@ -186,8 +167,8 @@ class Kernel:
         return await self._wiring.run(endpoint_links, self._wiring.node)
 
     async def routes(self) -> list[HostRoute]:
-        """Every route of ours on this node."""
-        return await self._wiring.run(our_routes, self._wiring.node)
+        """Every route to an endpoint on this node."""
+        return await self._wiring.run(endpoint_routes, self._wiring.node)
 
     async def elements(self) -> set[tuple[str, IPAddress]]:
         """(interface, ip) of every element in the policy."""

@@ -1,17 +1,18 @@
-"""The network under the containers: what the node's own default route leads through."""
+"""The network under the containers: what the node's own default route leads through, or what it is told."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
-from ipaddress import ip_address
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
 
 from ipam.errors import InvalidInput
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
-from isolator.netlink.inventory import parse_link
+from isolator.netlink.inventory import HostLink, parse_link
 from isolator.netlink.node import Node
 
 DEFAULT_MTU = 1500
@@ -21,39 +22,64 @@ DEFAULT_MTU = 1500
 class Underlay:
     """links: of the default route, several if it is multipath. mtu: bytes, the smallest of theirs.
 
-    addresses: theirs of global scope, IPv4 first.
+    addresses: theirs of global scope, IPv4 first; of those asked for by address, those come first.
+    link_local: an IPv6 one of the first link, None if it has none.
     """
 
     links: tuple[str, ...]
     mtu: int
     addresses: tuple[IPAddress, ...]
+    link_local: IPAddress | None = None
 
 
-def underlay(node: Node, name: str | None = None) -> Underlay:
-    """The link called ``name``, else found by the default route with the lowest metric in the main table,
-    IPv4's before IPv6's.
+def underlay(node: Node, wanted: str | None = None) -> Underlay:
+    """The link called ``wanted``, or with that address, or with one in that network; without it the links of the
+    default route with the lowest metric in the main table, IPv4's before IPv6's.
 
     Other tables are somebody's policy routing (a VPN's, a container tool's) and say nothing about the
-    underlay. Without a default route: no links, 1500 bytes. Raises InvalidInput if ``name`` does not exist.
+    underlay. Without a default route: no links, 1500 bytes. Raises InvalidInput if ``wanted`` does not exist.
     """
     everyone = [parse_link(message) for message in node.route.dump(messages.dump_links())]
-    if name is not None:
-        links = [link for link in everyone if link.name == name]
-        if not links:
-            raise InvalidInput(
-                f"the underlay interface {name!r} does not exist; set --underlay to one of "
-                f"{', '.join(link.name for link in everyone)}"
-            )
-    else:
+    if wanted is None:
         default = _default_links(node, socket.AF_INET) or _default_links(node, socket.AF_INET6)
-        links = [link for link in everyone if link.index in default]
+        return _of(node, [link for link in everyone if link.index in default])
+    by_name = [link for link in everyone if link.name == wanted]
+    if by_name:
+        return _of(node, by_name)
+    network = _network(wanted)
+    for link in everyone if network is not None else ():
+        found = _of(node, [link])
+        named = [ip for ip in found.addresses if network is not None and ip in network]
+        if named:
+            rest = [ip for ip in found.addresses if ip not in named]
+            return replace(found, addresses=(*named, *rest))
+    raise InvalidInput(
+        f"the underlay {wanted!r} does not exist: it is neither an interface here nor an address or network of one; "
+        f"set --underlay to one of {', '.join(link.name for link in everyone)}"
+    )
+
+
+def _of(node: Node, links: list[HostLink]) -> Underlay:
+    found = [
+        (ip, scope)
+        for link in sorted(links, key=lambda link: link.index)
+        for ip, scope in _addresses(node, link.index)
+    ]
     return Underlay(
         links=tuple(sorted(link.name for link in links)),
         mtu=min((link.mtu for link in links), default=DEFAULT_MTU),
-        addresses=tuple(
-            ip for index in sorted(link.index for link in links) for ip in _addresses(node, index)
+        addresses=tuple(ip for ip, scope in found if scope == messages.SCOPE_UNIVERSE),
+        link_local=next(
+            (ip for ip, scope in found if ip.version == 6 and scope == messages.SCOPE_LINK), None
         ),
     )
+
+
+def _network(text: str) -> IPNetwork | None:
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
 
 
 def default_links(node: Node) -> set[str]:
@@ -86,12 +112,13 @@ def _default_route(message: Message) -> Iterator[tuple[int, list[int]]]:
     yield codec.as_u32(found.get(messages.RTA_PRIORITY)), indexes
 
 
-def _addresses(node: Node, index: int) -> list[IPAddress]:
-    found: list[IPAddress] = []
+def _addresses(node: Node, index: int) -> list[tuple[IPAddress, int]]:
+    """A link's addresses with their scopes, IPv4 first."""
+    found: list[tuple[IPAddress, int]] = []
     for message in node.route.dump(messages.dump_addresses(index=index)):
         _, _, _, scope, _ = messages.ADDRESS.unpack_from(message.body)
         values = codec.attributes(message.body, messages.ADDRESS.size)
         packed = values.get(messages.IFA_LOCAL, values.get(messages.IFA_ADDRESS))
-        if scope == messages.SCOPE_UNIVERSE and packed is not None:
-            found.append(ip_address(bytes(packed)))
-    return sorted(found, key=lambda ip: (ip.version, ip.packed))
+        if packed is not None:
+            found.append((ip_address(bytes(packed)), scope))
+    return sorted(found, key=lambda pair: (pair[0].version, pair[0].packed))

@@ -72,6 +72,8 @@ async def _serve(config: AgentConfig) -> None:
                     state_dir=config.state_dir,
                     version=__version__,
                     underlay=config.underlay,
+                    vxlan_port=config.vxlan_port,
+                    gateway=config.gateway,
                 ),
                 store,
             )

@@ -16,6 +16,7 @@ import socket
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,7 +50,8 @@ INTERFACE_LIMIT = 15
 class AgentConfig:
     """What an agent runs with; see docs/operator.md for each.
 
-    underlay: the interface towards other nodes; None takes the one with the default route.
+    underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
+    default route. vxlan_port: UDP.
     """
 
     node: str
@@ -59,6 +61,8 @@ class AgentConfig:
     log_level: str
     log_format: str
     underlay: str | None
+    vxlan_port: int
+    gateway: bool
 
 
 class _Wrong(ValueError):
@@ -67,11 +71,15 @@ class _Wrong(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One key of the configuration. default: text as a user would write it, None if there is none."""
+    """One key of the configuration. default: text as a user would write it, None if there is none.
+
+    kind: of TOML's values, which the file may have beside text.
+    """
 
     key: str
     parse: Callable[[str], Any]
     default: Callable[[], str | None]
+    kind: type = str
 
 
 def _node(text: str) -> str:
@@ -107,10 +115,27 @@ def _socket(text: str) -> Path:
     return Path(text)
 
 
-def _interface(text: str) -> str:
-    if not 0 < len(os.fsencode(text)) <= INTERFACE_LIMIT or re.search(r"[\s/:\0]", text):
-        raise _Wrong("the name of a network interface, such as eth0")
+def _underlay(text: str) -> str:
+    if "/" in text or ":" in text:
+        try:
+            return str(ip_network(text, strict=False))
+        except ValueError as error:
+            raise _Wrong(f"an interface, such as eth0, or an address or network of one ({error})") from None
+    if not 0 < len(os.fsencode(text)) <= INTERFACE_LIMIT or re.search(r"[\s\0]", text):
+        raise _Wrong("an interface, such as eth0, or an address or network of one, such as 192.0.2.0/24")
     return text
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise _Wrong("a port number, 1 to 65535")
+    return int(text)
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise _Wrong("true or false")
+    return text == "true"
 
 
 def _one_of(*known: str) -> Callable[[str], str]:
@@ -134,7 +159,9 @@ SETTINGS = (
     Setting("socket", _socket, lambda: DEFAULT_SOCKET),
     Setting("log_level", _one_of(*LOG_LEVELS), lambda: "info"),
     Setting("log_format", _one_of(*LOG_FORMATS), lambda: "console"),
-    Setting("underlay", _interface, lambda: None),
+    Setting("underlay", _underlay, lambda: None),
+    Setting("vxlan_port", _port, lambda: "4789", int),
+    Setting("gateway", _switch, lambda: "false", bool),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
 
@@ -178,6 +205,8 @@ def load(
 
 
 def _parse(setting: Setting, place: str, text: Any) -> Any:
+    if not isinstance(text, str) and type(text) is setting.kind:
+        text = str(text).lower()
     if not isinstance(text, str):
         raise InvalidInput(f"{place}: expected text in quotes, not {text!r}")
     try:

@@ -8,6 +8,8 @@ from isolator.netlink.inventory import (
     delete_links,
     delete_routes,
     endpoint_links,
+    endpoint_routes,
+    fabric_routes,
     our_routes,
     our_rules,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "delete_links",
     "delete_routes",
     "endpoint_links",
+    "endpoint_routes",
+    "fabric_routes",
     "flush_conntrack",
     "flush_ports",
     "our_routes",

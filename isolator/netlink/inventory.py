@@ -33,7 +33,10 @@ class HostLink:
 
 @dataclass(frozen=True, slots=True)
 class HostRoute:
-    """A route. index: of its link; 0 if it has none. kind: RTN_UNICAST, RTN_BLACKHOLE, …"""
+    """A route. index: of its link; 0 if it has none. kind: RTN_UNICAST, RTN_BLACKHOLE, …
+
+    source: the address that the node's own packets get.
+    """
 
     destination: IPNetwork
     table: int
@@ -41,6 +44,7 @@ class HostRoute:
     kind: int
     metric: int = 0
     gateway: IPAddress | None = None
+    source: IPAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,16 @@ def our_routes(node: Node) -> list[HostRoute]:
         for family in _FAMILIES
         for message in node.route.dump(messages.dump_routes(family, protocol=ROUTE_PROTOCOL))
     ]
+
+
+def endpoint_routes(node: Node) -> list[HostRoute]:
+    """Our routes to endpoints."""
+    return [route for route in our_routes(node) if route.metric != messages.FABRIC_METRIC]
+
+
+def fabric_routes(node: Node) -> list[HostRoute]:
+    """Our routes to other nodes' addresses, and those that end what our blocks do not use."""
+    return [route for route in our_routes(node) if route.metric == messages.FABRIC_METRIC]
 
 
 def our_rules(node: Node) -> list[HostRule]:
@@ -122,7 +136,9 @@ def parse_route(message: Message) -> HostRoute:
     """A route from RTM_NEWROUTE."""
     family, dst_len, _, _, table, _, _, kind, _ = messages.ROUTE.unpack_from(message.body)
     found = codec.attributes(message.body, messages.ROUTE.size)
-    gateway = found.get(messages.RTA_GATEWAY)
+    gateway, source = found.get(messages.RTA_GATEWAY), found.get(messages.RTA_PREFSRC)
+    if messages.RTA_VIA in found:  # of the other family, which comes before it in two bytes
+        gateway = found[messages.RTA_VIA][2:]
     return HostRoute(
         destination=_network(family, found.get(messages.RTA_DST), dst_len),
         table=codec.as_u32(found.get(messages.RTA_TABLE), table),
@@ -130,6 +146,7 @@ def parse_route(message: Message) -> HostRoute:
         kind=kind,
         metric=codec.as_u32(found.get(messages.RTA_PRIORITY)),
         gateway=ip_address(bytes(gateway)) if gateway is not None else None,
+        source=ip_address(bytes(source)) if source is not None else None,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from struct import Struct
 
 from ipam.keys import IPNetwork
@@ -25,14 +26,19 @@ from isolator.netlink.codec import (
 
 ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
+FABRIC_PREFIX = "mfb"
+"""Names of the fabric's devices begin with it."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
+FABRIC_METRIC = 2048
+"""Of the fabric's routes, in both families: a route to an endpoint of this node is better, and neither replaces
+the other when an address moves between nodes."""
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 
 LINK = Struct("=BxHiII")  # family, device type, index, flags, which flags change
@@ -46,16 +52,27 @@ IFF_UP = 0x1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO = 1, 3, 4, 18
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
+IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 7, 15, 17
 IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_MODE_NONE = 8, 1
 
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 
-NDA_DST, NDA_LLADDR = 1, 2
-NUD_PERMANENT = 0x80
+NDA_DST, NDA_LLADDR, NDA_PORT = 1, 2, 6
+NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
+NTF_SELF = 0x02
 
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 6, 9, 15
-RTN_UNICAST, RTN_LOCAL = 1, 2
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = (
+    1,
+    4,
+    5,
+    6,
+    7,
+    9,
+    15,
+    18,
+)
+RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE = 1, 2, 6
 RTNH_F_ONLINK = 4
 SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
 
@@ -103,6 +120,42 @@ def create_veth(
     return Request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"create {peer} with {name} on the node")
 
 
+def create_vxlan(*, name: str, mac: str, vni: int, port: int, local: IPAddress, mtu: int) -> Request:
+    """A VXLAN device that learns nothing: who is behind which address is only ever said by us.
+
+    port: UDP, of this node. local: what its packets come from; decides whether it runs over IPv4 or IPv6.
+    """
+    body = (
+        LINK.pack(0, 0, 0, 0, 0)
+        + text(IFLA_IFNAME, name)
+        + attribute(IFLA_ADDRESS, mac_bytes(mac))
+        + u32(IFLA_MTU, mtu)
+        + nested(
+            IFLA_LINKINFO,
+            text(IFLA_INFO_KIND, "vxlan"),
+            nested(
+                IFLA_INFO_DATA,
+                u32(IFLA_VXLAN_ID, vni),
+                _vxlan_local(local),
+                attribute(IFLA_VXLAN_LEARNING, b"\0"),
+                attribute(IFLA_VXLAN_PORT, port.to_bytes(2, "big")),
+            ),
+        )
+    )
+    return Request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"create the VXLAN device {name}")
+
+
+def set_vxlan_local(index: int, name: str, local: IPAddress) -> Request:
+    """Have a VXLAN device send from another address of the same family."""
+    info = text(IFLA_INFO_KIND, "vxlan") + nested(IFLA_INFO_DATA, _vxlan_local(local))
+    body = LINK.pack(0, 0, index, 0, 0) + nested(IFLA_LINKINFO, info)
+    return Request(RTM_NEWLINK, 0, body, f"have {name} send from {local}")
+
+
+def _vxlan_local(local: IPAddress) -> bytes:
+    return attribute(IFLA_VXLAN_LOCAL if local.version == 4 else IFLA_VXLAN_LOCAL6, local.packed)
+
+
 def delete_link(name: str) -> Request:
     """Remove a link by name."""
     body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name)
@@ -138,6 +191,13 @@ def set_mac(index: int, name: str, mac: str) -> Request:
     return Request(RTM_SETLINK, 0, body, f"give {name} the MAC {mac}")
 
 
+def set_mtu(index: int, name: str, mtu: int) -> Request:
+    """Set a link's MTU, bytes."""
+    return Request(
+        RTM_SETLINK, 0, LINK.pack(0, 0, index, 0, 0) + u32(IFLA_MTU, mtu), f"give {name} the MTU {mtu}"
+    )
+
+
 def no_link_local(index: int, name: str) -> Request:
     """No generated fe80 address, so no DAD and no MLD report for it; a kernel without IPv6 has none anyway."""
     mode = attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([ADDR_GEN_MODE_NONE]))
@@ -167,6 +227,18 @@ def add_address(index: int, name: str, ip: IPAddress) -> Request:
     return Request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"add the address {ip} to {name}")
 
 
+def delete_address(index: int, name: str, ip: IPAddress, prefixlen: int) -> Request:
+    """Take an address from a link."""
+    body = (
+        ADDRESS.pack(family_of(ip), prefixlen, 0, 0, index)
+        + attribute(IFA_LOCAL, ip.packed)
+        + attribute(IFA_ADDRESS, ip.packed)
+    )
+    return Request(
+        RTM_DELADDR, 0, body, f"take the address {ip} from {name}", (errno.EADDRNOTAVAIL, errno.ENODEV)
+    )
+
+
 def add_neighbour(index: int, name: str, ip: IPAddress, mac: str) -> Request:
     """A permanent neighbour: nobody ever has to ask for it."""
     body = (
@@ -175,6 +247,83 @@ def add_neighbour(index: int, name: str, ip: IPAddress, mac: str) -> Request:
         + attribute(NDA_LLADDR, mac_bytes(mac))
     )
     return Request(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"add the neighbour {ip} to {name}")
+
+
+def delete_neighbour(index: int, name: str, ip: IPAddress) -> Request:
+    """Undo ``add_neighbour``."""
+    body = NEIGHBOUR.pack(family_of(ip), index, 0, 0, 0) + attribute(NDA_DST, ip.packed)
+    return Request(
+        RTM_DELNEIGH, 0, body, f"delete the neighbour {ip} of {name}", (errno.ENOENT, errno.ENODEV)
+    )
+
+
+def add_tunnel(index: int, name: str, mac: str, remote: IPAddress, port: int) -> Request:
+    """Frames for a MAC go, by VXLAN, to a remote address and UDP port; 0 is the device's own."""
+    body = (
+        NEIGHBOUR.pack(socket.AF_BRIDGE, index, NUD_NOARP | NUD_PERMANENT, NTF_SELF, 0)
+        + attribute(NDA_LLADDR, mac_bytes(mac))
+        + attribute(NDA_DST, remote.packed)
+        + (attribute(NDA_PORT, port.to_bytes(2, "big")) if port else b"")
+    )
+    doing = f"lead {mac} on {name} to {remote}"
+    return Request(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, doing)
+
+
+def delete_tunnel(index: int, name: str, mac: str) -> Request:
+    """Undo ``add_tunnel``."""
+    body = NEIGHBOUR.pack(socket.AF_BRIDGE, index, 0, NTF_SELF, 0) + attribute(NDA_LLADDR, mac_bytes(mac))
+    return Request(RTM_DELNEIGH, 0, body, f"lead {mac} on {name} nowhere", (errno.ENOENT, errno.ENODEV))
+
+
+def add_fabric_route(
+    destination: IPNetwork, via: IPAddress, *, index: int, onlink: bool, source: IPAddress | None
+) -> Request:
+    """A route to addresses of another node.
+
+    via: may be IPv6 for an IPv4 destination. index: of the link; 0 lets the kernel find the one that ``via`` is on.
+    onlink: ``via`` is on the link although no address says so. source: for the node's own packets.
+    """
+    family = family_of(destination)
+    flags = RTNH_F_ONLINK if onlink else 0
+    if via.version == destination.version:
+        hop = attribute(RTA_GATEWAY, via.packed)
+    else:
+        hop = attribute(RTA_VIA, family_of(via).to_bytes(2, sys.byteorder) + via.packed)
+    body = (
+        _route_header(family, destination.prefixlen, TABLE_MAIN, SCOPE_UNIVERSE, flags)
+        + attribute(RTA_DST, destination.network_address.packed)
+        + hop
+        + (u32(RTA_OIF, index) if index else b"")
+        + (attribute(RTA_PREFSRC, source.packed) if source is not None else b"")
+        + u32(RTA_PRIORITY, FABRIC_METRIC)
+    )
+    doing = f"add the route to {destination} via {via}"
+    return Request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, doing)
+
+
+def add_blackhole(destination: IPNetwork) -> Request:
+    """What no better route leads anywhere is dropped."""
+    body = (
+        _route_header(
+            family_of(destination), destination.prefixlen, TABLE_MAIN, SCOPE_UNIVERSE, 0, RTN_BLACKHOLE
+        )
+        + attribute(RTA_DST, destination.network_address.packed)
+        + u32(RTA_PRIORITY, FABRIC_METRIC)
+    )
+    return Request(
+        RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"drop what no container has of {destination}"
+    )
+
+
+def delete_fabric_route(destination: IPNetwork, *, blackhole: bool) -> Request:
+    """Undo ``add_fabric_route`` or ``add_blackhole``."""
+    kind = RTN_BLACKHOLE if blackhole else RTN_UNICAST
+    body = (
+        _route_header(family_of(destination), destination.prefixlen, TABLE_MAIN, SCOPE_NOWHERE, 0, kind)
+        + attribute(RTA_DST, destination.network_address.packed)
+        + u32(RTA_PRIORITY, FABRIC_METRIC)
+    )
+    return Request(RTM_DELROUTE, 0, body, f"delete the route to {destination}", (errno.ESRCH, errno.ENODEV))
 
 
 def add_default_route(
@@ -258,6 +407,12 @@ def dump_neighbours(family: int, index: int) -> Request:
     """Neighbours of one link."""
     body = NEIGHBOUR.pack(family, 0, 0, 0, 0) + u32(_NDA_IFINDEX, index)
     return Request(RTM_GETNEIGH, 0, body, "list the neighbours", (errno.ENODEV,))
+
+
+def dump_tunnels(index: int) -> Request:
+    """Where MACs lead on one VXLAN device."""
+    body = NEIGHBOUR.pack(socket.AF_BRIDGE, index, 0, 0, 0)
+    return Request(RTM_GETNEIGH, 0, body, "list the tunnels", (errno.ENODEV,))
 
 
 def dump_routes(family: int, *, protocol: int = 0, table: int = 0, index: int = 0) -> Request:

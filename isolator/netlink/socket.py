@@ -60,19 +60,23 @@ class NetlinkSocket:
 
         Raises KernelRefused for the first one whose answer is neither success nor declared fine.
         """
-        refused: KernelRefused | None = None
-        for start in range(0, len(requests), _BATCH):
-            answer = self._execute(requests[start : start + _BATCH])
-            refused = refused or answer
-        if refused is not None:
-            raise refused
+        if refused := self.attempt(requests):
+            raise refused[0]
 
-    def _execute(self, batch: Sequence[Request]) -> KernelRefused | None:
+    def attempt(self, requests: Sequence[Request]) -> list[KernelRefused]:
+        """Carry out all requests; what the kernel said to those that it refused. Raises KernelRefused if it
+        does not answer."""
+        refused = []
+        for start in range(0, len(requests), _BATCH):
+            refused += self._attempt(requests[start : start + _BATCH])
+        return refused
+
+    def _attempt(self, batch: Sequence[Request]) -> list[KernelRefused]:
         first = self._seq + 1
         self._seq += len(batch)
         flags = codec.NLM_F_REQUEST | codec.NLM_F_ACK
         self._send(b"".join([request.encode(flags, first + i) for i, request in enumerate(batch)]), batch[0])
-        refused: KernelRefused | None = None
+        refused = []
         waiting = len(batch)
         while waiting:
             for message in codec.messages(self._receive(16384, batch[0])):
@@ -81,8 +85,8 @@ class NetlinkSocket:
                     continue
                 waiting -= 1
                 number = -codec.S32.unpack_from(message.body)[0]
-                if number and number not in batch[place].fine and refused is None:
-                    refused = _refusal(batch[place], number, message)
+                if number and number not in batch[place].fine:
+                    refused.append(_refusal(batch[place], number, message))
         return refused
 
     def dump(self, request: Request) -> list[Message]:

@@ -29,8 +29,21 @@ from moorage.cli.session import Session
 )
 @click.option(
     "--underlay",
-    metavar="INTERFACE",
-    help="The interface towards other nodes.  [env: MOORAGE_UNDERLAY; default: the one with the default route]",
+    metavar="WHAT",
+    help="What leads to other nodes: an interface, or an address or network of one.  [env: MOORAGE_UNDERLAY; "
+    "default: the interface with the default route]",
+)
+@click.option(
+    "--vxlan-port",
+    metavar="PORT",
+    help="UDP port of this node's tunnels; nodes may differ.  [env: MOORAGE_VXLAN_PORT; default: 4789]",
+)
+@click.option(
+    "--gateway",
+    flag_value="true",
+    default=None,
+    help="Only join the fabric, to reach containers from this machine, and wire none here.  "
+    "[env: MOORAGE_GATEWAY; default: false]",
 )
 @click.option(
     "--log-level",
@@ -57,8 +70,9 @@ def agent(ctx: click.Context, /, file: Path | None, **flags: str | None) -> None
     TOML with the flags' names: node = "a", state_dir = "/var/lib/moorage".
 
     \b
-    Example:
+    Examples:
       moorage agent --node a --log-format json
+      moorage agent --node lb1 --store etcd://192.0.2.10:2379 --gateway
     """
     session = ctx.ensure_object(Session)
     flags["store"] = flags["store"] or session.store

@@ -101,7 +101,8 @@ def create(
           --block-size 28 --static 10.65.0.10-10.65.0.19 --dns 10.0.0.2 --no-nat
     """
     specs = pool_specs(pools, block_sizes, static, excluded)
-    record = Network(name=name, pools=[], **{**NEW_NETWORK, **read_settings(settings).fields()})
+    fabric = {"fabric": "vxlan" if session.store_is_shared else "none"}
+    record = Network(name=name, pools=[], **{**NEW_NETWORK, **fabric, **read_settings(settings).fields()})
 
     async def act(store: Store) -> tuple[Network, list[Pool]]:
         await networks.create_network(store, record, specs)
@@ -198,6 +199,7 @@ def list_(session: Session) -> None:
             Column("name"),
             Column("pools", lambda r: words([pool["cidr"] for pool in r["pools"]])),
             Column("driver"),
+            Column("fabric"),
             Column("nat"),
             Column("mtu", lambda r: words(r["mtu"] or "underlay's")),
             Column("warm"),
@@ -258,7 +260,7 @@ def show(session: Session, name: str) -> None:
         {
             "node": node,
             "cidr": pool["cidr"],
-            **{state: states.get(state, 0) for state in ("assigned", "warm", "cooling")},
+            **{state: states.get(state, 0) for state in ("assigned", "own", "warm", "cooling")},
         }
         for pool in found["pools"]
         for node, states in sorted(pool["usage"]["by_node"].items(), key=largest_first)

@@ -16,6 +16,7 @@ from ipam.isolation import ISOLATIONS
 from ipam.networks import NetworkChange
 from ipam.permissions import RANGES
 from ipam.rates import parse_rate, rate_text
+from ipam.records import FABRICS
 from moorage.cli.session import IP
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -59,6 +60,13 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
             default=None,
             help="Never take addresses from other nodes' blocks, even when no block is left."
             + otherwise("no-strict"),
+        ),
+        click.option(
+            "--fabric",
+            type=click.Choice(FABRICS),
+            help="How other nodes reach its containers: in a VXLAN tunnel, by routes via the nodes (all on one "
+            "segment), or not through moorage."
+            + otherwise("vxlan on etcd, none on SQLite, which has one node"),
         ),
         click.option(
             "--isolation",

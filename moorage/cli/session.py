@@ -39,6 +39,11 @@ class Session:
         # Commands other than `agent` name no node; a host whose name may not be one runs them as well.
         return config.load({"node": "any", "store": self.store, "socket": self.socket})
 
+    @property
+    def store_is_shared(self) -> bool:
+        """Whether several nodes can have the store."""
+        return not self.config().store.startswith("sqlite:")
+
     def run(self, action: Callable[[Store], Awaitable[T]], *, create: bool = False, check: bool = True) -> T:
         """Run ``action`` on the store, which ``create`` makes if there is none. Raises MoorageError.
 

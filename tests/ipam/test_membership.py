@@ -78,11 +78,11 @@ async def test_a_removed_node_does_not_register_before_it_holds_a_fence_again(st
 
 
 async def test_fields_that_a_newer_agent_wrote_about_the_node_are_kept(store: Store) -> None:
-    await store.txn(Txn(then=(Put(keys.NODES + "n1", b'{"name":"n1","version":"2","vtep":"02:00"}'),)))
+    await store.txn(Txn(then=(Put(keys.NODES + "n1", b'{"name":"n1","version":"2","rack":"r7"}'),)))
     await (await member(store)).register()
     kv = await store.get(keys.NODES + "n1")
     assert kv is not None
-    assert json.loads(kv.value)["vtep"] == "02:00"
+    assert json.loads(kv.value)["rack"] == "r7"
     assert json.loads(kv.value)["version"] == "1.0"
 
 

@@ -116,7 +116,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     )  # fmt: skip
     await holder.sync()
     kernel = StubKernel()
-    endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda: 1500)
+    endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda _: 1500)
     tasks = [asyncio.create_task(holder.serve()), asyncio.create_task(endpoints.reap())]
     yield Node(endpoints, kernel, holder, journal, store, catalogue)
     for task in tasks:

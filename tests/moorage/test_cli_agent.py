@@ -130,6 +130,8 @@ def test_the_agent_runs_with_all_layers_and_its_exit_code_is_ours(
             log_level="error",
             log_format="console",
             underlay="eth9",
+            vxlan_port=4789,
+            gateway=False,
         )
     ]
 

@@ -146,8 +146,8 @@ def test_defaults(moorage: CommandLine) -> None:
 def test_the_table_names_the_pools(moorage: CommandLine) -> None:
     moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd00:64::/64")
     assert moorage.ok("network", "list").splitlines() == [
-        "NAME  POOLS                       DRIVER  NAT  MTU         WARM",
-        "web   10.64.0.0/16, fd00:64::/64  routed  yes  underlay's  8",
+        "NAME  POOLS                       DRIVER  FABRIC  NAT  MTU         WARM",
+        "web   10.64.0.0/16, fd00:64::/64  routed  none    yes  underlay's  8",
     ]
 
 
@@ -221,6 +221,7 @@ def test_a_network_is_changed(moorage: CommandLine) -> None:
         "search": ["b.org"],
         "preload": True,
         "strict": True,
+        "fabric": "none",
     }
     assert moorage.json("network", "list") == [changed]
     assert moorage.ok("network", "set", "web", "--enable-pool", "10.64.0.0/24") == "network web changed\n"
@@ -259,6 +260,7 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
     assert moorage.json("network", "show", "web")["pools"][0]["usage"] == {
         "usable": 254,
         "assigned": 1,
+        "own": 0,
         "warm": 1,
         "cooling": 0,
         "free": 252,
@@ -267,8 +269,8 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
     table = moorage.ok("network", "show", "web")
     assert table.splitlines()[0].split() == ["name", "web"]
     assert table.splitlines()[-2:] == [
-        "NODE  CIDR          ASSIGNED  WARM  COOLING",
-        "a     10.64.0.0/24  1         1     0",
+        "NODE  CIDR          ASSIGNED  OWN  WARM  COOLING",
+        "a     10.64.0.0/24  1         0    1     0",
     ]
 
 

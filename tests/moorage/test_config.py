@@ -41,6 +41,8 @@ def test_without_anything_there_are_defaults(monkeypatch: pytest.MonkeyPatch) ->
         log_level="info",
         log_format="console",
         underlay=None,
+        vxlan_port=4789,
+        gateway=False,
     )
 
 
@@ -51,7 +53,9 @@ SAMPLES = {
     "socket": ("/a/s", "/b/s", "/c/s"),
     "log_level": ("error", "warning", "debug"),
     "log_format": ("json", "console", "json"),
-    "underlay": ("eth0", "eth1", "bond0.7"),
+    "underlay": ("eth0", "192.0.2.0/24", "2001:db8::1/128"),
+    "vxlan_port": ("4790", "4791", "4792"),
+    "gateway": ("true", "false", "true"),
 }
 
 
@@ -67,11 +71,17 @@ def test_flags_win_over_environment_over_file_over_default(key: str, tmp_path: P
     environ = {"MOORAGE_" + key.upper(): in_environment, "PATH": "/bin"}
 
     def value(flags: dict[str, str | None], environ: dict[str, str], file: Path) -> str:
-        return str(getattr(config.load({**others, **flags}, environ, file), key))
+        found = getattr(config.load({**others, **flags}, environ, file), key)
+        return str(found).lower() if isinstance(found, bool) else str(found)
 
     assert value({key: in_flag}, environ, file) == in_flag
     assert value({key: None}, environ, file) == in_environment
     assert value({}, {}, file) == in_file
+
+
+def test_numbers_and_switches_may_be_written_as_toml_has_them(tmp_path: Path) -> None:
+    loaded = config.load({"node": "n"}, {}, written(tmp_path, "vxlan_port = 8472\ngateway = true\n"))
+    assert (loaded.vxlan_port, loaded.gateway) == (8472, True)
 
 
 def test_an_empty_variable_counts_as_not_set(tmp_path: Path) -> None:
@@ -149,8 +159,8 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str) -> None:
         ("socket", "/" + "a" * 103, "at most 103 bytes"),
         ("log_level", "loud", "one of debug, info, warning, error"),
         ("log_format", "xml", "one of console, json"),
-        ("underlay", "an-interface-too-long", "the name of a network interface"),
-        ("underlay", "eth 0", "the name of a network interface"),
+        ("underlay", "an-interface-too-long", "an interface, such as eth0"),
+        ("underlay", "eth 0", "an interface, such as eth0"),
     ],
 )
 def test_nonsense_is_refused_naming_place_and_expectation(key: str, text: str, expected: str) -> None:

@@ -246,15 +246,15 @@ def test_a_leftover_of_the_same_name_on_the_node_is_replaced(
 def all_requests(wiring: Wiring, machine: Machine) -> int:
     """How many requests a setup of this wiring sends."""
     count = 0
-    original = NetlinkSocket._execute
+    original = NetlinkSocket._attempt
 
-    def counting(self: NetlinkSocket, batch: Sequence[Request]) -> KernelRefused | None:
+    def counting(self: NetlinkSocket, batch: Sequence[Request]) -> list[KernelRefused]:
         nonlocal count
         count += len(batch)
         return original(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NetlinkSocket, "_execute", counting)
+        patch.setattr(NetlinkSocket, "_attempt", counting)
         machine.do(machine.driver.setup, wiring)
     return count
 
@@ -264,13 +264,13 @@ def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container:
     total = all_requests(wiring, machine)
     machine.do(machine.driver.remove, [wiring])
     assert total == 22
-    original = NetlinkSocket._execute
+    original = NetlinkSocket._attempt
     for failing in range(1, total + 1):
         seen = 0
 
         def sabotaged(
             self: NetlinkSocket, batch: Sequence[Request], failing: int = failing
-        ) -> KernelRefused | None:
+        ) -> list[KernelRefused]:
             """The request whose turn it is asks for something impossible instead."""
             nonlocal seen
             changed = []
@@ -281,7 +281,7 @@ def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container:
             return original(self, changed)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KernelRefused):
-            patch.setattr(NetlinkSocket, "_execute", sabotaged)
+            patch.setattr(NetlinkSocket, "_attempt", sabotaged)
             machine.do(machine.driver.setup, wiring)
         assert machine.holds() == NOTHING, f"after request {failing} failed"
         assert holds_inside(container) == NOTHING_INSIDE, f"after request {failing} failed"

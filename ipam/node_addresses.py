@@ -1,0 +1,95 @@
+"""The node's own addresses: one of each family, for its VXLAN device, so that its processes reach all containers.
+
+An own address is assigned as a container's is, to ``node:<name>`` and with the engine ``moorage``: it lies in one of
+the node's blocks, and is a key of its own. It is no container's, so it keeps nobody from removing a drained node or
+deleting a network: in a pool that is disabled it is given up, without a cooldown, because nothing new is
+given out there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ipam.catalogue import Catalogue
+from ipam.errors import MoorageError
+from ipam.holder import AddressRequest, Holder, Owner
+from ipam.journal import Journal
+from ipam.keys import Family, IPAddress
+from ipam.pools import Geometry
+from ipam.records import NODE_ENGINE, Network
+
+FAMILIES: tuple[Family, ...] = (4, 6)
+
+
+class NodeAddresses:
+    """See the module's docstring. ifname: of the device that has them."""
+
+    def __init__(
+        self, node: str, ifname: str, holder: Holder, catalogue: Catalogue, journal: Journal
+    ) -> None:
+        self._owner = Owner(container_id=f"node:{node}", ifname=ifname, engine=NODE_ENGINE)
+        self._holder = holder
+        self._catalogue = catalogue
+        self._journal = journal
+
+    def current(self) -> dict[Family, IPAddress]:
+        """What the node has now, by family, IPv4 first."""
+        first: dict[Family, IPAddress] = {}
+        for ip in self._mine():
+            first.setdefault(ip.version, ip)
+        return first
+
+    def _mine(self) -> list[IPAddress]:
+        held = self._holder.assigned()
+        mine = [ip for ip, of in held.items() if of.record is not None and of.record.is_nodes_own]
+        return sorted(mine, key=lambda ip: (ip.version, int(ip)))
+
+    async def settle(self, networks: Iterable[Network]) -> dict[Family, str]:
+        """Have one address of every family that the networks' enabled pools offer, and no other.
+
+        Returns why a family has none, for those that it could not be had for.
+        """
+        usable = list(networks)
+        pools = {family: self._pools(usable, family) for family in FAMILIES}
+        kept: set[Family] = set()
+        for ip in self._mine():
+            if ip.version not in kept and any(ip in pool.cidr for pool in pools[ip.version]):
+                kept.add(ip.version)
+            else:
+                self._holder.give_up(ip)
+        missing: dict[Family, str] = {}
+        for family in FAMILIES:
+            if family not in kept and pools[family]:
+                try:
+                    kept |= await self._take(usable, pools[family], kept)
+                except MoorageError as error:
+                    missing[family] = str(error)
+        return {family: why for family, why in missing.items() if family not in kept}
+
+    def _pools(self, networks: Sequence[Network], family: Family) -> list[Geometry]:
+        """Those that the node has a block of come first: no other block is claimed for it then."""
+        found = [
+            pool
+            for network in networks
+            for pool in self._catalogue.pools_of(network, family)
+            if not pool.disabled
+        ]
+        own = self._holder.pools_of_blocks()
+        return sorted(found, key=lambda pool: (pool.name not in own, pool.network, pool.name))
+
+    async def _take(
+        self, networks: Sequence[Network], pools: Sequence[Geometry], kept: set[Family]
+    ) -> set[Family]:
+        """Take an address of the first pool, and with it one of the other family if its network has that."""
+        network = next(n for n in networks if n.name == pools[0].network)
+        lent = await self._holder.take(AddressRequest(network, pool=pools[0].name, keeps_warm=False))
+        taken = [held for held in lent if held.ip.version not in kept]
+        self._holder.put_back([held for held in lent if held not in taken])
+        rows = self._holder.plan_assign(taken, self._owner)
+        try:
+            self._journal.save_addresses(rows)
+        except BaseException:
+            self._holder.put_back(taken)
+            raise
+        self._holder.accept(rows)
+        return {held.ip.version for held in taken}
