@@ -221,7 +221,6 @@ def test_a_network_is_changed(moorage: CommandLine) -> None:
         "search": ["b.org"],
         "preload": True,
         "strict": True,
-        "fabric": "none",
     }
     assert moorage.json("network", "list") == [changed]
     assert moorage.ok("network", "set", "web", "--enable-pool", "10.64.0.0/24") == "network web changed\n"
