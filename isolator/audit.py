@@ -12,6 +12,7 @@ from typing import Any
 
 from ipam.checks import Finding
 from ipam.holder import Holder
+from isolator.drivers.naming import shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
 from isolator.model import Endpoint, EndpointState, IPAddress
@@ -31,6 +32,7 @@ async def audit(
     links = await kernel.links()
     routed = {str(route.destination.network_address) for route in await kernel.routes()}
     elements = await kernel.elements()
+    shapers = await kernel.shapers()
     everyone = endpoints.all()
     attached = [e for e in everyone if e.state is EndpointState.ATTACHED]
     findings: list[Finding] = []
@@ -46,7 +48,7 @@ async def audit(
                 findings.append(_finding(3, endpoint, f"the firewall does not admit {ip}"))
     orphans = _orphans(endpoints, holder)
     findings += orphans
-    strays = _strays(everyone, set(links), routed, elements)
+    strays = _strays(everyone, set(links), routed, elements, shapers)
     findings += strays
     findings += [
         Finding(
@@ -111,13 +113,19 @@ def _orphans(endpoints: Endpoints, holder: Holder) -> list[Finding]:
 
 
 def _strays(
-    everyone: list[Endpoint], links: set[str], routed: set[str], elements: set[tuple[str, Any]]
+    everyone: list[Endpoint],
+    links: set[str],
+    routed: set[str],
+    elements: set[tuple[str, Any]],
+    shapers: set[str],
 ) -> list[Finding]:
     """Invariant 4."""
     names = {endpoint.host_ifname for endpoint in everyone}
     ips = {str(ip) for endpoint in everyone for ip in endpoint.ips}
     repair = "removed"
     found = [Finding(4, name, "is an interface without an endpoint", repair=repair) for name in links - names]
+    limits = shapers - {shaper_ifname(name) for name in names}
+    found += [Finding(4, name, "is a limit without an endpoint", repair=repair) for name in limits]
     found += [Finding(4, ip, "is a route without an endpoint", repair=repair) for ip in routed - ips]
     found += [
         Finding(4, f"{name} {ip}", "is a firewall element without an endpoint", repair=repair)

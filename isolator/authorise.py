@@ -24,7 +24,7 @@ from isolator.model import AttachSpec
 def authorise(
     spec: AttachSpec, network: Network, pools: Sequence[Geometry] = (), reserved: Collection[IPAddress] = ()
 ) -> None:
-    """Raises Refused naming the first thing that the network does not allow, the rule, and how it would be.
+    """Raises Refused naming the first kind of thing that the network does not allow, the rule, and how it would be.
 
     pools: the network's. reserved: the addresses that are reserved under the key that was presented.
     """
@@ -56,15 +56,16 @@ def _denied(
     """(what is asked for, the rule against it, the option that allows it) of everything not allowed."""
     yield from _denied_netgroups(netgroups_of(spec), network)
     # One that is in no pool is refused later, with the pools that there are.
-    for ip in (ip for ip in spec.ips if any(ip in pool.cidr for pool in pools)):
-        if ip not in reserved and not allows_static(network, pools, ip):
-            option = _option("--allow-static", network.allow_static, str(ip))
-            yield f"the address {ip}", f"allows {_static_rule(network)} to be asked for", option
-    for mapping in spec.port_mappings:
-        if not allows_host_port(network, mapping.host_port):
-            option = _option("--allow-hostport", network.allow_hostports, str(mapping.host_port))
-            rule = f"allows these ports of its nodes to be mapped: {listed(network.allow_hostports)}"
-            yield str(mapping), rule, option
+    ips = [ip for ip in spec.ips if ip not in reserved and any(ip in pool.cidr for pool in pools)]
+    fixed = [str(ip) for ip in ips if not allows_static(network, pools, ip)]
+    if fixed:
+        option = _option("--allow-static", network.allow_static, fixed)
+        yield f"the address {listed(fixed)}", f"allows {_static_rule(network)} to be asked for", option
+    ports = sorted({m.host_port for m in spec.port_mappings if not allows_host_port(network, m.host_port)})
+    if ports:
+        option = _option("--allow-hostport", network.allow_hostports, [str(port) for port in ports])
+        rule = f"allows the host ports {listed(network.allow_hostports)}"
+        yield f"the host port {listed([str(port) for port in ports])}", rule, option
     if spec.mac is not None and not network.allow_mac:
         yield f"the MAC {spec.mac}", "lets nobody choose a MAC", "--allow-mac"
     for direction, limit in (("ingress", spec.bandwidth.ingress), ("egress", spec.bandwidth.egress)):
@@ -75,13 +76,13 @@ def _denied(
 
 
 def _denied_netgroups(netgroups: Sequence[Netgroup], network: Network) -> Iterator[tuple[str, str, str]]:
-    for name in netgroups:
-        if name == PUBLIC and not network.allow_public:
-            yield f"the netgroup {name}", "lets nobody be reachable from anywhere", "--allow-public"
-        elif not allows_netgroup(network, name):
-            allowed = listed([network.name, *network.allow_netgroups])
-            option = _option("--allow-netgroup", network.allow_netgroups, name)
-            yield f"the netgroup {name}", f"allows the netgroups {allowed}", option
+    names = [name for name in netgroups if not allows_netgroup(network, name)]
+    if PUBLIC in names:
+        yield f"the netgroup {PUBLIC}", "lets nobody be reachable from anywhere", "--allow-public"
+    elif names:
+        allowed = listed([network.name, *network.allow_netgroups])
+        option = _option("--allow-netgroup", network.allow_netgroups, names)
+        yield f"the netgroup {listed(names)}", f"allows the netgroups {allowed}", option
 
 
 def _static_rule(network: Network) -> str:
@@ -89,6 +90,6 @@ def _static_rule(network: Network) -> str:
     return listed([names.get(rule, rule) for rule in network.allow_static]).replace("none", "no address")
 
 
-def _option(name: str, rules: Sequence[str], more: str) -> str:
-    """The option for all rules that there are and one more: given, they replace those that there are."""
-    return " ".join(f"{name} {shlex.quote(rule)}" for rule in (*rules, more))
+def _option(name: str, rules: Sequence[str], more: Sequence[str]) -> str:
+    """The option for all rules that there are and some more: given, they replace those that there are."""
+    return " ".join(f"{name} {shlex.quote(rule)}" for rule in (*rules, *more))

@@ -36,7 +36,7 @@ from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
 from isolator.authorise import authorise, authorise_netgroups, netgroups_of
-from isolator.drivers.naming import host_ifname, mac_for
+from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
 from isolator.errors import (
     EndpointExists,
     JournalUnwritable,
@@ -49,7 +49,7 @@ from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel, admission
 from isolator.locks import KeyedLocks
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import UNLIMITED, Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
 from isolator.neighbours import surroundings
 from isolator.policy import NETGROUPS, Isolation, isolation_of
 from isolator.steps import reached
@@ -377,8 +377,9 @@ class Endpoints:
     async def _remove_stray(self, key: EndpointKey) -> None:
         """The journal does not know it; its name is enough to find what may be left of it."""
         name = host_ifname(key)
-        if name in await self._kernel.links():
-            await self._kernel.delete_links([name])
+        shaper = shaper_ifname(name)
+        if name in await self._kernel.links() or shaper in await self._kernel.shapers():
+            await self._kernel.delete_links([name, shaper])
 
     async def _begin_end(self, endpoint: Endpoint) -> None:
         """Journal 'detaching', cut it off, and leave the rest to ``reap``. Never fails."""
@@ -527,6 +528,25 @@ class Endpoints:
                     if unchanged and endpoint.host_ifname not in await self._kernel.links():
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._begin_end(endpoint)
+
+    async def restore_limits(self) -> None:
+        """Put back what somebody took away of the limits on endpoints' traffic."""
+        limited = [e for e in self.all() if e.state is EndpointState.ATTACHED and e.bandwidth != UNLIMITED]
+        missing = await self._kernel.limit_differences(limited) if limited else {}
+        for endpoint in limited:
+            if endpoint.host_ifname not in missing:
+                continue
+            async with self._locks.of(endpoint.key):
+                # Not of one that is on its way out: what is made now would be left behind.
+                if self._endpoints.get(endpoint.key) is not endpoint:
+                    continue
+                why = "; ".join(missing[endpoint.host_ifname])
+                try:
+                    await self._kernel.restore_limits(endpoint)
+                except KernelRefused as error:
+                    log.error("limits are missing", endpoint=str(endpoint.key), missing=why, why=str(error))
+                else:
+                    log.warning("limits were missing; restored", endpoint=str(endpoint.key), missing=why)
 
     async def cut_off(self, conflict: Conflict) -> bool:
         """The store gave an address of ours to somebody else: its endpoint must not answer for it.

@@ -68,6 +68,9 @@ FENCE_EVERY = 5.0
 HEAL_EVERY = 1.0
 """Seconds between looks at the firewall."""
 
+LIMITS_EVERY = 2.0
+"""Seconds between looks at the limits on endpoints' traffic."""
+
 DRAIN_WITHIN = 2.0
 """Seconds a drain has before it is answered with what is left; who asked asks again."""
 
@@ -213,6 +216,7 @@ class Isolator:
                     ("firewall", self._heal),
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
+                    ("limits", self._keep_limits),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
                     ("fabric", self._fabric.run),
@@ -434,6 +438,11 @@ class Isolator:
                 await self._restore_policy()
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
+
+    async def _keep_limits(self) -> None:
+        while True:
+            await asyncio.sleep(LIMITS_EVERY)
+            await self._endpoints.restore_limits()
 
     async def _undo_unfinished(self) -> None:
         """An ADD that a killed agent had begun waits for its hook to come back, but not for ever."""

@@ -23,6 +23,7 @@ from isolator.netlink import (
     endpoint_routes,
     flush_conntrack,
     flush_ports,
+    shaper_links,
 )
 from isolator.policy import Admission, Isolation, Policy, Surroundings
 from isolator.steps import reached
@@ -41,6 +42,7 @@ def wiring(endpoint: Endpoint) -> Wiring:
         mac=endpoint.mac,
         mtu=endpoint.mtu,
         default_route=endpoint.default_route,
+        bandwidth=endpoint.bandwidth,
     )
 
 
@@ -148,6 +150,27 @@ class Kernel:
         )
         return found
 
+    async def limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
+        """Sentences by host_ifname, for endpoints whose limits on traffic are not in place.
+
+        On the reaping thread: it takes long where there are many, and changes nothing.
+        """
+        return await self._reaping.run(self._limit_differences, endpoints)
+
+    def _limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in {endpoint.driver for endpoint in endpoints}:
+            mine = [wiring(endpoint) for endpoint in endpoints if endpoint.driver == name]
+            found |= self._reaping.driver(name).limit_differences(mine)
+        return found
+
+    async def restore_limits(self, endpoint: Endpoint) -> None:
+        """Put in place what is missing of its limits."""
+        await self._wiring.run(self._restore_limits, endpoint)
+
+    def _restore_limits(self, endpoint: Endpoint) -> None:
+        self._wiring.driver(endpoint.driver).restore_limits(wiring(endpoint))
+
     async def gateways(self, driver: str) -> tuple[str, str]:
         """The IPv4 and IPv6 gateway that a driver's containers have."""
         loaded = await self._wiring.run(self._wiring.driver, driver)
@@ -165,6 +188,10 @@ class Kernel:
     async def links(self) -> dict[str, HostLink]:
         """Every endpoint interface of this node, by name."""
         return await self._wiring.run(endpoint_links, self._wiring.node)
+
+    async def shapers(self) -> set[str]:
+        """Names of all links of this node that limit endpoints' traffic."""
+        return await self._wiring.run(shaper_links, self._wiring.node)
 
     async def routes(self) -> list[HostRoute]:
         """Every route to an endpoint on this node."""

@@ -20,7 +20,7 @@ import structlog
 from ipam.catalogue import Catalogue
 from ipam.netgroups import Netgroup
 from ipam.records import Address
-from isolator.drivers.naming import host_ifname, mac_for
+from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
 from isolator.model import Asked, Endpoint, EndpointKey, EndpointState, IPAddress
@@ -91,15 +91,19 @@ async def recover(
 
 
 async def remove_strays(kernel: Kernel, endpoints: Endpoints, links: Mapping[str, HostLink]) -> list[str]:
-    """Remove the interfaces and routes that no endpoint owns; returns their names."""
+    """Remove the interfaces, limits and routes that no endpoint owns; returns their names."""
     owned = {endpoint.host_ifname for endpoint in endpoints.all()}
     strays = [name for name in links if name not in owned]
     if strays:
         log.warning("interfaces without an owner removed", names=strays)
         await kernel.delete_links(strays)
+    shapers = sorted(await kernel.shapers() - {shaper_ifname(name) for name in owned})
+    if shapers:
+        log.warning("limits without an owner removed", names=shapers)
+        await kernel.delete_links(shapers)
     ips = {ip for endpoint in endpoints.all() for ip in endpoint.ips}
     routes = [r for r in await kernel.routes() if r.destination.network_address not in ips]
     if routes:
         log.warning("routes without an owner removed", routes=[str(r.destination) for r in routes])
         await kernel.delete_routes(routes)
-    return strays + [str(route.destination) for route in routes]
+    return strays + shapers + [str(route.destination) for route in routes]

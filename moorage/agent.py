@@ -176,6 +176,7 @@ def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
         "netns": endpoint.netns,
         "netgroups": list(endpoint.netgroups),
         "labels": [msgspec.to_builtins(label) for label in endpoint.labels],
+        "bandwidth": msgspec.to_builtins(endpoint.bandwidth),
         "port_mappings": [msgspec.to_builtins(mapping, enc_hook=str) for mapping in endpoint.port_mappings],
         "since": endpoint.since,
     }

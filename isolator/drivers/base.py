@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from isolator.model import IPAddress
+from isolator.model import UNLIMITED, Bandwidth, IPAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Wiring:
     mac: the container end's MAC, ``aa:bb:..``.
     mtu: bytes.
     default_route: this interface wins the container's main default route whatever its name.
+    bandwidth: limits on its traffic.
     """
 
     host_ifname: str
@@ -34,6 +35,7 @@ class Wiring:
     mac: str
     mtu: int
     default_route: bool = False
+    bandwidth: Bandwidth = UNLIMITED
 
 
 class Driver(Protocol):
@@ -61,4 +63,12 @@ class Driver(Protocol):
 
     def check(self, wiring: Wiring) -> list[str]:
         """Sentences, one per difference between the wiring and the kernel; empty if all is well."""
+        ...
+
+    def limit_differences(self, wirings: Sequence[Wiring]) -> dict[str, list[str]]:
+        """The same for limits on their traffic alone, of many at once, by host_ifname; only those that differ."""
+        ...
+
+    def restore_limits(self, wiring: Wiring) -> None:
+        """Put in place what is missing of its limits; nothing if its interface is gone. Raises KernelRefused."""
         ...

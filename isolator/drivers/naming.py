@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 
 from isolator.model import EndpointKey, IPAddress
-from isolator.netlink.messages import ENDPOINT_PREFIX
+from isolator.netlink.messages import ENDPOINT_PREFIX, SHAPER_PREFIX
 
 _TRAILING_NUMBER = re.compile(r"^(.*?)(\d*)$", re.DOTALL)
 
@@ -25,6 +25,15 @@ def host_ifname(key: EndpointKey) -> str:
     """
     digest = hashlib.blake2s(f"{key.container_id}\0{key.ifname}".encode(), digest_size=10).digest()
     return ENDPOINT_PREFIX + base64.b32encode(digest)[:12].decode().lower()
+
+
+def shaper_ifname(host_ifname: str) -> str:
+    """The link that limits what comes from an endpoint, by the node's end of it: 55 bits of the same hash.
+
+    >>> shaper_ifname("mrguyuciqay44b5")
+    'mrg-uyuciqay44b'
+    """
+    return SHAPER_PREFIX + host_ifname.removeprefix(ENDPOINT_PREFIX)[:11]
 
 
 def mac_for(ips: Sequence[IPAddress]) -> str:

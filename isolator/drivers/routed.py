@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import structlog
 
 from isolator import sysctl
+from isolator.drivers import shaping
 from isolator.drivers.base import Wiring
-from isolator.drivers.naming import route_table
+from isolator.drivers.naming import route_table, shaper_ifname
 from isolator.drivers.routed_check import differences
 from isolator.drivers.routed_layout import (
     GATEWAY4,
@@ -62,7 +63,13 @@ class Routed:
                 index = self._create(wiring, container)
                 if _has_ipv6(wiring):
                     sysctl.ensure(f"net/ipv6/conf/{wiring.host_ifname}/disable_ipv6", "0")
-                self._node.route.execute(host_requests(wiring, index))
+                self._node.route.execute(
+                    [
+                        *shaping.ingress_requests(wiring, index),
+                        *shaping.egress_requests(wiring, index),
+                        *host_requests(wiring, index),
+                    ]
+                )
                 with container.inside():
                     if _has_ipv6(wiring):
                         _allow_ipv6(wiring.ifname)
@@ -86,7 +93,7 @@ class Routed:
 
         The links go by name: whoever wires an endpoint of the same key anew must wait until this is done.
         """
-        delete_links(self._node, [wiring.host_ifname for wiring in wirings])
+        delete_links(self._node, [name for wiring in wirings for name in _links(wiring)])
         by_netns: defaultdict[str, list[Wiring]] = defaultdict(list)
         for wiring in wirings:
             if wiring.netns is not None:
@@ -103,7 +110,16 @@ class Routed:
 
     def check(self, wiring: Wiring) -> list[str]:
         """See Driver.check."""
-        return differences(self._node, wiring)
+        limits = self.limit_differences([wiring]).get(wiring.host_ifname, [])
+        return differences(self._node, wiring) + limits
+
+    def limit_differences(self, wirings: Sequence[Wiring]) -> dict[str, list[str]]:
+        """See Driver.limit_differences."""
+        return shaping.differences(self._node, wirings)
+
+    def restore_limits(self, wiring: Wiring) -> None:
+        """See Driver.restore_limits."""
+        shaping.restore(self._node, wiring)
 
     def _create(self, wiring: Wiring, container: Namespace) -> int:
         """Make the pair, both ends down; the index of the node's end.
@@ -162,9 +178,14 @@ class Routed:
     def _undo(self, wiring: Wiring, container: Namespace) -> None:
         """Leave nothing of a setup that failed: routes, addresses and neighbours go with the link."""
         with contextlib.suppress(KernelRefused):
-            self._node.route.execute([messages.delete_link(wiring.host_ifname)])
+            self._node.route.execute([messages.delete_link(name) for name in _links(wiring)])
         with contextlib.suppress(KernelRefused):
             _delete_rules(container, [wiring])
+
+
+def _links(wiring: Wiring) -> list[str]:
+    """Every link on the node that is, or may be, the endpoint's: what limits it may be left from an earlier one."""
+    return [wiring.host_ifname, shaper_ifname(wiring.host_ifname)]
 
 
 def _has_ipv6(wiring: Wiring) -> bool:

@@ -12,6 +12,7 @@ from isolator.netlink.inventory import (
     fabric_routes,
     our_routes,
     our_rules,
+    shaper_links,
 )
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
@@ -35,4 +36,5 @@ __all__ = [
     "flush_ports",
     "our_routes",
     "our_rules",
+    "shaper_links",
 ]

@@ -145,5 +145,5 @@ def as_text(value: memoryview | None) -> str:
 
 
 def as_u32(value: memoryview | None, default: int = 0) -> int:
-    """A number attribute; default if it is missing."""
+    """A number attribute, of any size; default if it is missing."""
     return int.from_bytes(value, sys.byteorder) if value is not None else default

@@ -11,7 +11,7 @@ from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
-from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
+from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
 
@@ -63,10 +63,20 @@ def link_by_name(route: NetlinkSocket, name: str) -> HostLink | None:
     return parse_link(message) if message is not None else None
 
 
-def endpoint_links(node: Node) -> dict[str, HostLink]:
-    """The node's ends of all endpoints, by name."""
+def our_links(node: Node) -> dict[str, HostLink]:
+    """All links of ours that endpoints have, by name: the node's ends, and what limits their traffic."""
     links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
     return {link.name: link for link in links if link.name.startswith(ENDPOINT_PREFIX)}
+
+
+def endpoint_links(node: Node) -> dict[str, HostLink]:
+    """The node's ends of all endpoints, by name."""
+    return {name: link for name, link in our_links(node).items() if not name.startswith(SHAPER_PREFIX)}
+
+
+def shaper_links(node: Node) -> set[str]:
+    """Names of the links that limit endpoints' traffic."""
+    return {name for name in our_links(node) if name.startswith(SHAPER_PREFIX)}
 
 
 def our_routes(node: Node) -> list[HostRoute]:

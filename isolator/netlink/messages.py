@@ -28,6 +28,8 @@ ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
 FABRIC_PREFIX = "mfb"
 """Names of the fabric's devices begin with it."""
+SHAPER_PREFIX = "mrg-"
+"""Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
 FABRIC_METRIC = 2048

@@ -101,8 +101,8 @@ def create(
           --block-size 28 --static 10.65.0.10-10.65.0.19 --dns 10.0.0.2 --no-nat
     """
     specs = pool_specs(pools, block_sizes, static, excluded)
-    fabric = {"fabric": "vxlan" if session.store_is_shared else "none"}
-    record = Network(name=name, pools=[], **{**NEW_NETWORK, **fabric, **read_settings(settings).fields()})
+    settings["fabric"] = settings["fabric"] or ("vxlan" if session.store_is_shared else "none")
+    record = Network(name=name, pools=[], **{**NEW_NETWORK, **read_settings(settings).fields()})
 
     async def act(store: Store) -> tuple[Network, list[Pool]]:
         await networks.create_network(store, record, specs)
@@ -310,8 +310,8 @@ def set_(
     """Change a network while it is used; agents follow at once.
 
     Running containers stay as they are: MTU, name servers, search domains and what apps may ask for
-    are those of containers started from now on. A disabled pool is drained as its containers end;
-    `network show` says what is left in it.
+    are those of containers started from now on. Another fabric is in place on all nodes within seconds.
+    A disabled pool is drained as its containers end; `network show` says what is left in it.
 
     \b
     Examples:

@@ -74,21 +74,18 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
             help="Who may call containers: who shares a netgroup with them, or everybody."
             + otherwise("netgroups"),
         ),
-        click.option(
+        _rules_option(
             "--allow-from",
-            metavar="CIDR|nodes",
-            multiple=True,
-            callback=_rules,
-            help=f"Who else may, without being a container: addresses, every node, or none; {lists}."
+            "allow_from",
+            "CIDR|nodes",
+            f"Who else may, without being a container: addresses, every node, or none; {lists}."
             + otherwise(NOTHING),
         ),
-        click.option(
+        _rules_option(
             "--allow-netgroup",
             "allow_netgroups",
-            metavar="PATTERN",
-            multiple=True,
-            callback=_rules,
-            help="Netgroups that apps may join besides the network's own: names, or patterns like team-*; "
+            "PATTERN",
+            "Netgroups that apps may join besides the network's own: names, or patterns like team-*; "
             f"none; {lists}." + otherwise(NOTHING),
         ),
         click.option(
@@ -97,21 +94,18 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
             help="Let apps be reachable from anywhere, by the netgroup public."
             + otherwise("no-allow-public"),
         ),
-        click.option(
+        _rules_option(
             "--allow-static",
-            metavar="RANGE",
-            multiple=True,
-            callback=_rules,
-            help="Addresses that apps may ask for by name: all, none, ranges (those of --static), "
+            "allow_static",
+            "RANGE",
+            "Addresses that apps may ask for by name: all, none, ranges (those of --static), "
             f"FIRST-LAST, one address or a CIDR; {lists}." + otherwise(RANGES),
         ),
-        click.option(
+        _rules_option(
             "--allow-hostport",
             "allow_hostports",
-            metavar="RANGE",
-            multiple=True,
-            callback=_rules,
-            help="Ports of the node that apps may have mapped: 8080, 31000-32000, or none; "
+            "RANGE",
+            "Ports of the node that apps may have mapped: 8080, 31000-32000, or none; "
             f"{lists}." + otherwise("31000-32000"),
         ),
         click.option(
@@ -163,6 +157,10 @@ def settings_in_words(row: Mapping[str, Any]) -> dict[str, Any]:
         "allow_hostports": row["allow_hostports"] or NOTHING,
         "max_bandwidth": rate_text(limit) if limit else NOTHING,
     }
+
+
+def _rules_option(name: str, field: str, metavar: str, help: str) -> Callable[[Command], Command]:
+    return click.option(name, field, metavar=metavar, multiple=True, callback=_rules, help=help)
 
 
 def _rules(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[str, ...] | None:

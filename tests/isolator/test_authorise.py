@@ -64,10 +64,11 @@ def test_what_a_container_asks_of_itself_needs_no_permission(spec: AttachSpec) -
     ("spec", "rules", "sentence"),
     [
         (
-            groups("web", "db"),
+            groups("web", "db", "ops"),
             {"allow_netgroups": ["team-*"]},
-            "network web allows the netgroups web, team-*, and c1/eth0 asks for the netgroup db; its operator "
-            "allows it with `moorage network set web --allow-netgroup 'team-*' --allow-netgroup db`",
+            "network web allows the netgroups web, team-*, and c1/eth0 asks for the netgroup db, ops; its operator "
+            "allows it with `moorage network set web --allow-netgroup 'team-*' --allow-netgroup db "
+            "--allow-netgroup ops`",
         ),
         (
             groups("public"),
@@ -89,11 +90,11 @@ def test_what_a_container_asks_of_itself_needs_no_permission(spec: AttachSpec) -
             "operator allows it with `moorage network set web --allow-static 10.64.0.20`",
         ),
         (
-            ports(31000, 80),
+            ports(31000, 443, 80),
             {},
-            "network web allows these ports of its nodes to be mapped: 31000-32000, and c1/eth0 asks for tcp port 80 "
-            "to 80; its operator allows it with "
-            "`moorage network set web --allow-hostport 31000-32000 --allow-hostport 80`",
+            "network web allows the host ports 31000-32000, and c1/eth0 asks for the host port 80, 443; its operator "
+            "allows it with `moorage network set web --allow-hostport 31000-32000 --allow-hostport 80 "
+            "--allow-hostport 443`",
         ),
         (
             replace(SPEC, mac="02:00:00:00:00:01"),

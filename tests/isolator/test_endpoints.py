@@ -20,6 +20,7 @@ from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.records import Address, AddressState, Network
 from ipam.reservations import reserve
 from ipam.store import Store, open_store
+from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.errors import JournalUnwritable, KernelRefused, Refused, Superseded
 from isolator.journal import Journal
@@ -46,6 +47,7 @@ class StubKernel:
     calls: list[str] = field(default_factory=list)
     fail: dict[str, Callable[[Endpoint], Exception | None]] = field(default_factory=dict)
     intact: bool = True
+    limited: set[str] = field(default_factory=set)
 
     def _told(self, what: str, endpoint: Endpoint) -> None:
         self.calls.append(f"{what} {endpoint.key.container_id}")
@@ -75,8 +77,20 @@ class StubKernel:
         await asyncio.sleep(0)
         return dict.fromkeys(self.there)
 
+    async def shapers(self) -> set[str]:
+        return {name for name in self.there if name.startswith("mrg-")}
+
     async def delete_links(self, names: list[str]) -> None:
         self.there -= set(names)
+
+    async def limit_differences(self, endpoints: list[Endpoint]) -> dict[str, list[str]]:
+        await asyncio.sleep(0)
+        return {e.host_ifname: ["no limit"] for e in endpoints if e.host_ifname not in self.limited}
+
+    async def restore_limits(self, endpoint: Endpoint) -> None:
+        await asyncio.sleep(0)
+        self._told("limit", endpoint)
+        self.limited.add(endpoint.host_ifname)
 
     async def policy_is_intact(self) -> bool:
         return self.intact
@@ -183,6 +197,36 @@ async def test_a_reservation_made_a_moment_ago_is_a_permission_for_its_address(n
     await reserve(node.store, ip, key="k")
     asked = replace(node.spec(), ips=(ip,), reservation="k")
     assert (await node.endpoints.attach(asked)).ips == (ip,)
+
+
+async def test_a_limit_that_is_missing_is_restored_whatever_becomes_of_others(node: Node) -> None:
+    for name in ("bad", "good", "unlimited"):
+        limits = UNLIMITED if name == "unlimited" else Bandwidth(Limit(10**6))
+        await node.endpoints.attach(replace(node.spec(name), bandwidth=limits))
+    node.kernel.fail["limit"] = lambda e: KernelRefused("no") if e.key.container_id == "bad" else None
+    await node.endpoints.restore_limits()
+    await node.endpoints.restore_limits()
+    assert [call for call in node.kernel.calls if call.startswith("limit")] == [
+        "limit bad",
+        "limit good",
+        "limit bad",
+    ]
+
+
+async def test_a_limit_of_an_endpoint_that_ends_meanwhile_is_not_made_anew(node: Node) -> None:
+    await node.endpoints.attach(replace(node.spec(), bandwidth=Bandwidth(Limit(10**6))))
+    healing = asyncio.create_task(node.endpoints.restore_limits())
+    await asyncio.sleep(0)
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    await healing
+    assert "limit c1" not in node.kernel.calls
+
+
+async def test_a_del_of_an_unknown_endpoint_removes_the_limit_that_is_left_of_it(node: Node) -> None:
+    shaper = shaper_ifname(host_ifname(EndpointKey("c1", "eth0")))
+    node.kernel.there.add(shaper)
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    assert node.kernel.there == set()
 
 
 async def test_an_endpoint_that_the_kernel_will_not_remove_does_not_hold_up_others(node: Node) -> None:
