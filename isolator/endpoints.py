@@ -529,6 +529,22 @@ class Endpoints:
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._begin_end(endpoint)
 
+    async def repair(self, endpoint: Endpoint) -> None:
+        """Put back what somebody took of an endpoint's routes, rules, addresses and the like, if it is still there."""
+        async with self._locks.of(endpoint.key):
+            if (
+                self._endpoints.get(endpoint.key) is not endpoint
+                or endpoint.state is not EndpointState.ATTACHED
+            ):
+                return
+            try:
+                missing = await self._kernel.repair(endpoint)
+            except KernelRefused as error:
+                log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why=str(error))
+            else:
+                if missing:
+                    log.warning("endpoint repaired", endpoint=str(endpoint.key), missing="; ".join(missing))
+
     async def restore_limits(self) -> None:
         """Put back what somebody took away of the limits on endpoints' traffic."""
         limited = [e for e in self.all() if e.state is EndpointState.ATTACHED and e.bandwidth != UNLIMITED]

@@ -44,6 +44,7 @@ from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
+from isolator.mending import mend
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
@@ -217,6 +218,7 @@ class Isolator:
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
+                    ("mending", lambda: mend(self._kernel, self._endpoints)),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
                     ("fabric", self._fabric.run),

@@ -150,6 +150,13 @@ class Kernel:
         )
         return found
 
+    async def repair(self, endpoint: Endpoint) -> list[str]:
+        """Put back what somebody took of its wiring; what that was."""
+        return await self._wiring.run(self._repair, endpoint)
+
+    def _repair(self, endpoint: Endpoint) -> list[str]:
+        return self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
+
     async def limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
         """Sentences by host_ifname, for endpoints whose limits on traffic are not in place.
 

@@ -17,6 +17,7 @@ from isolator.netlink.inventory import (
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
 from isolator.netlink.node import Namespace, Node
+from isolator.netlink.witness import Seen, Witness
 
 __all__ = [
     "ENDPOINT_PREFIX",
@@ -27,6 +28,8 @@ __all__ = [
     "LinkMonitor",
     "Namespace",
     "Node",
+    "Seen",
+    "Witness",
     "delete_links",
     "delete_routes",
     "endpoint_links",
