@@ -14,7 +14,7 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, block, endpoint, ip, network, node, policy, status, store
+from moorage.cli import agent, block, doctor, endpoint, ip, network, node, policy, status, store
 from moorage.cli.session import Session
 
 
@@ -85,6 +85,7 @@ for group in (
     policy.policy,
     store.store,
     status.status,
+    doctor.doctor,
 ):
     cli.add_command(group)
 
