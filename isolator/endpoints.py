@@ -212,7 +212,7 @@ class Endpoints:
         )
         reached("attach:lent")
         try:
-            self._check_ports(spec)
+            self._check_ports(spec, lent)
         except BaseException:
             self._holder.put_back(lent)
             raise
@@ -238,8 +238,15 @@ class Endpoints:
         reached("attach:journalled")
         return endpoint
 
-    def _check_ports(self, spec: AttachSpec) -> None:
-        """Raises PortTaken naming who has a port of the node."""
+    def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
+        """Raises PortTaken naming who has a port of the node, InvalidInput for a mapping that leads to no address."""
+        families = {held.ip.version for held in lent}
+        for asked in spec.port_mappings:
+            if asked.host_ip is not None and asked.host_ip.version not in families:
+                raise InvalidInput(
+                    f"{spec.key} asks for {asked}, but network {spec.network} has no IPv{asked.host_ip.version}; "
+                    "map an address of the other family, or none"
+                )
         for endpoint in self._endpoints.values():
             for mapping in endpoint.port_mappings if endpoint.state in ADMITTED else ():
                 for asked in spec.port_mappings:
