@@ -274,9 +274,9 @@ def has_chain(may_call: Callers) -> bool:
 def elements_of(admission: Admission) -> Iterator[tuple[str, str]]:
     """(set, element) of everything that the table has for one endpoint, but for its netgroups."""
     name = f'"{admission.host_ifname}"'
-    verdict = f"goto {chain_of_callers(admission.callers)}" if has_chain(admission.callers) else "accept"
-    yield "macs", f"{name} . {admission.mac}"
+    verdict = f"jump {chain_of_callers(admission.callers)}" if has_chain(admission.callers) else "accept"
     for ip in admission.ips:
+        yield f"senders{ip.version}", f"{name} . {admission.mac} . {ip}"
         yield f"endpoints{ip.version}", f"{name} . {ip}"
         yield f"receivers{ip.version}", f"{name} . {ip} : {verdict}"
         for mapping in admission.ports:

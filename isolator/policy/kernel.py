@@ -34,7 +34,7 @@ _SIZE = {"ifname": 16, "mac": 8, "proto": 4, "port": 4, "4": 4, "6": 16}
 """Bytes that a part of a key takes in the kernel, padded."""
 
 _SHAPES = {
-    "macs": (("ifname", "mac"), ()),
+    "senders": (("ifname", "mac", "ip"), ()),
     "endpoints": (("ifname", "ip"), ()),
     "receivers": (("ifname", "ip"), ()),
     "hairpin": (("ip", "ip"), ()),
@@ -83,8 +83,12 @@ def pairs(netfilter: NetlinkSocket) -> Iterator[tuple[str, IPAddress]]:
 
 
 def macs(netfilter: NetlinkSocket) -> dict[str, str]:
-    """Interface -> MAC of every element in macs."""
-    return {codec.as_text(key[:16]): bytes(key[16:22]).hex(":") for key, _ in _raw(netfilter, "macs")}
+    """Interface -> MAC of every element in senders4 and senders6."""
+    return {
+        codec.as_text(key[:16]): bytes(key[16:22]).hex(":")
+        for family in (4, 6)
+        for key, _ in _raw(netfilter, f"senders{family}")
+    }
 
 
 def addresses(netfilter: NetlinkSocket, name: str) -> list[IPAddress]:
@@ -155,4 +159,4 @@ def _data(data: memoryview, shape: Sequence[str], family: str) -> str:
     if _VERDICT not in found:
         return _words(found[_VALUE], shape, family)
     chain = codec.attributes(found[_VERDICT]).get(_VERDICT_CHAIN)
-    return f"goto {codec.as_text(chain)}" if chain is not None else "accept"
+    return f"jump {codec.as_text(chain)}" if chain is not None else "accept"

@@ -4,9 +4,9 @@ A packet's path. Endpoint interfaces are those named ``mrg*``; what neither come
 an accept here never overrules a drop in somebody else's table.
 
     from a container --> sources (raw prerouting, before conntrack: what is dropped costs no entry)
-                           its interface and MAC must be a pair in macs, its interface and source address one in
-                           endpoints4/6, else drop. So a spoofed source goes nowhere, and neither do leftovers such
-                           as DHCP, router solicitations and MLD, which have no source or a link-local one.
+                           its interface, MAC and source address must stand together in senders4/6, else drop. So
+                           a spoofed source goes nowhere, and neither do leftovers such as DHCP, router
+                           solicitations and MLD, which have no source or a link-local one.
                      --> the node itself: nothing more; containers may talk to their node
                      --> forward
     from elsewhere   --> outside (the same hook)
@@ -15,7 +15,8 @@ an accept here never overrules a drop in somebody else's table.
     to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container
 
     to a container   --> arriving (forward)
-                           its interface and destination address lead to the chain of who may call it; none: drop.
+                           its interface and destination address lead to the chain of who may call it; not even an
+                           endpoint: drop.
                              callers_...  one chain for all endpoints with the same callers: a member of one of their
                                           netgroups may, no matter which of the two began: no connection state is
                                           asked, so leaving the netgroup ends what is established, too.
@@ -44,10 +45,6 @@ TABLE = "moorage"
 
 _TABLE = Template("""\
 table inet moorage {
-	set macs {
-		type ifname . ether_addr
-	}
-
 $sets
 $netgroups	chain outside {
 		ip saddr @pools4 fib saddr . iif oif missing drop
@@ -57,10 +54,9 @@ $netgroups	chain outside {
 	chain sources {
 		type filter hook prerouting priority raw; policy accept;
 		iifname != "mrg*" goto outside
-		iifname . ether saddr != @macs drop
 		ip daddr 127.0.0.0/8 drop
-		iifname . ip saddr @endpoints4 accept
-		iifname . ip6 saddr @endpoints6 accept
+		iifname . ether saddr . ip saddr @senders4 accept
+		iifname . ether saddr . ip6 saddr @senders6 accept
 		drop
 	}
 
@@ -98,6 +94,8 @@ $netgroups	chain outside {
 $chains	chain arriving {
 		oifname . ip daddr vmap @receivers4
 		oifname . ip6 daddr vmap @receivers6
+		oifname . ip daddr @endpoints4 goto replies
+		oifname . ip6 daddr @endpoints6 goto replies
 		drop
 	}
 
@@ -129,6 +127,10 @@ $chains	chain arriving {
 """)
 
 _SETS = Template("""\
+	set senders$family {
+		type ifname . ether_addr . ipv${family}_addr
+	}
+
 	set endpoints$family {
 		type ifname . ipv${family}_addr
 	}
@@ -201,11 +203,13 @@ def table(book: Book) -> str:
     )
 
 
-def change(wanted: Change) -> str:
-    """Commands for a change; "" if there is nothing to do. Each may be repeated, also where somebody meddled.
+def change(wanted: Change, *, whatever_is_there: bool = False) -> str:
+    """Commands for a change; "" if there is nothing to do.
 
-    What goes is added first: removing an element that is missing would fail the transaction.
+    whatever_is_there: elements that are to go may be missing, because somebody meddled. Removing one that is would fail
+    the transaction, so they are added first.
     """
+    removing = ("add", "delete") if whatever_is_there else ("delete",)
     gone = {
         name: [element for element, present in elements.items() if not present]
         for name, elements in wanted.elements.items()
@@ -218,7 +222,7 @@ def change(wanted: Change) -> str:
         (
             *(_in_table(_sets_of(netgroup)) for netgroup in wanted.new_netgroups),
             *(_in_table(_chain(may_call)) for may_call in wanted.new_chains),
-            *(_elements(verb, name, gone[name]) for name in gone for verb in ("add", "delete")),
+            *(_elements(verb, name, gone[name]) for name in gone for verb in removing),
             *(_elements("add", name, there[name]) for name in there),
             _intervals(wanted, flush=True),
             *(f"delete chain inet moorage {chain_of_callers(may_call)}\n" for may_call in wanted.old_chains),
@@ -244,7 +248,7 @@ def _sets_of(netgroup: str) -> str:
 def _chain(may_call: Callers) -> str:
     """One chain for all endpoints with these callers."""
     rules = "".join(f"\t\t{rule} accept\n" for clause in may_call for rule in _rules(clause))
-    return f"\tchain {chain_of_callers(may_call)} {{\n{rules}\t\tgoto replies\n\t}}\n\n"
+    return f"\tchain {chain_of_callers(may_call)} {{\n{rules}\t}}\n\n"
 
 
 def _rules(clause: Clause) -> Iterator[str]:

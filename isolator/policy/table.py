@@ -128,7 +128,9 @@ class Policy:
             self._nft.run(commands, doing)
         except KernelRefused:
             self._fingerprint = None
-            raise
+            # What was to be removed may be gone already; then the rest still has to be.
+            self._nft.run(ruleset.change(wanted, whatever_is_there=True), doing)
+            return
         after = kernel.generation(self._netfilter)
         alone = after == before + 1
         if wanted.is_structural:
@@ -207,9 +209,8 @@ class Policy:
         return wrong
 
     def _set_names(self) -> list[str]:
-        plain = ("endpoints", "receivers", "public", "nodes", "ports", "portsat", "hairpin")
+        plain = ("senders", "endpoints", "receivers", "public", "nodes", "ports", "portsat", "hairpin")
         return [
-            "macs",
             *(f"{base}{family}" for base in plain for family in _FAMILIES),
             *(_set_of(netgroup, family) for netgroup in self._book.netgroups_used() for family in _FAMILIES),
         ]

@@ -59,7 +59,7 @@ DAMAGE = {
     "the whole ruleset": (on_node("nft", "flush", "ruleset"), "table inet moorage was missing"),
     "our table": (on_node("nft", "delete", "table", "inet", "moorage"), "table inet moorage was missing"),
     "who may be called": (on_node("nft", "flush", "map", "inet", "moorage", "receivers4"), "receivers4"),
-    "MACs": (on_node("nft", "flush", "set", "inet", "moorage", "macs"), "macs"),
+    "MACs": (on_node("nft", "flush", "set", "inet", "moorage", "senders4"), "senders4"),
     "the route": (on_node("ip", "route", "del", "IP4"), "the route to IP4"),
     "the IPv6 route": (on_node("ip", "-6", "route", "del", "IP6"), "the route to IP6"),
     "the neighbour": (on_node("ip", "neigh", "del", "IP4", "dev", "LINK"), "the permanent neighbour IP4"),

@@ -293,7 +293,7 @@ def test_damage_is_not_taken_for_a_change_of_our_own(container: Room, policy: Po
 @pytest.mark.parametrize(
     "tampering",
     [
-        "flush set inet moorage macs",
+        "flush set inet moorage senders4",
         "flush set inet moorage endpoints6",
         "flush map inet moorage receivers4",
         "flush set inet moorage pools4",
@@ -312,6 +312,15 @@ def test_sets_that_somebody_tampered_with_are_named(container: Room, policy: Pol
     container.sh(f"nft '{tampering}'")
     assert container.do(policy.is_intact)
     assert container.do(policy.wrong_sets) == [tampering.split()[4]]
+
+
+@pytest.mark.parametrize("emptied", ["map inet moorage receivers4", "set inet moorage endpoints6"])
+def test_who_is_missing_in_part_is_revoked_in_whole(container: Room, policy: Policy, emptied: str) -> None:
+    container.do(policy.restore, [endpoint(1), endpoint(2)], AROUND)
+    container.sh(f"nft flush {emptied}")
+    container.do(policy.revoke, [endpoint(1).host_ifname])
+    assert "mrg000000000001" not in container.sh("nft list table inet moorage")
+    assert not container.do(policy.is_intact), "to be restored"
 
 
 def test_changes_that_are_no_damage_are_not_taken_for_it(container: Room, policy: Policy) -> None:

@@ -49,12 +49,12 @@ OTHERS = [
 
 GOLDEN = """\
 table inet moorage {
-    set macs {
-        type ifname . ether_addr
-        elements = { "mrgaaaaaaaaaaaa" . 0a:58:0a:00:00:05,
-                 "mrgbbbbbbbbbbbb" . 0a:58:0a:00:00:06,
-                 "mrgcccccccccccc" . 0a:58:0a:00:00:07,
-                 "mrgdddddddddddd" . 0a:58:0a:00:09:08 }
+    set senders4 {
+        type ifname . ether_addr . ipv4_addr
+        elements = { "mrgaaaaaaaaaaaa" . 0a:58:0a:00:00:05 . 10.0.0.5,
+                 "mrgbbbbbbbbbbbb" . 0a:58:0a:00:00:06 . 10.0.0.6,
+                 "mrgcccccccccccc" . 0a:58:0a:00:00:07 . 10.0.0.7,
+                 "mrgdddddddddddd" . 0a:58:0a:00:09:08 . 10.0.9.8 }
     }
 
     set endpoints4 {
@@ -67,8 +67,8 @@ table inet moorage {
 
     map receivers4 {
         type ifname . ipv4_addr : verdict
-        elements = { "mrgaaaaaaaaaaaa" . 10.0.0.5 : goto callers_web_jti5kxhlzyxk,
-                 "mrgbbbbbbbbbbbb" . 10.0.0.6 : goto callers_db_web_qfsfo3i7knw2,
+        elements = { "mrgaaaaaaaaaaaa" . 10.0.0.5 : jump callers_web_jti5kxhlzyxk,
+                 "mrgbbbbbbbbbbbb" . 10.0.0.6 : jump callers_db_web_qfsfo3i7knw2,
                  "mrgcccccccccccc" . 10.0.0.7 : accept,
                  "mrgdddddddddddd" . 10.0.9.8 : accept }
     }
@@ -116,6 +116,11 @@ table inet moorage {
         elements = { 10.0.0.5 . 10.0.0.5 }
     }
 
+    set senders6 {
+        type ifname . ether_addr . ipv6_addr
+        elements = { "mrgaaaaaaaaaaaa" . 0a:58:0a:00:00:05 . fd00::5 }
+    }
+
     set endpoints6 {
         type ifname . ipv6_addr
         elements = { "mrgaaaaaaaaaaaa" . fd00::5 }
@@ -123,7 +128,7 @@ table inet moorage {
 
     map receivers6 {
         type ifname . ipv6_addr : verdict
-        elements = { "mrgaaaaaaaaaaaa" . fd00::5 : goto callers_web_jti5kxhlzyxk }
+        elements = { "mrgaaaaaaaaaaaa" . fd00::5 : jump callers_web_jti5kxhlzyxk }
     }
 
     set public6 {
@@ -194,10 +199,9 @@ table inet moorage {
     chain sources {
         type filter hook prerouting priority raw; policy accept;
         iifname != "mrg*" goto outside
-        iifname . ether saddr != @macs drop
         ip daddr 127.0.0.0/8 drop
-        iifname . ip saddr @endpoints4 accept
-        iifname . ip6 saddr @endpoints6 accept
+        iifname . ether saddr . ip saddr @senders4 accept
+        iifname . ether saddr . ip6 saddr @senders6 accept
         drop
     }
 
@@ -235,7 +239,6 @@ table inet moorage {
     chain callers_web_jti5kxhlzyxk {
         ip saddr @netgroup4_web_5avdhfgsnrpw accept
         ip6 saddr @netgroup6_web_5avdhfgsnrpw accept
-        goto replies
     }
 
     chain callers_db_web_qfsfo3i7knw2 {
@@ -246,12 +249,13 @@ table inet moorage {
         ip saddr 192.0.2.0/24 accept
         ip saddr @nodes4 accept
         ip6 saddr @nodes6 accept
-        goto replies
     }
 
     chain arriving {
         oifname . ip daddr vmap @receivers4
         oifname . ip6 daddr vmap @receivers6
+        oifname . ip daddr @endpoints4 goto replies
+        oifname . ip6 daddr @endpoints6 goto replies
         drop
     }
 
@@ -300,22 +304,23 @@ def test_another_endpoint_with_the_same_callers_is_elements_only() -> None:
     assert ruleset.change(book.admit(like_it)) == dedent(
         """\
         add element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
-        add element inet moorage macs { "mrgx" . 02:00:00:00:00:01 }
+        add element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }
         add element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
-        add element inet moorage receivers4 { "mrgx" . 10.0.0.9 : goto callers_web_jti5kxhlzyxk }
+        add element inet moorage receivers4 { "mrgx" . 10.0.0.9 : jump callers_web_jti5kxhlzyxk }
         """
     )
-    assert ruleset.change(book.revoke(["mrgx"])) == dedent(
+    going = book.revoke(["mrgx"])
+    assert ruleset.change(going) == dedent(
         """\
-        add element inet moorage macs { "mrgx" . 02:00:00:00:00:01 }
-        delete element inet moorage macs { "mrgx" . 02:00:00:00:00:01 }
-        add element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
+        delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }
         delete element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
-        add element inet moorage receivers4 { "mrgx" . 10.0.0.9 : goto callers_web_jti5kxhlzyxk }
-        delete element inet moorage receivers4 { "mrgx" . 10.0.0.9 : goto callers_web_jti5kxhlzyxk }
-        add element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
+        delete element inet moorage receivers4 { "mrgx" . 10.0.0.9 : jump callers_web_jti5kxhlzyxk }
         delete element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
         """
+    )
+    assert ruleset.change(going, whatever_is_there=True).startswith(
+        'add element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
+        'delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
     )
     assert ruleset.change(book.revoke(["mrgx"])) == ""
 
