@@ -221,6 +221,7 @@ class IntentKind(enum.StrEnum):
     CHECK = "check"
     DRAIN = "drain"
     RETURN_BLOCK = "return-block"
+    TRACE = "trace"
 
 
 class Intent(Record, frozen=True, kw_only=True):

@@ -144,6 +144,9 @@ class Endpoints:
             self._kernel.check_namespace(spec.netns)
             if known is None:
                 known = await self._begin(spec, network)
+                if spec.reservation is not None:
+                    # It may have come here from another node, without a cooldown in which its last owner is forgotten.
+                    await self._kernel.forget_connections(known.ips)
             attached = await self._connect(known)
         asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
         return attached

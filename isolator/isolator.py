@@ -50,6 +50,7 @@ from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
+from isolator.trace import Tracer
 from isolator.underlay import DEFAULT_MTU, Underlay
 
 log = structlog.get_logger(__name__)
@@ -142,6 +143,7 @@ class Isolator:
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
         )
+        self._tracer = Tracer(settings.node, self._kernel, self._endpoints, self._fabric)
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
@@ -474,6 +476,8 @@ class Isolator:
                 return await self._holder.return_block(intent)
             case IntentKind.LABELS:
                 return await self._answer_labels(intent)
+            case IntentKind.TRACE:
+                return await self._tracer.answer(intent.evidence)
             case IntentKind.DRAIN:
                 return await self._answer_drain(undo=bool(intent.evidence.get("undo")))
             case _:

@@ -25,7 +25,8 @@ from isolator.netlink import (
     flush_ports,
     shaper_links,
 )
-from isolator.policy import Admission, Isolation, Policy, Surroundings
+from isolator.netlink.lookup import Lookup, look_up, neighbour_state
+from isolator.policy import Admission, Isolation, Policy, Surroundings, Verdict
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
@@ -135,6 +136,18 @@ class Kernel:
             mine = [wiring(endpoint) for endpoint in endpoints if endpoint.driver == name]
             self._reaping.driver(name).remove(mine)
         flush_conntrack([ip for endpoint in endpoints for ip in endpoint.ips])
+
+    async def look_up(self, dst: IPAddress, src: IPAddress | None, iif: str) -> Lookup:
+        """Where the kernel would send a packet; see netlink/lookup.py."""
+        return await self._wiring.run(look_up, self._wiring.node, dst, src, iif)
+
+    async def neighbour_state(self, ip: IPAddress, device: str) -> str:
+        """What the kernel knows of a neighbour; see netlink/lookup.py."""
+        return await self._wiring.run(neighbour_state, self._wiring.node, ip, device)
+
+    async def setting(self, name: str) -> str | None:
+        """The value of a sysctl of the node, such as ``net/ipv4/ip_forward``."""
+        return await self._wiring.run(sysctl.read, name)
 
     async def differences(self, endpoint: Endpoint) -> list[str]:
         """Sentences, one per difference between an endpoint and the kernel."""
@@ -249,6 +262,10 @@ class Kernel:
 
     async def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> None:
         await self._wiring.run(self._policy.replace_others, known)
+
+    async def may_call(self, source: IPAddress, host_ifname: str) -> Verdict | None:
+        """Whether an address may call an endpoint of this node; see Policy.may_call."""
+        return await self._wiring.run(self._policy.may_call, source, host_ifname)
 
     async def policy_is_intact(self) -> bool:
         return await self._wiring.run(self._policy.is_intact)

@@ -22,13 +22,14 @@ from ipam.records import Network
 from ipam.sync import REWIND_GRACE
 from isolator.errors import KernelRefused
 from isolator.fabric.device import DeviceSpec
-from isolator.fabric.kernel import FabricKernel
+from isolator.fabric.kernel import FabricKernel, Held
 from isolator.fabric.plan import (
     OVERHEAD,
     VXLAN_DEVICE,
     Here,
     Piece,
     Plan,
+    Route,
     at_home,
     host,
     mac_of,
@@ -136,6 +137,43 @@ class Fabric:
     def carried(self) -> tuple[IPAddress, ...]:
         """The addresses that the device has."""
         return self._device.addresses if self._device is not None else ()
+
+    def way_to(self, ip: IPAddress) -> Route | str:
+        """The route that leads to another node's address, or why there is none."""
+        holding = self._cluster.holder_of(ip)
+        node = holding.node if holding is not None else self._cluster.owner_of(ip)
+        if not node:
+            return f"no node has {ip}, nor the block that it lies in"
+        routes = self._plans.get(node, Plan()).routes
+        for destination in (host(ip), *routes):
+            if destination in routes and ip in destination:
+                return routes[destination]
+        if problems := self._problems.get(node):
+            return problems[0]
+        return f"{ip} is on node {node}, and its network has no fabric that leads there"
+
+    async def held_for(self, route: Route) -> Held:
+        """What the kernel holds of the tunnel that a route leads into; without a remote if that is another than
+        it should be."""
+        held = await self._kernel.held_for(route)
+        wanted = {mac: remote for plan in self._plans.values() for mac, remote in plan.tunnels.items()}
+        remote = wanted.get(held.mac)
+        if held.remote is None or remote is None or held.remote == remote:
+            return held
+        return Held(
+            held.mac, problem=f"{VXLAN_DEVICE} leads to {held.remote.ip}, and the node is at {remote.ip}"
+        )
+
+    def receives(self, mac: str, remote: str) -> str:
+        """Why this node does not take what another sends by VXLAN to that MAC and address; "" if it does."""
+        device = self._device
+        if device is None:
+            return (
+                f"the node has no device {VXLAN_DEVICE}: {self._device_problem or 'it has no vxlan network'}"
+            )
+        if (mac, remote) != (device.mac, str(device.local)):
+            return f"the packet is sent to {mac} at {remote}, and the node is {device.mac} at {device.local}"
+        return ""
 
     def status(self) -> dict[str, object]:
         """For `moorage status`."""

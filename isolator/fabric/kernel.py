@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from ipaddress import ip_address
 
@@ -20,6 +21,15 @@ from isolator.netlink.inventory import link_by_name
 from isolator.netlink.messages import NUD_PERMANENT, RTN_BLACKHOLE
 from isolator.netlink.node import Node
 from isolator.thread import KernelThread
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a tunnelled route leads in the end. problem: why it leads nowhere, else ""."""
+
+    mac: str = ""
+    remote: Remote | None = None
+    problem: str = ""
 
 
 class FabricKernel:
@@ -40,12 +50,31 @@ class FabricKernel:
         """Turn one plan into the other; what the kernel refused of it. Raises KernelRefused if it does not answer."""
         return await self._thread.run(_apply, self._thread.node, before, after)
 
+    async def held_for(self, route: Route) -> Held:
+        """What there is of the tunnel that a route leads into. Raises KernelRefused."""
+        return await self._thread.run(_held_for, self._thread.node, route)
+
     async def resync(self, desired: Plan, *, keep: bool) -> tuple[list[str], list[KernelRefused]]:
         """Make the kernel hold the whole plan, and nothing else unless ``keep``.
 
         Returns sentences about what was missing or too much, and what the kernel refused.
         """
         return await self._thread.run(_resync, self._thread.node, desired, keep)
+
+
+def _held_for(node: Node, route: Route) -> Held:
+    link = link_by_name(node.route, VXLAN_DEVICE)
+    if link is None:
+        return Held(problem=f"there is no device {VXLAN_DEVICE}")
+    if not link.up:
+        return Held(problem=f"the device {VXLAN_DEVICE} is down")
+    mac = _neighbours(node, link.index).get(route.via) if route.via is not None else None
+    if mac is None:
+        return Held(problem=f"{VXLAN_DEVICE} has no neighbour {route.via}")
+    remote = _tunnels(node, link.index).get(mac)
+    if remote is None:
+        return Held(mac, problem=f"{VXLAN_DEVICE} has no tunnel that leads to {mac}")
+    return Held(mac, remote)
 
 
 def _apply(node: Node, before: Plan, after: Plan) -> list[KernelRefused]:

@@ -64,8 +64,21 @@ NDA_DST, NDA_LLADDR, NDA_PORT = 1, 2, 6
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 NTF_SELF = 0x02
 
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = (
+(
+    RTA_DST,
+    RTA_SRC,
+    RTA_IIF,
+    RTA_OIF,
+    RTA_GATEWAY,
+    RTA_PRIORITY,
+    RTA_PREFSRC,
+    RTA_MULTIPATH,
+    RTA_TABLE,
+    RTA_VIA,
+) = (
     1,
+    2,
+    3,
     4,
     5,
     6,
@@ -391,6 +404,18 @@ def delete_source_rule(ip: IPAddress, table: int, priority: int) -> Request:
     body = _source_rule(ip, table, priority)
     fine = (errno.ENOENT, errno.EAFNOSUPPORT)
     return Request(RTM_DELRULE, 0, body, f"delete the rule for packets from {ip}", fine)
+
+
+def get_route(dst: IPAddress, src: IPAddress | None, iif: int) -> Request:
+    """What the kernel would do with a packet. iif: index of the link it comes in by; 0 if the node sends it."""
+    length = dst.max_prefixlen
+    body = (
+        ROUTE.pack(family_of(dst), length, length if src is not None else 0, 0, 0, 0, 0, 0, 0)
+        + attribute(RTA_DST, dst.packed)
+        + (attribute(RTA_SRC, src.packed) if src is not None else b"")
+        + (u32(RTA_IIF, iif) if iif else b"")
+    )
+    return Request(RTM_GETROUTE, 0, body, f"look up the route to {dst}")
 
 
 def dump_links() -> Request:

@@ -8,7 +8,7 @@ policy.revoke(["mrgq7x…"])                   # after its route is withdrawn
 """
 
 from isolator.policy.book import Admission, Surroundings
-from isolator.policy.callers import NETGROUPS, Isolation, isolation_of
+from isolator.policy.callers import NETGROUPS, Isolation, Verdict, isolation_of
 from isolator.policy.table import Policy
 
-__all__ = ["NETGROUPS", "Admission", "Isolation", "Policy", "Surroundings", "isolation_of"]
+__all__ = ["NETGROUPS", "Admission", "Isolation", "Policy", "Surroundings", "Verdict", "isolation_of"]

@@ -11,6 +11,7 @@ from isolator.model import IPAddress
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import kernel, ruleset
 from isolator.policy.book import Admission, Book, Change, Surroundings
+from isolator.policy.callers import Caller, Verdict, judge
 from isolator.policy.names import set_of_netgroup
 from isolator.policy.nft import Nft
 
@@ -215,14 +216,17 @@ class Policy:
             *(_set_of(netgroup, family) for netgroup in self._book.netgroups_used() for family in _FAMILIES),
         ]
 
+    def may_call(self, source: IPAddress, host_ifname: str) -> Verdict | None:
+        """Whether an address may call an endpoint, as the table is now; None if that one may not communicate at all."""
+        admission = self._book.admissions.get(host_ifname)
+        if admission is None:
+            return None
+        caller = Caller(source, self._book.netgroups(source), source in self._book.nodes)
+        return judge(caller, admission.callers)
+
     def elements(self) -> set[tuple[str, IPAddress]]:
         """Every (host_ifname, ip) that may communicate now; empty if the table is gone."""
         return set(kernel.pairs(self._netfilter))
-
-    @property
-    def admissions(self) -> Mapping[str, Admission]:
-        """Everything that may communicate, by the node's interface, as the book says."""
-        return self._book.admissions
 
 
 def _set_of(netgroup: str, family: int) -> str:

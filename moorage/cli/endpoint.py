@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -11,8 +12,9 @@ from ipam.errors import MoorageError, NotFound
 from ipam.netgroups import parse_netgroup
 from ipam.records import Intent, IntentKind
 from ipam.store.base import Store
+from moorage import tracing
 from moorage.cli.containers import addresses_named, all_addresses
-from moorage.cli.output import Column, age, words
+from moorage.cli.output import Column, age, print_json, words
 from moorage.cli.session import Session, pass_session
 
 
@@ -125,6 +127,60 @@ def set_netgroups(session: Session, name: str, netgroups: tuple[str, ...]) -> No
             f"{row['container_id']}/{row['ifname']} on node {row['node']} is in {', '.join(row['netgroups'])} now",
             row,
         )
+
+
+@endpoint.command(short_help="Say how a packet would go, and where it ends.")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.pass_context
+@pass_session
+def trace(session: Session, ctx: click.Context, source: str, target: str) -> None:
+    """Say hop by hop how a packet would go from SRC to DST and back, and where it ends.
+
+    SRC and DST are addresses, containers (the beginning of an id, with /IFNAME if it has several
+    interfaces), or node:NAME for a node's own processes. Each hop is what journal and store say there
+    should be, held against the kernels of both nodes; nothing is sent. Exit code 1 if a hop does not hold.
+
+    \b
+    Examples:
+      moorage endpoint trace 10.64.0.7 10.64.3.9
+      moorage endpoint trace 4f7a/eth0 node:rack1-n07
+    """
+
+    async def act(store: Store) -> list[tracing.Way]:
+        return await tracing.trace(store, source, target)
+
+    ways = session.run(act)
+    said = tracing.verdict(ways)
+    broken = any(way.broken is not None for way in ways)
+    if session.out.as_json:
+        print_json({"broken": broken, "verdict": said, "ways": [_way_row(way) for way in ways]})
+    else:
+        for way in ways:
+            _print_way(way)
+        click.echo(said)
+    ctx.exit(1 if broken else 0)
+
+
+def _way_row(way: tracing.Way) -> dict[str, Any]:
+    return {
+        "source": asdict(way.source),
+        "target": asdict(way.target),
+        "hops": [hop.row() for hop in way.hops],
+    }
+
+
+_MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red"), None: "?"}
+
+
+def _print_way(way: tracing.Way) -> None:
+    click.echo(f"{way.source} -> {way.target}")
+    width = max((len(f"{hop.node} {hop.at}") for hop in way.hops), default=0)
+    for hop in way.hops:
+        click.echo(f"  {_MARKS[hop.holds]} {f'{hop.node} {hop.at}':<{width}}  {hop.says}")
+        if hop.cure:
+            click.echo(f"    {'':<{width}}  -> {hop.cure}")
+    click.echo()
 
 
 def matching(endpoints: list[dict[str, Any]], container: str, ifname: str) -> list[dict[str, Any]]:

@@ -49,7 +49,9 @@ async def known_of(store: Store, stored: dict[IPAddress, Stored]) -> Known:
 @policy.command(short_help="Say whether one may call another, and why.")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--port", metavar="P", type=click.IntRange(1, 65535), help="The port that is called.")
+@click.option(
+    "--port", metavar="P", type=click.IntRange(1, 65535), help="The port that is called.  [default: any]"
+)
 @click.option("--proto", metavar="T", type=click.Choice(PROTOCOLS), default="tcp", help="Its protocol.")
 @pass_session
 def test(session: Session, source: str, target: str, port: int | None, proto: str) -> None:

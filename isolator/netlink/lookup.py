@@ -1,0 +1,69 @@
+"""Asking the kernel what it would do with a packet, and whether it knows its neighbour."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from isolator.errors import KernelRefused
+from isolator.model import IPAddress
+from isolator.netlink import codec, messages
+from isolator.netlink.inventory import parse_route
+from isolator.netlink.node import Node
+
+_NEIGHBOUR_STATES = {
+    0x01: "incomplete", 0x02: "reachable", 0x04: "stale", 0x08: "delay", 0x10: "probe", 0x20: "failed",
+    0x40: "noarp", 0x80: "permanent",
+}  # fmt: skip
+"""NUD_* of linux/neighbour.h."""
+
+_ANSWERS = {errno.EINVAL: "it is dropped (blackhole)", errno.ENETUNREACH: "there is no route"}
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Where a packet would go. device: "" if nowhere; then ``why`` says so. via: None if it is on the link."""
+
+    device: str = ""
+    via: IPAddress | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if not self.device:
+            return self.why
+        return (f"via {self.via} " if self.via is not None else "") + f"on {self.device}"
+
+
+def look_up(node: Node, dst: IPAddress, src: IPAddress | None, iif: str) -> Lookup:
+    """The kernel's own decision for a packet. iif: the link that it comes in by; "" if the node sends it."""
+    try:
+        index = socket.if_nametoindex(iif) if iif else 0
+    except OSError:
+        return Lookup(why=f"there is no link {iif}")
+    try:
+        message = node.route.get(messages.get_route(dst, src if iif else None, index))
+    except KernelRefused as error:
+        return Lookup(why=_ANSWERS.get(error.errno, os.strerror(error.errno)))
+    if message is None:
+        return Lookup(why="there is no route")
+    route = parse_route(message)
+    if route.kind == messages.RTN_LOCAL:
+        return Lookup(why="it is the node's own")
+    return Lookup(socket.if_indextoname(route.index), route.gateway)
+
+
+def neighbour_state(node: Node, ip: IPAddress, device: str) -> str:
+    """What the kernel knows of a neighbour: ``reachable``, ``failed``, …; "" if it never asked for it."""
+    try:
+        index = socket.if_nametoindex(device)
+    except OSError:
+        return ""
+    for message in node.route.dump(messages.dump_neighbours(messages.family_of(ip), index)):
+        _, link, state, _, _ = messages.NEIGHBOUR.unpack_from(message.body)
+        values = codec.attributes(message.body, messages.NEIGHBOUR.size)
+        if link == index and ip_address(bytes(values[messages.NDA_DST])) == ip:
+            return _NEIGHBOUR_STATES.get(state, "")
+    return ""

@@ -1,0 +1,228 @@
+"""One node's part in `moorage endpoint trace`: would a packet pass here, and if not, where does it end?
+
+    out    container -> veth -> forwarding -> route -> fabric -> underlay       of the sender's node
+    in     fabric -> forwarding -> route -> policy -> veth -> container         of the receiver's node
+
+Each hop is what the journal and the store say there should be, held against what the kernel has now. Nothing is sent
+and nothing changed. Between two containers of one node the fabric's hops are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from ipam.errors import InvalidInput
+from isolator.endpoints import Endpoints
+from isolator.fabric import VXLAN_DEVICE, Fabric
+from isolator.fabric.plan import Route
+from isolator.kernel import Kernel
+from isolator.model import Endpoint, EndpointState, IPAddress
+from isolator.netlink.lookup import Lookup
+
+CONTAINER_SIDE = "the container"
+"""Begins what a driver's check says about the container's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One place that the packet passes. holds: None if it could not be looked at.
+
+    says: what is there, or what is wrong. cure: what to do about it.
+    """
+
+    node: str
+    at: str
+    holds: bool | None
+    says: str
+    cure: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """As an intent's answer has it."""
+        return asdict(self)
+
+
+class Tracer:
+    """See the module's docstring."""
+
+    def __init__(self, node: str, kernel: Kernel, endpoints: Endpoints, fabric: Fabric) -> None:
+        self._node = node
+        self._kernel = kernel
+        self._endpoints = endpoints
+        self._fabric = fabric
+
+    async def answer(self, evidence: dict[str, Any]) -> dict[str, Any]:
+        """The answer to an intent of kind ``trace``: {"done": True, "hops": [...], "tunnel": what it was sent by}.
+
+        evidence: {"part": "out" | "in", "src": IP or "" for the node itself, "dst": IP, "back": whether it is an
+        answer, "tunnel": as the sender's node answered}. Raises InvalidInput.
+        """
+        try:
+            dst = ip_address(str(evidence["dst"]))
+            src = ip_address(str(evidence["src"])) if evidence.get("src") else None
+            part = evidence["part"]
+        except (KeyError, ValueError) as error:
+            raise InvalidInput(f"the request to trace makes no sense ({error}); ask again") from error
+        if part == "out":
+            hops, tunnel = await self._out(src, dst)
+        elif part == "in":
+            caller = None if evidence.get("back") else src
+            hops, tunnel = await self._in(src, dst, caller, evidence.get("tunnel") or {}), {}
+        else:
+            raise InvalidInput(f"a trace has the parts out and in, not {part!r}; ask again")
+        return {"done": True, "hops": [hop.row() for hop in hops], "tunnel": tunnel}
+
+    # -- the sender's node
+
+    async def _out(self, src: IPAddress | None, dst: IPAddress) -> tuple[list[Hop], dict[str, Any]]:
+        hops: list[Hop] = []
+        sender = self._endpoints.of_ip(src) if src is not None else None
+        if sender is not None:
+            container, veth = await self._ends(sender)
+            hops += [container, veth, await self._forwarding(dst)]
+        elif src is not None and src not in self._fabric.carried:
+            hops.append(self._hop("container", False, f"no endpoint of this node has {src}", _LOOK_AT_IP))
+        if self._endpoints.of_ip(dst) is not None or dst in self._fabric.carried:
+            return hops, {}
+        expected = self._fabric.way_to(dst)
+        if isinstance(expected, str):
+            hops.append(
+                self._hop("route", False, expected, "see `moorage status` and `moorage network show`")
+            )
+            return hops, {}
+        iif = sender.host_ifname if sender is not None else ""
+        found = await self._kernel.look_up(dst, src, iif)
+        hops.append(self._route(dst, src, iif, expected, found))
+        if not expected.is_tunnelled:
+            hops.append(await self._underlay(expected.via))
+            return hops, {}
+        fabric, tunnel = await self._tunnel(expected)
+        hops.append(fabric)
+        if tunnel:
+            hops.append(await self._underlay(ip_address(tunnel["remote"])))
+        return hops, tunnel
+
+    def _route(self, dst: IPAddress, src: IPAddress | None, iif: str, expected: Route, found: Lookup) -> Hop:
+        wanted = f"via {expected.via}" + (f" on {expected.device}" if expected.device else "")
+        if found.via == expected.via and expected.device in ("", found.device):
+            return self._hop("route", True, f"{dst} is reached {wanted}")
+        of = f" from {src} iif {iif}" if src is not None and iif else ""
+        return self._hop(
+            "route",
+            False,
+            f"{dst} should be reached {wanted}, and the kernel says: {found}",
+            f"something that is not moorage's comes first: compare `ip rule` and `ip route get {dst}{of}`",
+        )
+
+    async def _tunnel(self, route: Route) -> tuple[Hop, dict[str, Any]]:
+        held = await self._fabric.held_for(route)
+        if held.remote is None:
+            cure = "the agent restores it within seconds; if it does not, see its log"
+            return self._hop("fabric", False, held.problem, cure), {}
+        says = f"{VXLAN_DEVICE} leads to {held.mac} at {held.remote.ip}"
+        return (
+            self._hop("fabric", True, says),
+            {"mac": held.mac, "remote": str(held.remote.ip), "port": held.remote.port},
+        )
+
+    async def _underlay(self, remote: IPAddress | None) -> Hop:
+        assert remote is not None, "routes that drop lead to no other node"
+        found = await self._kernel.look_up(remote, None, "")
+        if not found.device:
+            cure = "give the node a route to the others, or its agent another --underlay"
+            return self._hop("underlay", False, f"there is no way to {remote}: {found}", cure)
+        state = await self._kernel.neighbour_state(found.via or remote, found.device)
+        if state in ("failed", "incomplete"):
+            return self._hop(
+                "underlay",
+                False,
+                f"{found.via or remote} does not answer on {found.device} (neighbour {state})",
+                "see that the machine is up and that nothing between the two cuts them off",
+            )
+        return self._hop("underlay", True, f"{remote} is reached on {found.device}")
+
+    # -- the receiver's node
+
+    async def _in(
+        self, src: IPAddress | None, dst: IPAddress, caller: IPAddress | None, tunnel: dict[str, Any]
+    ) -> list[Hop]:
+        hops = [self._arrives(tunnel)] if tunnel else []
+        if dst in self._fabric.carried:
+            return [*hops, self._hop("container", True, f"{dst} is the node's own, on {VXLAN_DEVICE}")]
+        receiver = self._endpoints.of_ip(dst)
+        if receiver is None:
+            return [*hops, self._hop("container", False, f"no endpoint of this node has {dst}", _LOOK_AT_IP)]
+        if src is not None or tunnel:
+            hops.append(await self._forwarding(dst))
+        found = await self._kernel.look_up(dst, None, "")
+        if found.device == receiver.host_ifname:
+            hops.append(self._hop("route", True, f"{dst} is reached on {found.device}"))
+        else:
+            hops.append(
+                self._hop(
+                    "route",
+                    False,
+                    f"{dst} should be reached on {receiver.host_ifname}, and the kernel says: {found}",
+                    f"compare `ip rule` and `ip route get {dst}`; a route of somebody else's comes first",
+                )
+            )
+        hops.append(await self._policy(receiver, dst, caller))
+        container, veth = await self._ends(receiver)
+        return [*hops, veth, container]
+
+    def _arrives(self, tunnel: dict[str, Any]) -> Hop:
+        problem = self._fabric.receives(str(tunnel.get("mac")), str(tunnel.get("remote")))
+        if problem:
+            cure = "the agents agree within seconds; if they do not, see both logs"
+            return self._hop("fabric", False, problem, cure)
+        return self._hop("fabric", True, f"{VXLAN_DEVICE} takes what is sent to {tunnel.get('mac')}")
+
+    async def _policy(self, receiver: Endpoint, dst: IPAddress, caller: IPAddress | None) -> Hop:
+        """caller: who begins; None for an answer, or the node itself, which need not be allowed to."""
+        if caller is not None:
+            verdict = await self._kernel.may_call(caller, receiver.host_ifname)
+            if verdict is not None and not verdict.allowed:
+                why = f"the firewall does not let {caller} call {dst}: {verdict.why}"
+                return self._hop("policy", False, why, f"see `moorage policy show {dst}`")
+        if (receiver.host_ifname, dst) in await self._kernel.elements():
+            return self._hop("policy", True, f"the firewall lets {dst} have packets")
+        cure = "the agent restores it within seconds; if it does not, see its log"
+        return self._hop("policy", False, f"the firewall has no element for {dst}", cure)
+
+    # -- either
+
+    async def _ends(self, endpoint: Endpoint) -> tuple[Hop, Hop]:
+        """The container's end, and the node's."""
+        if endpoint.state is not EndpointState.ATTACHED:
+            cure = "end the container" if endpoint.state is EndpointState.CONFLICT else "wait for it"
+            hop = self._hop("container", False, f"{endpoint.key} is {endpoint.state.value}", cure)
+            return hop, self._hop("veth", None, f"{endpoint.host_ifname} is not looked at")
+        found = await self._kernel.differences(endpoint)
+        inside = [text for text in found if text.startswith(CONTAINER_SIDE)]
+        outside = [text for text in found if text not in inside]
+        cure = "restart the container, or find out what in it changes its network"
+        container = self._hop(
+            "container", not inside, "; ".join(inside) or f"{endpoint.key} has its addresses and routes", cure
+        )
+        cure = "the agent restores it within seconds; if it does not, see its log"
+        says = "; ".join(outside) or f"{endpoint.host_ifname} is up"
+        return container, self._hop("veth", not outside, says, cure)
+
+    async def _forwarding(self, dst: IPAddress) -> Hop:
+        name = "net/ipv4/ip_forward" if dst.version == 4 else "net/ipv6/conf/all/forwarding"
+        if await self._kernel.setting(name) == "1":
+            return self._hop("forwarding", True, f"the node forwards IPv{dst.version}")
+        dotted = name.replace("/", ".")
+        return self._hop(
+            "forwarding",
+            False,
+            f"the node does not forward IPv{dst.version}: {dotted} is not 1",
+            f"`sysctl -w {dotted}=1`, and find what switched it off",
+        )
+
+    def _hop(self, at: str, holds: bool | None, says: str, cure: str = "") -> Hop:
+        return Hop(self._node, at, holds, says, "" if holds else cure)
+
+
+_LOOK_AT_IP = "see `moorage ip list` for who has it"

@@ -1,0 +1,180 @@
+"""`moorage endpoint trace`: how a packet would go from one place to another and back, hop by hop.
+
+    SRC, DST --resolve--> ends (who has which address, from the store)
+    for each family that both have, there and back:
+        sender's agent: out   receiver's agent: in     (isolator/trace.py, asked by intents)
+
+The first hop that does not hold is where the packet ends; those behind it are shown all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+
+from ipam import keys
+from ipam.errors import InvalidInput, MoorageError, NotFound, StoreError
+from ipam.intents import ask
+from ipam.keys import IPAddress
+from ipam.records import NODE_ENGINE, Address, AddressState, Intent, IntentKind, Node
+from ipam.store.base import Store, prefix_end, read_prefix
+from isolator.trace import Hop
+
+NODE_PREFIX = "node:"
+"""A node's own processes are meant by ``node:NAME``."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a packet starts or ends.
+
+    ip: "" for a node's processes that have no address of its device. problem: why nothing is there, "" if something is.
+    """
+
+    name: str
+    node: str
+    ip: str
+    family: int
+    problem: str = ""
+
+    def __str__(self) -> str:
+        where = (
+            f"{self.name} on {self.node}"
+            if self.node and not self.name.startswith(NODE_PREFIX)
+            else self.name
+        )
+        return f"{self.ip} ({where})" if self.ip else where
+
+
+@dataclass(slots=True)
+class Way:
+    """One direction of one family. back: the answer's, which nobody has to be allowed to give."""
+
+    source: End
+    target: End
+    back: bool = False
+    hops: list[Hop] = field(default_factory=list)
+
+    @property
+    def broken(self) -> Hop | None:
+        """The first hop that does not hold."""
+        return next((hop for hop in self.hops if hop.holds is False), None)
+
+
+async def trace(store: Store, source: str, target: str) -> list[Way]:
+    """Every way between the two, there and back. Raises NotFound, InvalidInput."""
+    sources, targets = await _resolve(store, source), await _resolve(store, target)
+    pairs = [(s, t) for s in sources for t in targets if s.family == t.family]
+    if not pairs:
+        raise InvalidInput(
+            f"{source} has IPv{sources[0].family} and {target} IPv{targets[0].family}; name addresses of one family"
+        )
+    ways = [Way(s, t, back) for pair in pairs for s, t, back in ((*pair, False), (*pair[::-1], True)) if t.ip]
+    found = await asyncio.gather(*(_hops(store, way) for way in ways))
+    for way, hops in zip(ways, found, strict=True):
+        way.hops = hops
+    return ways
+
+
+async def _hops(store: Store, way: Way) -> list[Hop]:
+    for end in (way.source, way.target):
+        if end.problem:
+            return [Hop(end.node or "store", "address", False, end.problem, "see `moorage ip list`")]
+    out, tunnel = await _part(store, way, "out", way.source.node, {})
+    into, _ = await _part(store, way, "in", way.target.node, tunnel)
+    return out + into
+
+
+async def _part(
+    store: Store, way: Way, part: str, node: str, tunnel: dict[str, Any]
+) -> tuple[list[Hop], dict[str, Any]]:
+    evidence = {"part": part, "src": way.source.ip, "dst": way.target.ip, "back": way.back, "tunnel": tunnel}
+    try:
+        answer = await ask(store, node, Intent(kind=IntentKind.TRACE, evidence=evidence))
+    except MoorageError as error:
+        return [Hop(node, "agent", None, str(error), f"start the agent of node {node}")], {}
+    if not answer.get("done"):
+        return [Hop(node, "agent", None, str(answer.get("why")), f"see the log of node {node}'s agent")], {}
+    return [Hop(**row) for row in answer["hops"]], answer.get("tunnel") or {}
+
+
+async def _resolve(store: Store, text: str) -> list[End]:
+    """The addresses that are meant: by IP, by ``node:NAME``, or by the beginning of a container's id."""
+    try:
+        return [await _end_of_ip(store, ip_address(text))]
+    except ValueError:
+        pass
+    if text.startswith(NODE_PREFIX):
+        return await _ends_of_node(store, text.removeprefix(NODE_PREFIX))
+    container, _, ifname = text.partition("/")
+    found = [
+        _end(ip, record)
+        async for ip, record in _assigned(store)
+        if record.container_id.startswith(container) and ifname in ("", record.ifname)
+    ]
+    names = sorted({end.name for end in found})
+    if not container or not found:
+        raise NotFound(
+            f"no container or address {text!r} is known; see `moorage ip list`, or write node:NAME for a node's "
+            "processes"
+        )
+    if len(names) > 1:
+        raise NotFound(f"{text} is the beginning of {', '.join(names[:5])}; write more of it, or an address")
+    return found
+
+
+async def _end_of_ip(store: Store, ip: IPAddress) -> End:
+    kv = await store.get(keys.address_key(ip))
+    if kv is None:
+        return End("nobody", "", str(ip), ip.version, f"{ip} is assigned to nobody")
+    record = Address.decode(kv.key, kv.value)
+    if record.state is not AddressState.ASSIGNED:
+        problem = f"{ip} is {record.state.value} on node {record.node}: no container has it"
+        return End("nobody", record.node, str(ip), ip.version, problem)
+    return _end(ip, record)
+
+
+def _end(ip: IPAddress, record: Address) -> End:
+    own = record.engine == NODE_ENGINE
+    name = record.container_id if own else f"{record.container_id}/{record.ifname}"
+    return End(name, record.node, str(ip), ip.version)
+
+
+async def _ends_of_node(store: Store, name: str) -> list[End]:
+    kv = await store.get(keys.NODES + name)
+    if kv is None:
+        items, _ = await read_prefix(store, keys.NODES)
+        known = ", ".join(item.key.removeprefix(keys.NODES) for item in items) or "none yet"
+        raise NotFound(f"there is no node {name!r} (known: {known}); correct the name")
+    own = {ip_address(text).version: text for text in Node.decode(kv.key, kv.value).vtep}
+    return [End(NODE_PREFIX + name, name, own.get(family, ""), family) for family in (4, 6)]
+
+
+async def _assigned(store: Store) -> AsyncIterator[tuple[IPAddress, Address]]:
+    cursor: str | None = keys.ADDRESSES
+    while cursor is not None:
+        page = await store.page(cursor, prefix_end(keys.ADDRESSES))
+        for kv in page.items:
+            try:
+                ip, record = keys.ip_of(kv.key), Address.decode(kv.key, kv.value)
+            except StoreError:
+                continue  # `moorage ip check` reports it
+            if record.state is AddressState.ASSIGNED:
+                yield ip, record
+        cursor = page.next_key
+
+
+def verdict(ways: Sequence[Way]) -> str:
+    """One sentence: where it ends, or that every hop holds."""
+    broken = next((way for way in ways if way.broken is not None), None)
+    if broken is not None:
+        hop = broken.broken
+        assert hop is not None
+        return f"{broken.source} -> {broken.target}: ends at {hop.at} of {hop.node}: {hop.says}"
+    unseen = {hop.node for way in ways for hop in way.hops if hop.holds is None}
+    if unseen:
+        return f"every hop that could be looked at holds; {', '.join(sorted(unseen))} could not be asked"
+    return "every hop holds, there and back"
