@@ -1,6 +1,6 @@
 # moorage. The two commands of the README: sudo make demo, sudo make test.
 
-.PHONY: help setup tools check test demo bench clean
+.PHONY: help setup tools check test demo lab-demo bench clean
 .DEFAULT_GOAL := help
 
 PACKAGES := moorage netmodules marathon isolator ipam
@@ -10,12 +10,13 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup
 
 help:
-	@echo "make demo    see it work: three containers on a node of their own   (root)"
-	@echo "make test    everything is tested, with real namespaces             (root)"
-	@echo "make check   ruff, mypy and the unit tests, in a minute"
-	@echo "make bench   against the reference CNI plugins                      (root)"
-	@echo "make setup   system packages and .venv only"
-	@echo "make clean   remove .venv and what tools left behind"
+	@echo "make demo      see it work: three containers on a node of their own   (root)"
+	@echo "make lab-demo  see a cluster work: three nodes, each fabric          (root)"
+	@echo "make test      everything is tested, with real namespaces             (root)"
+	@echo "make check     ruff, mypy and the unit tests, in a minute"
+	@echo "make bench     against the reference CNI plugins                      (root)"
+	@echo "make setup     system packages and .venv only"
+	@echo "make clean     remove .venv and what tools left behind"
 
 setup: .venv/installed
 tools: .venv/tools
@@ -39,6 +40,9 @@ test: root tools
 
 demo: root setup
 	scripts/demo
+
+lab-demo: root tools
+	scripts/lab-demo
 
 bench: root tools
 	$(PYTHON) -m benchmarks

@@ -14,7 +14,7 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, block, doctor, endpoint, ip, network, node, policy, status, store
+from moorage.cli import agent, block, doctor, endpoint, ip, lab, network, node, policy, status, store
 from moorage.cli.session import Session
 
 
@@ -86,6 +86,7 @@ for group in (
     store.store,
     status.status,
     doctor.doctor,
+    lab.lab,
 ):
     cli.add_command(group)
 

@@ -1,8 +1,9 @@
-"""The lab: real nodes and containers in network namespaces of this machine, for the demo and the tests.
+"""The lab: real nodes and containers in network namespaces of this machine, for tests, demos and the curious.
 
-Everything it makes carries the ``mrg`` prefix, lives in namespaces and temporary directories of its own,
-and is gone when its context ends, also when that is an error or an interrupt. It never touches the
-machine's own networking, nor an agent that is installed beside it.
+Everything it makes carries the ``mrg`` prefix and lives in namespaces and directories of its own. Used as
+contexts, its parts are gone when the context ends, also when that is an error or an interrupt; a standing
+lab (labs.py, ``moorage lab``) goes on until it is taken down. It never touches the machine's own
+networking, nor an agent that is installed beside it.
 """
 
 from moorage.lab.cluster import Lab

@@ -47,11 +47,21 @@ class Answer:
 
 
 class Container:
-    """One container: id, namespace, and where its agent's socket is. A context manager."""
+    """One container: id, namespace, and where its agent's socket is. A context manager for the namespace.
 
-    def __init__(self, socket: Path, name: str = "container") -> None:
-        self.id = str(uuid.uuid4())
-        self.namespace = Namespace(unique(name))
+    id, namespace: made up unless given.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        name: str = "container",
+        *,
+        id: str | None = None,
+        namespace: Namespace | None = None,
+    ) -> None:
+        self.id = id or str(uuid.uuid4())
+        self.namespace = namespace or Namespace(unique(name))
         self._socket = socket
 
     def __enter__(self) -> Container:

@@ -7,18 +7,16 @@ Nothing of the machine's own networking, nor of an agent that runs on it, is tou
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from moorage.lab import mortal
-from moorage.lab.container import Answer, Container
+from moorage.lab.container import Container
 from moorage.lab.node import LabNode
+from moorage.lab.ticks import eventually, expect, perform, show, step, succeed
 
 STATIC_IP = "10.64.0.77"
 
@@ -36,43 +34,6 @@ Server(("::", 8080), Hello).serve_forever()
 FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
 
 
-class Failed(Exception):
-    """A step did not show what it promises."""
-
-
-@contextlib.contextmanager
-def step(text: str) -> Iterator[None]:
-    """A tick for a step that works, a cross and the reason for one that does not."""
-    begun = time.monotonic()
-    try:
-        yield
-    except Exception as error:
-        print(f"  \033[31m✗\033[0m {text}\n    {error}", flush=True)
-        raise
-    print(f"  \033[32m✓\033[0m {text}  ({(time.monotonic() - begun) * 1000:.0f} ms)", flush=True)
-
-
-def expect(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise Failed(otherwise)
-
-
-def succeed(answer: Answer) -> Answer:
-    expect(answer.exit == 0, f"the hook answered {answer.exit}: {answer.stdout or answer.stderr}")
-    return answer
-
-
-def show(title: str, text: str) -> None:
-    print(f"\n{title}\n{text.rstrip()}\n", flush=True)
-
-
-def eventually(holds: Callable[[], bool], otherwise: str, within: float = 10.0) -> None:
-    deadline = time.monotonic() + within
-    while not holds():
-        expect(time.monotonic() < deadline, otherwise)
-        time.sleep(0.05)
-
-
 def fetch(namespace: Callable[..., list[str]], url: str) -> None:
     """GET ``url`` from a namespace and compare what comes."""
     result = subprocess.run(
@@ -83,24 +44,12 @@ def fetch(namespace: Callable[..., list[str]], url: str) -> None:
 
 def main() -> int:
     """Run the demo; 0 if every step holds."""
-    if os.geteuid() != 0:
-        print("network namespaces need root: sudo make demo", file=sys.stderr)
-        return 1
-    # An interrupt unwinds like an error, so that everything is cleaned up.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(130))
-    before = _on_this_machine()
-    made: list[Path] = []
-    try:
-        with contextlib.ExitStack() as stack:
-            _demo(stack, made)
-        with step("nothing is left on this machine"):
-            _expect_nothing_left(before, made)
-    except (Failed, subprocess.SubprocessError, RuntimeError, OSError) as error:
-        print(f"\ndemo failed: {error}", file=sys.stderr)
-        return 1
-    print('\nThat was moorage on one machine. Next: README.md, "On a Mesos agent".')
-    return 0
+    code = perform("sudo make demo", _demo)
+    if code == 0:
+        print(
+            "\nThat was moorage on one machine. A cluster inside it: sudo make lab-demo. For Mesos: README.md."
+        )
+    return code
 
 
 def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
@@ -176,29 +125,6 @@ def _serves(container: Container) -> bool:
 def _links(node: LabNode) -> list[str]:
     links = node.namespace.run("ip", "-o", "link").stdout.splitlines()
     return [line.split(":")[1].strip() for line in links if ": mrg" in line]
-
-
-def _on_this_machine() -> set[str]:
-    """Interfaces, routes and nft tables of ours where the demo itself runs."""
-    found: set[str] = set()
-    for command, mark in (
-        (("ip", "-o", "link"), ": mrg"),
-        (("ip", "route", "show", "table", "all", "proto", "157"), ""),
-        (("ip", "-6", "route", "show", "table", "all", "proto", "157"), ""),
-        (("nft", "list", "tables"), "moorage"),
-    ):
-        lines = subprocess.run(command, text=True, check=True, capture_output=True).stdout.splitlines()
-        found |= {line for line in lines if mark in line}
-    return found
-
-
-def _expect_nothing_left(before: set[str], made: list[Path]) -> None:
-    """before: what an agent beside us had there already. made: files and namespaces of this run."""
-    left = sorted(_on_this_machine() - before) + [str(path) for path in made if path.exists()]
-    expect(not left, f"left: {left}")
-    me = os.getpid()
-    children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-    expect(not children, f"processes are left: {children}")
 
 
 if __name__ == "__main__":

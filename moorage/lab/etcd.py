@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moorage.lab.namespace import Namespace, unique
-from moorage.lab.switch import Switch
+from moorage.lab.errors import with_log
+from moorage.lab.namespace import Namespace
+from moorage.lab.process import Daemon
+from moorage.lab.resource import Resource
+from moorage.lab.switch import Switch, address
 
 FIRST_HOST = 201
 """Host number of the first member on the underlay; nodes have those from 1 on."""
@@ -23,16 +24,39 @@ READY_WITHIN = 30.0
 """Seconds a cluster has to elect its first leader."""
 
 
-class Member:
-    """One etcd process in a namespace. flags: more of etcd's command line."""
+class Member(Resource):
+    """One etcd process in a namespace on the switch. flags: more of etcd's command line."""
 
-    def __init__(self, name: str, directory: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        namespace: Namespace,
+        switch: Switch,
+        host: int,
+        flags: Sequence[str] = (),
+    ) -> None:
         self.name = name
-        self.namespace = Namespace(unique(name))
+        self.namespace = namespace
         self.directory = directory / name
-        self.ip = ""
+        self.host = host
+        self.log = self.directory.with_suffix(".log")
+        self.etcd = Daemon(self.directory.with_suffix(".pid"))
+        self._switch = switch
         self._flags = tuple(flags)
-        self._process: subprocess.Popen[bytes] | None = None
+
+    def create(self) -> None:
+        self.namespace.create()
+        self._switch.plug(self.namespace, self.host)
+
+    def delete(self) -> None:
+        self.kill()
+        self.namespace.delete()
+
+    @property
+    def ip(self) -> str:
+        return address(self.host)
 
     @property
     def client(self) -> str:
@@ -43,14 +67,18 @@ class Member:
         return f"http://{self.ip}:2380"
 
     @property
-    def pid(self) -> int:
-        assert self._process is not None, "the member was not started"
-        return self._process.pid
+    def is_running(self) -> bool:
+        return self.etcd.is_running
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Ours, with what makes ``etcdctl`` speak to this member."""
+        return {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.client}
 
     def start(self, cluster: str) -> None:
         """Start it; ``cluster`` is etcd's --initial-cluster. Does not wait."""
-        with (self.directory.with_suffix(".log")).open("ab") as log:
-            self._process = self.namespace.start(
+        self.etcd.start(
+            self.namespace.command(
                 "etcd",
                 "--name", self.name,
                 "--data-dir", str(self.directory),
@@ -62,56 +90,59 @@ class Member:
                 "--heartbeat-interval", "100",
                 "--election-timeout", "1000",
                 *self._flags,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )  # fmt: skip
+            ),
+            self.log,
+        )  # fmt: skip
 
     def kill(self) -> None:
         """kill -9, if it runs."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.kill()
-            self._process.wait()
+        self.etcd.kill()
 
     def pause(self) -> None:
         """It stands still, and its connections stay open."""
-        os.kill(self.pid, signal.SIGSTOP)
+        self.etcd.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
+        self.etcd.signal(signal.SIGCONT)
 
     def forget(self) -> None:
         """Throw away its data; it must not run."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class EtcdCluster:
-    """``members`` real etcd members on a switch. A context manager; they run inside it."""
+class EtcdCluster(Resource):
+    """``size`` real etcd members on a switch. They run as soon as it is created.
 
-    def __init__(self, switch: Switch, members: int = 3, flags: Sequence[str] = ()) -> None:
-        self._switch = switch
-        self._size = members
-        self._flags = flags
-        self._resources = contextlib.ExitStack()
-        self.members: list[Member] = []
+    prefix: what their namespaces' names begin with. directory: made by it, for data, logs and backups.
+    """
 
-    def __enter__(self) -> EtcdCluster:
-        with contextlib.ExitStack() as stack:
-            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrg-etcd-")))
-            for number in range(self._size):
-                member = Member(f"etcd{number}", self.directory, self._flags)
-                stack.enter_context(member.namespace)
-                stack.callback(member.kill)
-                member.ip = self._switch.plug(member.namespace, FIRST_HOST + number)
-                self.members.append(member)
-            self.start()
-            self.wait_ready()
-            self._resources = stack.pop_all()
-        return self
+    def __init__(
+        self, switch: Switch, size: int, *, prefix: str, directory: Path, flags: Sequence[str] = ()
+    ) -> None:
+        self.directory = directory
+        self.members = [
+            Member(
+                name,
+                directory,
+                namespace=Namespace(prefix + name),
+                switch=switch,
+                host=FIRST_HOST + number,
+                flags=flags,
+            )
+            for number, name in enumerate(f"etcd{number}" for number in range(size))
+        ]
 
-    def __exit__(self, *_: object) -> None:
-        self._resources.close()
+    def create(self) -> None:
+        self.directory.mkdir(mode=0o700)
+        for member in self.members:
+            member.create()
+        self.start()
+        self.wait_ready()
+
+    def delete(self) -> None:
+        for member in self.members:
+            member.delete()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     @property
     def url(self) -> str:
@@ -128,12 +159,13 @@ class EtcdCluster:
             member.start(self.initial_cluster)
 
     def wait_ready(self) -> None:
-        """Until every member answers. Raises RuntimeError with a log."""
+        """Until every member answers. Raises LabError."""
         deadline = time.monotonic() + READY_WITHIN
         while self.ctl("endpoint", "health", check=False).returncode:
             if time.monotonic() > deadline:
-                log = self.members[0].directory.with_suffix(".log").read_text()
-                raise RuntimeError(f"etcd does not answer:\n{log[-3000:]}")
+                raise with_log(
+                    f"etcd does not answer within {READY_WITHIN:.0f} s of its start", self.members[0].log
+                )
             time.sleep(0.1)
 
     def kill(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import moorage
 from moorage.lab.container import Container
+from moorage.lab.errors import with_log
 from moorage.lab.namespace import Namespace, unique
-from moorage.lab.switch import Switch
+from moorage.lab.process import Daemon
+from moorage.lab.resource import Resource
+from moorage.lab.switch import Switch, address
 
 MOORAGE = (sys.executable, "-m", "moorage")
 ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
@@ -26,12 +30,16 @@ ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
 READY_WITHIN = 20.0
 """Seconds an agent has to serve."""
 
+STOPS_WITHIN = 60.0
+"""Seconds an agent has to end in order: it finishes requests in flight."""
 
-class LabNode:
-    """See the module's docstring. A context manager; the agent is started by ``start``.
 
-    name: the node's. agent: the command line that runs the agent, less its options. store: its URL; a
-    SQLite file of the node's own without. switch, host: the underlay it is plugged into, and its number there.
+class LabNode(Resource):
+    """See the module's docstring. Created it is switched on; the agent is started by ``start``.
+
+    name: the node's. agent: the command line that runs the agent; options: more of the agent's. store: its URL;
+    a SQLite file of the node's own without. switch, host: the underlay it is plugged into, and its number there.
+    namespace, directory: what is its own; with names that nobody else has, unless given.
     """
 
     def __init__(
@@ -39,35 +47,58 @@ class LabNode:
         name: str = "node",
         *,
         agent: Sequence[str] = (*MOORAGE, "agent"),
+        options: Sequence[str] = (),
         store: str = "",
         switch: Switch | None = None,
         host: int = 1,
+        namespace: Namespace | None = None,
+        directory: Path | None = None,
     ) -> None:
         self.name = name
-        self.namespace = Namespace(unique(name))
-        self._agent_command = tuple(agent)
+        self.namespace = namespace or Namespace(unique(name))
+        # A short path: unix sockets have room for 107 bytes.
+        self.directory = directory or Path(tempfile.gettempdir(), unique("n"))
+        self.host = host
+        self.agent = Daemon(self.directory / "agent.pid")
+        self._command = (*agent, *options)
         self._store = store
         self._switch = switch
-        self._host = host
-        self._resources = contextlib.ExitStack()
-        self._agent: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> LabNode:
-        with contextlib.ExitStack() as stack:
-            # A short path: unix sockets have room for 107 bytes.
-            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrg-")))
-            stack.enter_context(self.namespace)
-            if self._switch is not None:
-                self._switch.plug(self.namespace, self._host)
-            else:
-                for address in ADDRESSES:
-                    self.namespace.run("ip", "address", "add", address, "dev", "lo")
-            stack.callback(self.kill)
-            self._resources = stack.pop_all()
-        return self
+    def create(self) -> None:
+        self.directory.mkdir(mode=0o700)
+        self.switch_on()
 
-    def __exit__(self, *_: object) -> None:
-        self._resources.close()
+    def delete(self) -> None:
+        self.agent.kill()
+        self.namespace.delete()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # -- the machine
+
+    def switch_on(self) -> None:
+        """There is the machine's network, and nothing runs yet."""
+        self.namespace.create()
+        if self._switch is not None:
+            self._switch.plug(self.namespace, self.host)
+        else:
+            for own in ADDRESSES:
+                self.namespace.run("ip", "address", "add", own, "dev", "lo")
+
+    def switch_off(self) -> None:
+        """As if its power was cut: all that the kernel had of it is gone, what is in files stays."""
+        self.namespace.end_processes()
+        if self._switch is not None:
+            self._switch.unplug(self.host)
+        self.namespace.delete()
+
+    @property
+    def is_on(self) -> bool:
+        return self.namespace.exists
+
+    @property
+    def ip(self) -> str:
+        """Its IPv4 address on the underlay."""
+        return address(self.host)
 
     @property
     def socket(self) -> Path:
@@ -88,28 +119,37 @@ class LabNode:
     @property
     def pid(self) -> int:
         """The agent's process id."""
-        assert self._agent is not None, "the agent was not started"
-        return self._agent.pid
+        return self.agent.pid
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Ours, with what makes ``moorage`` speak to this node instead of to an agent of this machine."""
+        others = {name: value for name, value in os.environ.items() if not name.startswith("MOORAGE_")}
+        return {
+            **others,
+            "MOORAGE_STORE": self.store,
+            "MOORAGE_SOCKET": str(self.socket),
+            "MOORAGE_CONFIG": os.devnull,
+        }
 
     # -- the agent
 
     def launch(self, **environment: str) -> None:
         """Start the agent and do not wait for it."""
-        with self.log.open("ab") as log:
-            self._agent = self.namespace.start(
-                *self._agent_command,
+        self.agent.start(
+            self.namespace.command(
+                *self._command,
                 "--node", self.name,
                 "--store", self.store,
                 "--state-dir", str(self.state_dir),
                 "--socket", str(self.socket),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**_without_moorage(os.environ), **environment},
-            )  # fmt: skip
+            ),
+            self.log,
+            {**with_source(self.environment), **environment},
+        )  # fmt: skip
 
     def start(self, **environment: str) -> None:
-        """Start the agent; returns when it serves. Raises RuntimeError with its log if it does not."""
+        """Start the agent; returns when it serves. Raises LabError with its log if it does not."""
         self.launch(**environment)
         self.wait_ready()
 
@@ -117,9 +157,7 @@ class LabNode:
         deadline = time.monotonic() + READY_WITHIN
         while not self.answers():
             if not self.is_running or time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"the agent of {self.name} does not serve:\n{self.log.read_text()[-4000:]}"
-                )
+                raise with_log(f"the agent of {self.name} does not serve", self.log)
             time.sleep(0.02)
 
     def answers(self) -> bool:
@@ -129,30 +167,25 @@ class LabNode:
 
     @property
     def is_running(self) -> bool:
-        return self._agent is not None and self._agent.poll() is None
+        """Whether the agent does."""
+        return self.agent.is_running
 
     def kill(self) -> None:
-        """kill -9, if it runs."""
-        if self._agent is not None:
-            if self._agent.poll() is None:
-                self._agent.kill()
-            self._agent.wait()
+        """kill -9 of the agent, if it runs."""
+        self.agent.kill()
 
     def stop(self) -> int:
         """SIGTERM, and wait for the end in order; returns the exit code."""
-        assert self._agent is not None, "the agent was not started"
-        self._agent.send_signal(signal.SIGTERM)
-        return self._agent.wait(timeout=60)
+        self.agent.signal(signal.SIGTERM)
+        return self.agent.wait(STOPS_WITHIN)
 
     # -- the command line
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``moorage ARGUMENTS`` against this node's store and agent."""
         return self.namespace.run(
-            "env", *(f"--unset={name}" for name in os.environ if name.startswith("MOORAGE_")),
-            *MOORAGE, "--store", self.store, "--socket", str(self.socket), *arguments,
-            check=check,
-        )  # fmt: skip
+            *MOORAGE, *arguments, check=check, environment=with_source(self.environment)
+        )
 
     def ask(self, *arguments: str) -> Any:
         """The JSON that ``moorage ARGUMENTS -o json`` prints. Raises CalledProcessError."""
@@ -163,6 +196,6 @@ class LabNode:
         return Container(self.socket, name)
 
 
-def _without_moorage(environment: os._Environ[str]) -> dict[str, str]:
-    """The lab's agents and commands are told everything by flags."""
-    return {name: value for name, value in environment.items() if not name.startswith("MOORAGE_")}
+def with_source(environment: dict[str, str]) -> dict[str, str]:
+    """Have Python find the moorage that runs here, wherever one stands."""
+    return {**environment, "PYTHONPATH": str(Path(moorage.__file__).parent.parent), "PYTHONSAFEPATH": "1"}
