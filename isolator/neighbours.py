@@ -24,6 +24,9 @@ from isolator.policy import Surroundings, isolation_of
 
 log = structlog.get_logger(__name__)
 
+TUNNEL = "vxlan"
+"""The fabric by which packets arrive on a device of its own."""
+
 FORGET_TOGETHER = 0.2
 """Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many."""
 
@@ -37,6 +40,9 @@ def surroundings(catalogue: Catalogue) -> Surroundings:
         pools=tuple(p.cidr for p in pools),
         nat_pools=tuple(p.cidr for p in pools if p.network in networks and networks[p.network].nat),
         open_pools=tuple(p.cidr for p in pools if p.network in isolation and isolation[p.network].open),
+        tunnelled_pools=tuple(
+            p.cidr for p in pools if p.network in networks and networks[p.network].fabric == TUNNEL
+        ),
         isolation=isolation,
     )
 

@@ -50,12 +50,14 @@ class Surroundings:
     """What is around the endpoints.
 
     pools: where containers' addresses come from; traffic between them is never masqueraded. nat_pools: those whose
-    traffic to elsewhere is. open_pools: those of open networks. isolation: of every network, by name.
+    traffic to elsewhere is. open_pools: those of open networks. tunnelled_pools: those of networks whose containers
+    other nodes reach by the tunnel only. isolation: of every network, by name.
     """
 
     pools: tuple[IPNetwork, ...] = ()
     nat_pools: tuple[IPNetwork, ...] = ()
     open_pools: tuple[IPNetwork, ...] = ()
+    tunnelled_pools: tuple[IPNetwork, ...] = ()
     isolation: Mapping[str, Isolation] = field(default_factory=dict)
 
 
@@ -323,6 +325,7 @@ def _intervals(surroundings: Surroundings) -> dict[str, list[IPNetwork]]:
         "pools": surroundings.pools,
         "nat": surroundings.nat_pools,
         "open": surroundings.open_pools,
+        "tunnelled": surroundings.tunnelled_pools,
     }
     return {f"{name}{family}": _disjoint(nets, family) for name, nets in listed.items() for family in (4, 6)}
 

@@ -10,7 +10,8 @@ an accept here never overrules a drop in somebody else's table.
                      --> the node itself: nothing more; containers may talk to their node
                      --> forward
     from elsewhere   --> outside (the same hook)
-                           a source in our pools must come the way that the node's own routes lead to it
+                           who claims an address of our pools must not claim one of this very node's, and comes by
+                           the tunnel if the container that it is for is reached by the tunnel
 
     to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container
 
@@ -47,9 +48,8 @@ _TABLE = Template("""\
 table inet moorage {
 $sets
 $netgroups	chain outside {
-		ip saddr @pools4 fib saddr . iif oif missing drop
-		ip6 saddr @pools6 fib saddr . iif oif missing drop
-	}
+		iifname "lo" accept
+$outside	}
 
 	chain sources {
 		type filter hook prerouting priority raw; policy accept;
@@ -152,6 +152,11 @@ _SETS = Template("""\
 		flags interval
 	}
 
+	set tunnelled$family {
+		type ipv${family}_addr
+		flags interval
+	}
+
 	set nat$family {
 		type ipv${family}_addr
 		flags interval
@@ -175,6 +180,12 @@ _SETS = Template("""\
 	}
 """)
 
+_OUTSIDE = Template("""\
+		$ip saddr @pools$family $ip daddr @tunnelled$family iifname != "mfb*" drop
+		$ip saddr @pools$family fib saddr oifname "mrg*" drop
+		$ip saddr @pools$family fib saddr type blackhole drop
+""")
+
 _NETGROUP = Template("""\
 	set $name {
 		type ipv${family}_addr
@@ -183,7 +194,7 @@ _NETGROUP = Template("""\
 """)
 
 _FAMILIES = (4, 6)
-_SADDR = {4: "ip saddr", 6: "ip6 saddr"}
+_IP = {4: "ip", 6: "ip6"}
 
 
 def table(book: Book) -> str:
@@ -192,6 +203,7 @@ def table(book: Book) -> str:
     body = _TABLE.substitute(
         sets="\n".join(_SETS.substitute(family=family) for family in _FAMILIES),
         netgroups="".join(_sets_of(netgroup) for netgroup in all_of_it.new_netgroups),
+        outside="".join(_OUTSIDE.substitute(ip=_IP[family], family=family) for family in _FAMILIES),
         chains="".join(_chain(may_call) for may_call in all_of_it.new_chains),
     )
     return (
@@ -255,11 +267,11 @@ def _rules(clause: Clause) -> Iterator[str]:
     """What a packet of a caller that the clause covers matches."""
     match clause:
         case Sharing(netgroup):
-            yield from (f"{_SADDR[f]} @{set_of_netgroup(netgroup, f)}" for f in _FAMILIES)
+            yield from (f"{_IP[f]} saddr @{set_of_netgroup(netgroup, f)}" for f in _FAMILIES)
         case From(cidr):
-            yield f"{_SADDR[cidr.version]} {cidr}"
+            yield f"{_IP[cidr.version]} saddr {cidr}"
         case Nodes():
-            yield from (f"{_SADDR[f]} @nodes{f}" for f in _FAMILIES)
+            yield from (f"{_IP[f]} saddr @nodes{f}" for f in _FAMILIES)
         case _:
             raise AssertionError("whom everybody may call has no chain")
 

@@ -201,7 +201,7 @@ class Policy:
         ]
         wrong += [
             name
-            for base in ("pools", "nat", "open")
+            for base in ("pools", "tunnelled", "nat", "open")
             for name in (f"{base}4", f"{base}6")
             if not kernel.covers(self._netfilter, name, everything.intervals.get(name, ()))
         ]

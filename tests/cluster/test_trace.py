@@ -29,7 +29,17 @@ def lab() -> Iterator[Lab]:
         one.cli(
             "network", "create", "tunnelled", "--pool", "10.64.0.0/20", "--pool", "fd64::/112", "--allow-from", "nodes"
         )  # fmt: skip
-        one.cli("network", "create", "routed", "--pool", "10.65.0.0/20", "--fabric", "hostgw")
+        one.cli(
+            "network",
+            "create",
+            "routed",
+            "--pool",
+            "10.65.0.0/20",
+            "--fabric",
+            "hostgw",
+            "--allow-from",
+            "nodes",
+        )
         one.cli("network", "create", "apart", "--pool", "10.66.0.0/20", "--fabric", "none")
         yield lab
 

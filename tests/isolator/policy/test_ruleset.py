@@ -14,7 +14,9 @@ from isolator.policy.book import Book
 from tests.isolator.rooms import Room
 
 POOLS = (ip_network("10.0.0.0/16"), ip_network("10.0.1.0/24"), ip_network("fd00::/64"))
-AROUND = Surroundings(pools=POOLS, nat_pools=POOLS[1:], open_pools=(ip_network("10.0.9.0/24"),))
+AROUND = Surroundings(
+    pools=POOLS, nat_pools=POOLS[1:], open_pools=(ip_network("10.0.9.0/24"),), tunnelled_pools=POOLS[2:]
+)
 
 WEB = Admission(
     "mrgaaaaaaaaaaaa",
@@ -89,6 +91,11 @@ table inet moorage {
         elements = { 10.0.0.0/16 }
     }
 
+    set tunnelled4 {
+        type ipv4_addr
+        flags interval
+    }
+
     set nat4 {
         type ipv4_addr
         flags interval
@@ -145,6 +152,12 @@ table inet moorage {
         elements = { fd00::/64 }
     }
 
+    set tunnelled6 {
+        type ipv6_addr
+        flags interval
+        elements = { fd00::/64 }
+    }
+
     set nat6 {
         type ipv6_addr
         flags interval
@@ -192,8 +205,13 @@ table inet moorage {
     }
 
     chain outside {
-        ip saddr @pools4 fib saddr . iif oif missing drop
-        ip6 saddr @pools6 fib saddr . iif oif missing drop
+        iifname "lo" accept
+        ip saddr @pools4 ip daddr @tunnelled4 iifname != "mfb*" drop
+        ip saddr @pools4 fib saddr oifname "mrg*" drop
+        ip saddr @pools4 fib saddr type blackhole drop
+        ip6 saddr @pools6 ip6 daddr @tunnelled6 iifname != "mfb*" drop
+        ip6 saddr @pools6 fib saddr oifname "mrg*" drop
+        ip6 saddr @pools6 fib saddr type blackhole drop
     }
 
     chain sources {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 import pytest
@@ -28,7 +28,7 @@ from scapy.packet import Packet
 from isolator.drivers import Wiring
 from isolator.drivers.routed_layout import HOST_MAC
 from tests.isolator.conftest import MakeRoom
-from tests.isolator.rooms import NODE4, NODE6, WORLD4, WORLD6, Machine, Room, heard
+from tests.isolator.rooms import AROUND, NODE4, NODE6, POOLS, WORLD4, WORLD6, Machine, Room, heard
 
 pytestmark = pytest.mark.kernel
 
@@ -233,16 +233,22 @@ def test_pings_in_anothers_name_are_not_answered_to_it(stage: Stage) -> None:
 
 
 def test_the_world_cannot_speak_for_a_container(stage: Stage) -> None:
-    """A source of our pools has to come from where the node's routes lead to it."""
+    """Neither for one of this node nor, past the tunnel, for one of others."""
+    elsewhere = ip_address("10.0.99.99")
+    stage.machine.do(stage.machine.policy.set_others, [(elsewhere, ("web",))])
+    stage.machine.do(stage.machine.policy.set_surroundings, replace(AROUND, tunnelled_pools=POOLS))
     raw = stage.machine.world.do(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)
     ear = Ear(stage.victim, "eth0")
     with raw:
         raw.bind(("up0", 0))
         for source, mark, passes in (
             (FRIEND4, b"as a friend", False),
-            ("10.0.99.99", b"as one of elsewhere", False),
+            (str(elsewhere), b"as one of elsewhere", False),
             (str(WORLD4), b"as itself", True),
+            (str(elsewhere), b"believed without a tunnel", True),
         ):
+            if b"without" in mark:
+                stage.machine.do(stage.machine.policy.set_surroundings, AROUND)
             frame = Ether(src="02:00:00:00:00:02", dst="02:00:00:00:00:01") / IP(src=source, dst=VICTIM4)
             raw.send(bytes(frame / UDP(sport=PORT, dport=PORT) / mark))
             assert (mark in ear.heard()) == passes, source
