@@ -16,11 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 PORT = 7
+FLOW = "a flow begins"
+ETH_P_IP = 0x800
 
 
 class Prober:
@@ -68,6 +70,24 @@ class Prober:
         """End it; how many were sent with each mark."""
         return dict(self._ask(do="stop_sending"))
 
+    def flow(self, ip: str) -> bool:
+        """Begin a UDP flow with another prober, which answers it and remembers it; whether the answer came."""
+        return bool(self._ask(do="flow", ip=ip))
+
+    def answer_flows(self, mark: str) -> None:
+        """Once more to everybody who began a flow, on that flow; and on every TCP connection that came in."""
+        self._ask(do="answer_flows", mark=mark)
+
+    @contextlib.contextmanager
+    def listening_to_all(self) -> Iterator[Ear]:
+        """Everything that arrives at the container's interface from now on."""
+        self._ask(do="listen_to_all")
+        yield Ear(self)
+
+    def packets(self) -> list[str]:
+        """See Ear."""
+        return list(self._ask(do="packets"))
+
     def connect(self, ip: str) -> bool:
         """Begin a TCP connection to another prober; whether it came about."""
         return bool(self._ask(do="connect", ip=ip))
@@ -75,6 +95,17 @@ class Prober:
     def echoes(self, text: str) -> bool:
         """Whether what is sent on that connection comes back within a second."""
         return bool(self._ask(do="echo", text=text))
+
+
+class Ear:
+    """What a prober hears of all that arrives."""
+
+    def __init__(self, prober: Prober) -> None:
+        self._prober = prober
+
+    def packets(self) -> list[str]:
+        """(source, protocol) of every IPv4 packet that came."""
+        return self._prober.packets()
 
 
 class _Inside:
@@ -86,7 +117,11 @@ class _Inside:
         self.stopping = threading.Event()
         self.senders: list[threading.Thread] = []
         self.connection: socket.socket | None = None
-        listening = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        self.flows: dict[tuple[str, int], None] = {}
+        self.accepted: list[socket.socket] = []
+        self.calling: list[socket.socket] = []
+        self.ear: socket.socket | None = None
+        self.listening = listening = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         listening.bind(("::", PORT))
@@ -96,12 +131,18 @@ class _Inside:
 
     def _listen(self, sock: socket.socket) -> None:
         while True:
-            mark = sock.recv(256).decode()
-            self.marks.append(mark)
+            raw, source = sock.recvfrom(256)
+            mark = raw.decode()
+            if mark == FLOW:
+                self.flows[source[:2]] = None
+                sock.sendto(b"yes", source)
+            else:
+                self.marks.append(mark)
 
     def _serve(self, server: socket.socket) -> None:
         while True:
             connection, _ = server.accept()
+            self.accepted.append(connection)
             threading.Thread(target=_echo_back, args=(connection,), daemon=True).start()
 
     def answer(self, request: dict[str, Any]) -> Any:
@@ -123,6 +164,22 @@ class _Inside:
                 for sender in self.senders:
                     sender.join()
                 return self.sent
+            case "flow":
+                return self._flow(request["ip"])
+            case "answer_flows":
+                for target in self.flows:
+                    self.listening.sendto(request["mark"].encode(), target)
+                for connection in self.accepted:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(request["mark"].encode())
+                return None
+            case "listen_to_all":
+                self.ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP))
+                self.ear.bind(("eth0", ETH_P_IP))
+                self.ear.setblocking(False)
+                return None
+            case "packets":
+                return self._packets()
             case "connect":
                 try:
                     self.connection = socket.create_connection((request["ip"], PORT), timeout=1)
@@ -131,6 +188,26 @@ class _Inside:
                 return True
             case _:
                 return self._echoes(request["text"].encode())
+
+    def _flow(self, ip: str) -> bool:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.settimeout(1)
+        self.calling.append(sock)
+        sock.sendto(FLOW.encode(), (ip, PORT))
+        try:
+            return sock.recv(64) == b"yes"
+        except OSError:
+            return False
+
+    def _packets(self) -> list[str]:
+        assert self.ear is not None
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet, address = self.ear.recvfrom(65536)
+                if address[2] != socket.PACKET_OUTGOING:
+                    found.append(f"{socket.inet_ntoa(packet[12:16])} protocol {packet[9]}")
+        return found
 
     def _keep_sending(self, ip: str, mark: str, pause: float) -> None:
         number = 0

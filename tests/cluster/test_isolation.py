@@ -216,3 +216,53 @@ def test_the_follower_outlives_an_agents_restart_and_the_store_being_away(lab: L
     eventually(lambda: lab.nodes[0].ask("status")["problem"] == "", within=20)
     as_defined(everyone)
     assert far.prober.echoes("still there")
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["to the same node", "to another node"])
+def test_flows_of_a_released_address_never_reach_its_next_owner(lab: Lab, join: Join, moves: bool) -> None:
+    """Whom the old owner called may answer it, for minutes as far as connection tracking goes; the new one is in
+    no netgroup with them. A reservation lets the address be reused without a cooldown."""
+    here, there = lab.nodes
+    address, key = ("10.64.200.1", "moves") if moves else ("10.64.200.2", "stays")
+    here.cli("ip", "reserve", address, "--key", key)
+    near, far = join(here, "public"), join(there, "public")
+    labels = {"moorage.reservation": key}
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(here.container("old"))
+        assert old.add("web", labels={**labels, "moorage.netgroups": "red"}).ips[4] == address
+        prober = stack.enter_context(Prober(old.namespace.command()))
+        for peer in (near, far):
+            assert prober.connect(peer.ips[4])
+            assert prober.echoes("hello")
+            assert prober.flow(peer.ips[4]), "its answers come back on a UDP flow that stays"
+        assert old.delete("web").exit == 0
+    with contextlib.ExitStack() as stack:
+        new = stack.enter_context((there if moves else here).container("new"))
+        assert new.add("web", labels={**labels, "moorage.netgroups": "green"}).ips[4] == address
+        stack.callback(new.delete, "web")
+        prober = stack.enter_context(Prober(new.namespace.command()))
+        ear = stack.enter_context(prober.listening_to_all())
+        for peer in (near, far):
+            peer.prober.answer_flows("late")
+        time.sleep(SETTLED)
+        assert ear.packets() == [], "not a packet of theirs"
+    here.cli("ip", "unreserve", address)
+
+
+def test_an_address_released_while_the_store_is_away_is_nobodys_until_it_is_back(
+    lab: Lab, join: Join
+) -> None:
+    node = lab.nodes[0]
+    peer = join(node, "public")
+    lab.partition(node, *lab.etcd.members)
+    try:
+        with node.container("old") as old, node.container("new") as new:
+            before = old.add("web", labels={"moorage.netgroups": "red"}).ips
+            assert old.delete("web").exit == 0
+            after = new.add("web", labels={"moorage.netgroups": "green"}).ips
+            assert not set(before.values()) & set(after.values())
+            peer.prober.send(dict.fromkeys(before.values(), "late"))
+            new.delete("web")
+    finally:
+        lab.heal()
+    eventually(lambda: node.ask("status")["problem"] == "", within=20)
