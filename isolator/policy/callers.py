@@ -139,5 +139,7 @@ def judge(caller: Caller, may_call: Callers) -> Verdict:
     if caller.netgroups:
         theirs = ", ".join(sorted(caller.netgroups))
         ours = ", ".join(clause.netgroup for clause in may_call if isinstance(clause, Sharing))
-        return Verdict(False, f"they share no netgroup: {theirs} calls {ours or 'none'}")
+        return Verdict(
+            False, f"they share no netgroup: the caller is in {theirs}, the called in {ours or 'none'}"
+        )
     return Verdict(False, f"{caller.ip} is no endpoint, and the network does not allow it by --allow-from")

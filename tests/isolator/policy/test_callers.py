@@ -32,7 +32,7 @@ def test_two_may_talk_iff_they_share_a_netgroup(
 def test_the_public_call_nobody_who_is_not() -> None:
     verdict = judge(Caller(AWAY, ("public",)), callers(["web"], Isolation()))
     assert not verdict.allowed
-    assert "public calls web" in verdict.why
+    assert "the caller is in public, the called in web" in verdict.why
 
 
 def test_who_is_no_endpoint_calls_only_where_the_network_allows_it() -> None:
