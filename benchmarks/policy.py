@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, ip_network
 
 from benchmarks.figures import Budget, Row, Sample
@@ -28,6 +29,7 @@ AROUND = Surroundings(pools=(POOL,), nat_pools=(POOL,))
 FASTER = Budget(2.0, of_peer=False)
 SAME = Budget(1.5)
 AS_FAST = Budget(0.95, at_least=True)
+ELSEWHERE = IPv4Address("10.64.63.1")
 MOST_TRAFFIC_ROUNDS = 8
 SECONDS = 1
 
@@ -99,17 +101,21 @@ class Stage:
 
 def rows(rounds: int) -> list[Row]:
     with contextlib.ExitStack() as stack:
-        stage = Stage(stack)
-        few, many, all_here = (
-            _changes(stage, *known, rounds) for known in ((FEW, FEW), (FEW, MANY), (MANY, FEW))
-        )
+        stage, few, many, all_here = (Stage(stack) for _ in range(4))
+        for one, here, elsewhere in ((few, FEW, FEW), (many, FEW, MANY), (all_here, MANY, FEW)):
+            one.knows(here, elsewhere)
+        took = {one: _Took() for one in (few, many, all_here)}
+        for number in range(rounds):
+            for one, times in took.items():
+                _change(one, number, times)
         found = [
             Row(f"policy, an endpoint comes and goes, {MANY} known (peer: {FEW})", "ms",
-                many["own"], few["own"], SAME),
-            Row("  of it: it comes", "ms", many["admit"], budget=FASTER),
-            Row(f"  all {MANY} on this node (peer: {FEW})", "ms", all_here["own"], few["own"]),
+                Sample(took[many].own), Sample(took[few].own), SAME),
+            Row("  of it: it comes", "ms", Sample(took[many].admit), budget=FASTER),
+            Row(f"  all {MANY} on this node (peer: {FEW})", "ms",
+                Sample(took[all_here].own), Sample(took[few].own)),
             Row(f"policy, another node's comes and goes, {MANY} known (peer: {FEW})", "ms",
-                many["other"], few["other"], SAME),
+                Sample(took[many].other), Sample(took[few].other), SAME),
         ]  # fmt: skip
         traffic = _traffic(stage, min(rounds, MOST_TRAFFIC_ROUNDS))
     for members in (FEW, MANY):
@@ -127,22 +133,26 @@ def rows(rounds: int) -> list[Row]:
     return found
 
 
-def _changes(stage: Stage, here: int, elsewhere: int, rounds: int) -> dict[str, Sample]:
-    stage.knows(here, elsewhere)
-    took: dict[str, list[float]] = {"admit": [], "own": [], "other": []}
-    ip = IPv4Address("10.64.63.1")
-    for number in range(rounds):
-        one = endpoint(20_000 + number)
-        begun = time.perf_counter()
-        stage.policy.admit(one)
-        took["admit"].append((time.perf_counter() - begun) * 1e3)
-        stage.policy.revoke([one.host_ifname])
-        took["own"].append((time.perf_counter() - begun) * 1e3)
-        begun = time.perf_counter()
-        stage.policy.set_others([(ip, ("web",))])
-        stage.policy.set_others([(ip, ())])
-        took["other"].append((time.perf_counter() - begun) * 1e3)
-    return {name: Sample(values) for name, values in took.items()}
+@dataclass(slots=True)
+class _Took:
+    """Milliseconds of an endpoint that comes, comes and goes, and of another node's that comes and goes."""
+
+    admit: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
+
+
+def _change(stage: Stage, number: int, took: _Took) -> None:
+    one = endpoint(20_000 + number)
+    begun = time.perf_counter()
+    stage.policy.admit(one)
+    took.admit.append((time.perf_counter() - begun) * 1e3)
+    stage.policy.revoke([one.host_ifname])
+    took.own.append((time.perf_counter() - begun) * 1e3)
+    begun = time.perf_counter()
+    stage.policy.set_others([(ELSEWHERE, ("web",))])
+    stage.policy.set_others([(ELSEWHERE, ())])
+    took.other.append((time.perf_counter() - begun) * 1e3)
 
 
 def _traffic(stage: Stage, rounds: int) -> dict[tuple[int, str], list[float]]:
