@@ -6,12 +6,12 @@ import errno
 import socket
 import time
 from collections.abc import Iterator
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 
 from isolator.model import IPAddress
-from isolator.netlink import flush_conntrack
+from isolator.netlink import flush_conntrack, flush_ports
 from isolator.netlink.codec import NLM_F_CREATE, NLM_F_EXCL, Request, attribute, nested
 from isolator.netlink.codec import attributes as attributes_of
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
@@ -94,6 +94,30 @@ def test_every_role_of_an_address_is_found_and_nothing_else(
     container.do(flush_conntrack, [ip_address("10.0.0.5")])
     container.do(flush_conntrack, [ip_address("10.0.0.6"), ip_address("10.0.0.50")])
     assert flows(netfilter) == 2
+
+
+def test_what_was_translated_or_leaves_the_networks_may_be_left_alone(
+    container: Room, netfilter: NetlinkSocket
+) -> None:
+    doomed = [flow("10.0.0.5", "10.9.0.1", 1), flow("10.9.0.1", "10.0.0.5", 2), flow("fd00::5", "fd09::1", 3)]
+    kept = [
+        flow("10.0.0.6", "10.9.0.1", 4),
+        flow("10.0.0.5", "192.0.2.2", 5),
+        flow("10.0.0.5", "192.0.2.2", 6, masqueraded="192.0.2.1"),
+        flow("10.9.0.1", "192.0.2.1", 7, answers="10.0.0.5"),
+    ]
+    netfilter.execute([*doomed, *kept])
+    pools = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
+    container.do(flush_conntrack, [ip_address("10.0.0.5"), ip_address("fd00::5")], pools)
+    assert flows(netfilter) == len(kept)
+
+
+def test_flows_to_a_port_are_found_by_their_first_packet(container: Room, netfilter: NetlinkSocket) -> None:
+    netfilter.execute([flow("10.0.0.5", "10.9.0.1", 1), flow("fd00::5", "fd09::1", 2)])
+    container.do(flush_ports, [1, 2, 54])
+    assert flows(netfilter) == 2
+    container.do(flush_ports, [53])
+    assert flows(netfilter) == 0
 
 
 def test_an_address_in_another_attribute_is_no_hit(container: Room, netfilter: NetlinkSocket) -> None:
