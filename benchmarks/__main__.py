@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import agent_share, burst, cni, idle, policy, scale
+from benchmarks import agent_share, burst, cni, commits, idle, large, outage, policy, scale
 from benchmarks.figures import Row, table
 from benchmarks.launch import CallFailed
 
@@ -26,6 +26,9 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "burst": burst.rows,
     "scale": scale.rows,
     "idle": idle.rows,
+    "commits": commits.rows,
+    "outage": outage.rows,
+    "large": large.rows,
     "policy": policy.rows,
 }
 

@@ -41,14 +41,16 @@ def rows(rounds: int) -> list[Row]:
 
 
 def measure(
-    subjects: Mapping[str, Subject], mine: Mapping[str, Sequence[Container]]
+    subjects: Mapping[str, Subject],
+    mine: Mapping[str, Sequence[Container]],
+    commands: Sequence[str] = COMMANDS,
 ) -> dict[tuple[str, str], Sample]:
     """(subject, command) -> ms. Round by round all take turns, and each round begins with another."""
     names = list(subjects)
     seconds: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for number in range(len(mine[names[0]])):
         first = number % len(names)
-        for command in COMMANDS:
+        for command in commands:
             for name in names[first:] + names[:first]:
                 call = subjects[name].call(command, mine[name][number])
                 seconds[name, command].append(run_in(subjects[name].node, call))

@@ -87,8 +87,13 @@ def our_node(*pools: str, agent: Sequence[str] = ()) -> Iterator[LabNode]:
     with node:
         node.start()
         node.cli("network", "create", NETWORK, *(part for pool in pools for part in ("--pool", pool)))
-        (node.directory / "config.json").write_bytes(config_of(node))
+        write_config(node)
         yield node
+
+
+def write_config(node: LabNode) -> None:
+    """Where ``subject_of`` expects it."""
+    (node.directory / "config.json").write_bytes(config_of(node))
 
 
 def config_of(node: LabNode) -> bytes:

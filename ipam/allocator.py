@@ -25,7 +25,13 @@ class BlockSpace:
         # A dictionary is a queue in which any member is found at once.
         dynamic = list(pool.dynamic_in(block))
         self._size = len(dynamic)
+        self._version = block.version
+        self._ends = int(block.network_address), int(block.broadcast_address)
         self._free = dict.fromkeys(ip for ip in dynamic if ip not in held)
+
+    def __contains__(self, ip: IPAddress) -> bool:
+        """Whether ``ip`` lies in the block. Asked of every block for every address that comes or goes."""
+        return ip.version == self._version and self._ends[0] <= int(ip) <= self._ends[1]
 
     @property
     def untouched(self) -> bool:

@@ -25,7 +25,7 @@ from ipam.intents import ask
 from ipam.keys import IPAddress
 from ipam.pools import Geometry, block_at, geometry
 from ipam.records import Address, AddressState, Block, Intent, IntentKind, Pool
-from ipam.store.base import Store, prefix_end, read_prefix
+from ipam.store.base import Store, prefix_end, read_prefix, scan
 
 SETTLE = 2.0
 """Seconds between the two looks (docs/design.md, section 5)."""
@@ -136,23 +136,18 @@ def _carried_findings(look: _Look) -> list[Finding]:
 
 async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Look) -> dict[str, int]:
     holders: dict[str, int] = defaultdict(int)
-    cursor: str | None = keys.ADDRESSES
-    revision = 0
-    while cursor is not None:
-        page = await store.page(cursor, prefix_end(keys.ADDRESSES), revision=revision)
-        for kv in page.items:
-            look.addresses += 1
-            try:
-                ip = keys.ip_of(kv.key)
-                address = Address.decode(kv.key, kv.value)
-            except StoreError as error:
-                look.findings.append(Finding(5, kv.key, "is no valid address record", {"error": str(error)}))
-                continue
-            holders[address.node] += 1
-            if address.state is AddressState.ASSIGNED:
-                look.assigned[str(ip)] = address.node
-            look.findings.extend(_address_findings(ip, address, pools))
-        cursor, revision = page.next_key, page.revision
+    async for kv in scan(store, keys.ADDRESSES, prefix_end(keys.ADDRESSES)):
+        look.addresses += 1
+        try:
+            ip = keys.ip_of(kv.key)
+            address = Address.decode(kv.key, kv.value)
+        except StoreError as error:
+            look.findings.append(Finding(5, kv.key, "is no valid address record", {"error": str(error)}))
+            continue
+        holders[address.node] += 1
+        if address.state is AddressState.ASSIGNED:
+            look.assigned[str(ip)] = address.node
+        look.findings.extend(_address_findings(ip, address, pools))
     return holders
 
 

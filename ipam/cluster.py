@@ -31,7 +31,7 @@ from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
-from ipam.store.base import KeyValue, Store, WatchBatch, prefix_end
+from ipam.store.base import IN_A_ROW, SCAN_PAGE, KeyValue, Store, WatchBatch, prefix_end
 
 log = structlog.get_logger(__name__)
 
@@ -216,8 +216,10 @@ class Cluster:
         cursor: str | None = prefix
         revision = 0
         while cursor is not None:
-            page = await self._store.page(cursor, prefix_end(prefix), revision=revision)
-            for kv in page.items:
+            page = await self._store.page(cursor, prefix_end(prefix), limit=SCAN_PAGE, revision=revision)
+            for number, kv in enumerate(page.items):
+                if number % IN_A_ROW == 0:
+                    await asyncio.sleep(0)
                 self._apply(kv.key, kv)
                 seen.add(kv.key)
             cursor, revision = page.next_key, page.revision

@@ -52,7 +52,7 @@ class Drain:
         if self._holdings.drained:
             return
         self._holdings.journal.save_drained(True)
-        self._holdings.drained = True
+        self._holdings.drained = self._holdings.reconsider = True
         self._fail_waiters(refusal(self._holdings.node))
         self._holdings.wake.set()
 

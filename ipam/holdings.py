@@ -15,9 +15,10 @@ import structlog
 
 from ipam.allocator import BlockSpace
 from ipam.catalogue import Catalogue
-from ipam.errors import AddressTaken, MoorageError, TryAgain
+from ipam.errors import AddressTaken, Exhausted, MoorageError, TryAgain
 from ipam.journal import AddressRow, BlockRow, Journal
-from ipam.keys import IPAddress, IPNetwork
+from ipam.keys import Family, IPAddress, IPNetwork
+from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Network
 from ipam.shelf import Held, Shelf
@@ -29,6 +30,10 @@ BEHIND = 0.01
 
 GIVE_BACK_HOLD = 30.0
 """Seconds after a pool was under pressure in which nothing of it is kept warm here."""
+
+EXHAUSTED_FOR = 30.0
+"""Seconds for which a network counts as exhausted after an ADD was told so: as long as what others release
+cools down. Only an ADD looks for addresses, and an engine that is told "not available" sends none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,9 @@ class Holdings:
     serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
     not when another agent writes for this node; then only after the next sync.
     drained: nothing is given out or kept ready; ipam/drain.py.
+    reconsider: what may lie ready here may be different now; upkeep looks at all of it, then takes this back.
     returning: own blocks that an operator wants returned; ipam/return_block.py.
-    problem: why only warm addresses can be given out, "" if all is well.
+    problem: why journal and store have to be made to agree first, "" if they do. outage: how the store answers.
     no_new_until: event loop's clock; before it nothing new is taken from the store.
     """
 
@@ -87,6 +93,7 @@ class Holdings:
         node: str,
         catalogue: Catalogue,
         journal: Journal,
+        outage: Outage,
         on_conflict: Callable[[Conflict], None],
         cooldown: float,
     ) -> None:
@@ -103,13 +110,16 @@ class Holdings:
         self._nudged = False
         self.serving = False
         self.drained = False
+        self.reconsider = True
         self.returning: set[IPNetwork] = set()
         self.problem = "not in sync with the store yet"
         self.no_new_until = 0.0
+        self._outage = outage
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
         self._foreign: dict[IPNetwork, set[IPAddress]] = {}
         self._held_back: dict[str, float] = {}
+        self._exhausted: dict[tuple[str, Family], tuple[float, Exhausted]] = {}
 
     def nudge(self) -> None:
         """Something is to be written that nobody waits for: soon, but not in the way of the ADD it came from."""
@@ -144,6 +154,25 @@ class Holdings:
         """Whether addresses of the network are kept ready here."""
         return network.name in self.used or network.preload
 
+    @property
+    def trouble(self) -> str:
+        """Why nothing but warm addresses can be given out now; "" if all is well."""
+        return self.problem or self._outage.why
+
+    @property
+    def hopeless(self) -> str:
+        """Why it is not even worth waiting for others; "" also while the store may be between two leaders."""
+        return self.problem or (self._outage.why if self._outage.away else "")
+
+    def check_takes_new(self) -> None:
+        """Raises TryAgain while nothing new may be taken."""
+        left = self.no_new_until - asyncio.get_running_loop().time()
+        if left > 0:
+            raise TryAgain(
+                f"the store was restored from a backup, or node {self.node} was removed from it; nothing "
+                f"new is taken for another {left:.0f} s, so that other nodes can say what they hold; try again then"
+            )
+
     def may_be_warm(self, held: Held) -> bool:
         """Whether an address may be given to who did not ask for it by name."""
         pool = self.catalogue.pool_of(held.ip)
@@ -157,6 +186,7 @@ class Holdings:
     def hold_back(self, pool: str) -> None:
         """The pool is under pressure: for a while its addresses are only taken for who waits."""
         self._held_back[pool] = asyncio.get_running_loop().time() + GIVE_BACK_HOLD
+        self.reconsider = True
 
     def is_held_back(self, pool: str) -> bool:
         return self._held_back.get(pool, 0.0) > asyncio.get_running_loop().time()
@@ -165,6 +195,22 @@ class Holdings:
         """When the next pool may be kept warm again (event loop's clock)."""
         now = asyncio.get_running_loop().time()
         return min((t for t in self._held_back.values() if t > now), default=None)
+
+    def note_exhausted(self, network: str, family: Family, error: Exhausted) -> None:
+        """Nobody had an address for those who waited here."""
+        self._exhausted[network, family] = (asyncio.get_running_loop().time() + EXHAUSTED_FOR, error)
+
+    def catalogue_changed(self) -> None:
+        """Networks, pools or reservations are different now."""
+        self.open_spaces()
+        self.reconsider = True
+        self._exhausted.clear()
+        self.wake.set()
+
+    def exhausted(self) -> dict[tuple[str, Family], Exhausted]:
+        """Networks, by family, of which an ADD found nothing lately and nothing came since."""
+        now = asyncio.get_running_loop().time()
+        return {key: error for key, (until, error) in self._exhausted.items() if until > now}
 
     def is_stray(self, ip: IPAddress) -> bool:
         """Whether an address lies outside of own blocks."""
@@ -191,6 +237,7 @@ class Holdings:
 
     def close_space(self, block: IPNetwork) -> None:
         """The block is not ours any more."""
+        self.reconsider = True
         self.shelf.spaces.pop(block, None)
         self._foreign.pop(block, None)
 
@@ -205,12 +252,14 @@ class Holdings:
         if held.state is AddressState.COOLING:
             self.shelf.cool(held, asyncio.get_running_loop().time() + self.cooldown)
         elif held.state is AddressState.WARM:
+            assert held.record is not None, "what is warm has a record"
+            self._exhausted.pop((held.record.network, held.ip.version), None)
             asked = self.asking.pop(held.ip, None)
             if asked is not None and not asked.done():
                 asked.set_result(held)
             else:
                 self.shelf.offer(held)
-            self.shelf.announce(held.ip)
+        self.shelf.announce(held.ip)
 
     def refuse(self, ip: IPAddress, error: MoorageError) -> None:
         """Who asked for that address by name does not get it."""
@@ -244,7 +293,7 @@ class Holdings:
     def foreign(self, ip: IPAddress) -> None:
         """Somebody else has an address inside one of our blocks."""
         for block, space in self.shelf.spaces.items():
-            if ip.version == block.version and ip in block:
+            if ip in space:
                 space.remove(ip)
                 self._foreign.setdefault(block, set()).add(ip)
 

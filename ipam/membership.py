@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 import structlog
@@ -97,7 +98,10 @@ class Membership:
                 kv = await self._store.get(key)
                 known = self._decode(kv)
                 told = self._facts()
-                node = told.with_(unknown=known.unknown if known else {})
+                node = told.with_(
+                    since=(known.since if known else 0.0) or time.time(),
+                    unknown=known.unknown if known else {},
+                )
                 guards = (schema.guard, unchanged(fence), absent(key) if kv is None else unchanged(kv))
                 if (await self._store.txn(Txn(guards, (Put(key, node.encode()), *also)))).succeeded:
                     self._told = told

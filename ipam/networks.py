@@ -32,6 +32,7 @@ from ipam.store.base import (
     absent,
     none_between,
     read_prefix,
+    scan,
     unchanged,
 )
 
@@ -202,19 +203,13 @@ def unknown_network(name: str, known: Sequence[str]) -> str:
 async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
     """Counts the pool's addresses in the store; the time grows with those in use, not with the pool's size."""
     shape = geometry(pool)
-    start, end = keys.address_range(shape.cidr)
     counts: Counter[tuple[str, str]] = Counter()
-    cursor: str | None = start
-    revision = 0
-    while cursor is not None:
-        page = await store.page(cursor, end, revision=revision)
-        for kv in page.items:
-            try:
-                address = Address.decode(kv.key, kv.value)
-                counts[address.node, OWN if address.is_nodes_own else address.state.value] += 1
-            except StoreError:
-                counts["?", UNREADABLE] += 1
-        cursor, revision = page.next_key, page.revision
+    async for kv in scan(store, *keys.address_range(shape.cidr)):
+        try:
+            address = Address.decode(kv.key, kv.value)
+            counts[address.node, OWN if address.is_nodes_own else address.state.value] += 1
+        except StoreError:
+            counts["?", UNREADABLE] += 1
     by_node: dict[str, dict[str, int]] = {}
     for (node, state), count in counts.items():
         by_node.setdefault(node, {})[state] = count

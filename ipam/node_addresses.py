@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 
 from ipam.catalogue import Catalogue
 from ipam.errors import MoorageError
-from ipam.holder import AddressRequest, Holder, Owner
+from ipam.holder import Holder, Owner
 from ipam.journal import Journal
 from ipam.keys import Family, IPAddress
+from ipam.named import AddressRequest
 from ipam.pools import Geometry
 from ipam.records import NODE_ENGINE, Network
 

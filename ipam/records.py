@@ -176,6 +176,7 @@ class Node(Record, frozen=True, kw_only=True):
     mac, vxlan_port: of its VXLAN device; vtep: that one's addresses. "" and 0 if it has none.
     gateway: it joins the fabric and runs no containers.
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
+    since: wall clock, seconds, of its first registration.
     """
 
     name: str

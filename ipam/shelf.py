@@ -90,8 +90,10 @@ class Shelf:
         self.held: dict[IPAddress, Held] = {}
         self.spaces: dict[IPNetwork, BlockSpace] = {}
         self._warm: dict[tuple[str, Family], deque[Held]] = defaultdict(deque)
+        self._arrived: set[Held] = set()
         self._waiters: deque[Waiter] = deque()
         self._cooling: list[tuple[float, int, Held]] = []
+        self._cools: set[tuple[Held, float]] = set()
         self._tie = count()
         self._dirty: dict[IPAddress, Held] = {}
         self._gone: dict[IPAddress, asyncio.Event] = {}
@@ -118,7 +120,7 @@ class Shelf:
         self.announce(held.ip)
 
     def _spaces_of(self, ip: IPAddress) -> Iterator[BlockSpace]:
-        return (space for block, space in self.spaces.items() if block.version == ip.version and ip in block)
+        return (space for space in self.spaces.values() if ip in space)
 
     def want(self, held: Held, record: Address | None) -> None:
         """Something else should stand in the store from now on, or has to be written once more."""
@@ -146,6 +148,7 @@ class Shelf:
         """Nothing more is written for it until something else should stand there."""
         held.dirty = False
         self._dirty.pop(held.ip, None)
+        self.announce(held.ip)
 
     def dirty(self) -> list[Held]:
         """The outbox, oldest first."""
@@ -171,6 +174,7 @@ class Shelf:
                 waiter.granted.set_result(held)
                 return
         queue.append(held)
+        self._arrived.add(held)
 
     def lend(self, network: str, family: Family, pool: str | None) -> Held | None:
         """The warm address that was released longest ago, if there is one."""
@@ -234,6 +238,11 @@ class Shelf:
             and held.record.network == network
         )
 
+    def arrivals(self) -> set[Held]:
+        """The warm addresses that were queued since this was called last."""
+        arrived, self._arrived = self._arrived, set()
+        return arrived
+
     def _unqueue(self, held: Held) -> None:
         queues = (
             self._warm.values() if held.record is None else [self._warm[held.record.network, held.ip.version]]
@@ -248,11 +257,11 @@ class Shelf:
         """The store has confirmed the release; the cooldown runs."""
         held.ready_at = ready_at
         self._let_cool(held, ready_at)
-        self.announce(held.ip)
 
     def _let_cool(self, held: Held, ready_at: float) -> None:
         # One that was lent before its cooldown was over may or may not have left the heap meanwhile.
-        if not any(entry is held and at == ready_at for at, _, entry in self._cooling):
+        if (held, ready_at) not in self._cools:
+            self._cools.add((held, ready_at))
             heapq.heappush(self._cooling, (ready_at, next(self._tie), held))
 
     def cooled(self, now: float) -> list[Held]:
@@ -260,6 +269,7 @@ class Shelf:
         ready = []
         while self._cooling and self._cooling[0][0] <= now:
             at, _, held = heapq.heappop(self._cooling)
+            self._cools.discard((held, at))
             # It may have been taken early by its reservation, and released anew, or lost.
             still = self.held.get(held.ip) is held and held.ready_at == at
             if still and held.state is AddressState.COOLING and not held.lent:
@@ -286,7 +296,7 @@ class Shelf:
     # -- telling those who wait for one certain address
 
     def change_of(self, ip: IPAddress) -> asyncio.Event:
-        """Set when that address changes hands or state next."""
+        """Set when that address changes hands or state next, or the store has confirmed that it did."""
         return self._gone.setdefault(ip, asyncio.Event())
 
     def announce(self, ip: IPAddress) -> None:

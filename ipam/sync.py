@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
 import structlog
 
 from ipam import keys
@@ -26,7 +27,7 @@ from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
 from ipam.shelf import Held
-from ipam.store.base import KeyValue, Store, read_prefix, read_range
+from ipam.store.base import KeyValue, Store, prefix_end, read_prefix, read_range, scan
 from ipam.writer import Writer
 
 log = structlog.get_logger(__name__)
@@ -112,7 +113,7 @@ async def _sync_blocks(
 async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport, *, full: bool) -> Stored:
     items: list[KeyValue] = []
     if full:
-        items.extend((await read_prefix(store, keys.ADDRESSES))[0])
+        items.extend(await _of_concern(store, holdings))
     else:
         for block in holdings.blocks:
             items.extend((await read_range(store, *keys.address_range(block)))[0])
@@ -120,6 +121,29 @@ async def _stored_addresses(store: Store, holdings: Holdings, report: SyncReport
         strays = [ip for ip in holdings.shelf.held if keys.address_key(ip) not in seen]
         items.extend([kv for ip in strays if (kv := await store.get(keys.address_key(ip)))])
     return {ip: read for kv in items if (ip := _ip(kv, report)) and (read := _address(kv, report))}
+
+
+class _Whose(msgspec.Struct):
+    """Of an address's record the one field that says whether to read the others."""
+
+    node: str
+
+
+async def _of_concern(store: Store, holdings: Holdings) -> list[KeyValue]:
+    """Of everybody's addresses those that are this node's, are held by it, or lie in its blocks, or might."""
+    held = {keys.address_key(ip) for ip in holdings.shelf.held}
+    blocks = [keys.address_range(block) for block in holdings.blocks]
+
+    def concerns(kv: KeyValue) -> bool:
+        try:
+            if msgspec.json.decode(kv.value, type=_Whose).node == holdings.node:
+                return True
+        except (msgspec.MsgspecError, RecursionError):
+            return True
+        return kv.key in held or any(start <= kv.key < end for start, end in blocks)
+
+    everybodys = scan(store, keys.ADDRESSES, prefix_end(keys.ADDRESSES))
+    return [kv async for kv in everybodys if concerns(kv)]
 
 
 def _ip(kv: KeyValue, report: SyncReport) -> IPAddress | None:

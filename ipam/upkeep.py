@@ -15,30 +15,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from ipam import keys
-from ipam.allocator import first_block
-from ipam.borrowing import Borrowing
-from ipam.errors import AddressTaken, Exhausted, StoreError, TryAgain
+from ipam.errors import AddressTaken, StoreError, TryAgain
 from ipam.holdings import Holdings, cooling, warm
 from ipam.journal import BlockRow
-from ipam.keys import Family, IPNetwork
-from ipam.networks import pool_usage
+from ipam.keys import IPNetwork
 from ipam.pools import Geometry
-from ipam.pressure import Pressure, Relief
-from ipam.records import Address, AddressState, Block, Network, Pool
-from ipam.shelf import Held, Waiter
-from ipam.store.base import KeyValue, Store, absent, none_between, read_range
+from ipam.records import Address, AddressState, Block, Network
+from ipam.refill import Refill
+from ipam.shelf import Held
+from ipam.store.base import KeyValue, Store, absent, none_between
 from ipam.writer import GROUP, Outcome, Write, Writer
 
 log = structlog.get_logger(__name__)
-
-REFILL_PATIENCE = 10.0
-"""Seconds an ADD waits for an address when none is warm (docs/design.md, section 3)."""
 
 HIGH_WATER = 2
 """A cooled address is freed when this many times the warm target is ready already."""
@@ -52,17 +46,11 @@ SURPLUS_AFTER = 60.0
 SURPLUS_RESERVE = 2
 """Times the warm target that has to be free in another own block for an empty one to be surplus."""
 
-FULL_FOR = 0.5
-"""Seconds for which it is believed that a pool has no unclaimed block."""
-
 RETURN_RETRY = 5.0
 """Seconds before an own block that others have addresses in is offered back once more."""
 
 JOURNAL_RETRY = 1.0
 """Seconds before the journal is written again after the disk refused it."""
-
-
-_FAMILIES: tuple[Family, ...] = (4, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +71,11 @@ class Upkeep:
         self._writer = writer
         self._holdings = holdings
         self._shelf = holdings.shelf
-        self._borrowing = Borrowing(store, holdings)
-        self._pressure = Pressure(store, holdings, self._relieved)
+        self._refill = Refill(store, holdings)
         self._return_after: dict[IPNetwork, float] = {}
         self._empty_since: dict[IPNetwork, float] = {}
-        self._full_until: dict[str, float] = {}
         self._undurable = False
         self._journal_failed = False
-        self._reservation_unknown = False
 
     async def run(self) -> None:
         """Work until ``holdings.problem`` says to sync again. Raises Fenced, StoreRewound, StoreError: likewise."""
@@ -99,15 +84,11 @@ class Upkeep:
                 while changes := await self._gather():
                     outcomes = await self._writer.commit([change.write for change in changes])
                     self._apply(changes, outcomes)
+                    # Who waited for these goes on first: what it does next is in the next group.
+                    await asyncio.sleep(0)
                 await self._woken()
         finally:
-            self._pressure.cancel()
-
-    def _relieved(self, pool: str) -> None:
-        """Others were asked to give back: look once more."""
-        self._borrowing.look_anew(pool)
-        self._full_until.pop(pool, None)
-        self._holdings.wake.set()
+            self._refill.cancel()
 
     async def _woken(self) -> None:
         """Wait until something became dirty or a cooldown is over."""
@@ -119,7 +100,7 @@ class Upkeep:
                 (t + SURPLUS_AFTER for t in self._empty_since.values() if t + SURPLUS_AFTER > now),
                 default=None,
             ),
-            self._pressure.next_round(),
+            self._refill.next_round(),
             self._holdings.next_unheld(),
         ]
         if self._holdings.has_unsaved or self._journal_failed:
@@ -143,7 +124,8 @@ class Upkeep:
         self._holdings.save(())
         self._end_cooldowns()
         self._drop_unwanted()
-        claims = (await self._refill())[:BLOCKS_AT_ONCE]
+        wanted = await self._refill.ask(GROUP - len(self._shelf.dirty()))
+        claims = [change for row in wanted[:BLOCKS_AT_ONCE] for change in self._claim(row)]
         changes = claims + self._returned_blocks(BLOCKS_AT_ONCE - len(claims))
         changes += map(self._change_of, self._journalled(self._shelf.dirty(), GROUP - len(changes)))
         if self._undurable and not await self._make_durable():
@@ -211,8 +193,12 @@ class Upkeep:
     def _drop_unwanted(self) -> None:
         """Warm addresses of pools that were disabled or deleted, that were reserved since, or that are more
         than anybody will need soon, go back."""
+        arrived, all_of_them = self._shelf.arrivals(), self._holdings.reconsider
+        self._holdings.reconsider = False
         for _, queue in self._shelf.queues():
             for place, held in enumerate(queue):
+                if not (all_of_them or held in arrived):
+                    continue
                 if place >= self._most_warm(held) or not self._holdings.may_be_warm(held):
                     self._shelf.want(held, None)
 
@@ -230,174 +216,16 @@ class Upkeep:
     def _network(self, name: str) -> Network | None:
         return next((n for n in self._holdings.catalogue.networks() if n.name == name), None)
 
-    # -- refilling
+    # -- claiming blocks and giving them back
 
-    async def _refill(self) -> list[Change]:
-        """Ask for addresses where too few are warm; returns the blocks to claim for it."""
-        claims: list[Change] = []
-        if self._holdings.drained or self._now() < self._holdings.no_new_until:
-            return claims
-        if self._reservation_unknown:
-            self._reservation_unknown = False
-            await self._holdings.catalogue.refresh()
-        room = GROUP - len(self._shelf.dirty())
-        for network in self._holdings.catalogue.networks():
-            keeps_warm = self._holdings.keeps_warm(network)
-            for family in _FAMILIES:
-                if keeps_warm or self._shelf.waiters(network.name, family):
-                    pools = self._holdings.catalogue.pools_of(network, family)
-                    warm = network.warm if keeps_warm else 0
-                    claims += await self._refill_family(network, family, pools, room, warm)
-        return claims
-
-    async def _refill_family(
-        self, network: Network, family: Family, pools: Sequence[Geometry], room: int, warm: int
-    ) -> list[Change]:
-        waiters = self._shelf.waiters(network.name, family)
-        have = self._shelf.warm_count(network.name, family) + self._shelf.coming(network.name, family)
-        need = min(len(waiters) + warm - have, max(room, 0))
-        waiting = min(len(waiters) - have, max(room, 0))
-        picky = {w.pool for w in waiters if w.pool is not None}
-        claims: list[Change] = []
-        dry: set[str] = set()
-        for pool in (p for p in pools if not p.disabled):
-            for_them = sum(1 for w in waiters if w.pool == pool.name) if pool.name in picky else 0
-            wanted = max(waiting if self._holdings.is_held_back(pool.name) else need, for_them, 0)
-            missing = self._ask(network, pool, wanted)
-            if missing and await self._look_again(pool):
-                missing = self._ask(network, pool, missing)
-            got = wanted - missing
-            need, waiting = need - got, waiting - got
-            if missing:
-                block = await self._unclaimed(pool)
-                if block is not None:
-                    claims += self._claim(pool, block)
-                    need = waiting = 0
-                elif (starving := min(missing, max(waiting, for_them - got))) > 0:
-                    got, is_dry = await self._borrow(network, pool, starving)
-                    need, waiting = need - got, waiting - got
-                    if is_dry:
-                        dry.add(pool.name)
-        dry |= {p.name for p in pools if p.disabled}
-        hopeless = [
-            w for w in waiters if w.pool in dry or (w.pool is None and dry >= {p.name for p in pools})
-        ]
-        if hopeless and not self._shelf.coming(network.name, family):
-            # All are asked before one answer is waited for.
-            reliefs = [self._pressure.relief(p) for p in pools if not p.disabled and p.name in dry]
-            if all(relief is not None for relief in reliefs):
-                await self._give_up(hopeless, network, family, pools, [r for r in reliefs if r])
-        return claims
-
-    async def _borrow(self, network: Network, pool: Geometry, count: int) -> tuple[int, bool]:
-        """Take up to ``count`` addresses of other nodes' blocks for who waits.
-
-        Returns how many, and whether the pool has no more.
-        """
-        if network.strict:
-            return 0, True
-        found = await self._borrowing.find(pool, count)
-        for ip in found.ips:
-            self._holdings.ask_for(ip, network.name, pool)
-        if found.scarce:
-            self._pressure.note_scarcity(pool)
-        if len(found.ips) < count and not found.all_round:
-            self._holdings.wake.set()  # there is more to look at, once what was found is written
-        return len(found.ips), found.all_round and not found.ips
-
-    def _ask(self, network: Network, pool: Geometry, count: int) -> int:
-        """Take ``count`` free addresses of own blocks of ``pool``; returns how many are missing."""
-        reserved = self._holdings.catalogue.reserved_ips()
-        for space in self._shelf.spaces.values():
-            if count <= 0:
-                break
-            if space.pool.name == pool.name and space.block not in self._holdings.returning:
-                for ip in space.take(count, reserved):
-                    self._holdings.ask_for(ip, network.name, pool)
-                    count -= 1
-        return max(count, 0)
-
-    async def _look_again(self, pool: Geometry) -> bool:
-        """Whether an address in an own block, somebody else's when last heard of, is free now."""
-        found = False
-        for space, foreign in self._holdings.foreign_in(pool):
-            items, _ = await read_range(self._store, *keys.address_range(space.block), keys_only=True)
-            held = {kv.key for kv in items}
-            for ip in [ip for ip in foreign if keys.address_key(ip) not in held]:
-                foreign.discard(ip)
-                if ip not in self._shelf.held:
-                    space.give_back(ip)
-                    found = True
-        return found
-
-    async def _unclaimed(self, pool: Geometry) -> IPNetwork | None:
-        """A block of ``pool`` that nobody has and that holds an address for everybody."""
-        if self._now() < self._full_until.get(pool.name, 0.0):
-            return None
-        start = first_block(self._holdings.node, pool)
-        for first, last in ((start, pool.block_count), (0, start)):
-            async for gap, end in self._gaps(pool, first, last):
-                index = pool.next_block_with_dynamic(gap)
-                if index is not None and index < end:
-                    return pool.block(index)
-        self._full_until[pool.name] = self._now() + FULL_FOR
-        return None
-
-    async def _gaps(self, pool: Geometry, first: int, last: int) -> AsyncIterator[tuple[int, int]]:
-        """Runs [from, to) of unclaimed blocks within [first, last), ascending."""
-        if first >= last:
-            return
-        _, end = keys.block_range(pool.block(last - 1))
-        cursor: str | None = keys.block_key(pool.block(first))
-        at = first
-        while cursor is not None:
-            page = await self._store.page(cursor, end, keys_only=True)
-            for kv in page.items:
-                index = pool.block_index(keys.ip_of(kv.key))
-                if at < index:
-                    yield at, index
-                at = index + 1
-            cursor = page.next_key
-        if at < last:
-            yield at, last
-
-    def _claim(self, pool: Geometry, block: IPNetwork) -> list[Change]:
-        if not self._holdings.doubt(block, pool.name):
+    def _claim(self, row: BlockRow) -> list[Change]:
+        if not self._holdings.doubt(row.block, row.pool):
             self._journal_failed = True
             return []
-        record = Block(pool=pool.name, size=block.prefixlen, node=self._holdings.node, claimed_at=time.time())
-        return [Change(Write(keys.block_key(block), record.encode(), 0), block=BlockRow(block, pool.name, 0))]
-
-    async def _give_up(
-        self,
-        waiters: Sequence[Waiter],
-        network: Network,
-        family: Family,
-        pools: Sequence[Geometry],
-        reliefs: Sequence[Relief],
-    ) -> None:
-        """Nothing is left for those who wait, unless a cooldown is over soon enough."""
-        soonest = self._shelf.soonest(network.name, family)
-        if soonest is not None and soonest < self._now() + REFILL_PATIENCE:
-            return
-        used = []
-        for pool in pools:
-            record = await self._store.get(keys.POOLS + pool.name)
-            if record is not None:
-                used.append(
-                    f"{pool.cidr}: {await pool_usage(self._store, Pool.decode(record.key, record.value))}"
-                )
-        disabled = [str(p.cidr) for p in pools if p.disabled]
-        away = sorted({f"{node} ({count} warm)" for r in reliefs for node, count in r.away.items()})
-        error = Exhausted(
-            f"network {network.name} has no free IPv{family} address left ({'; '.join(used)}"
-            + (f"; disabled: {', '.join(disabled)}" if disabled else "")
-            + (f"; not running, so they give nothing back: {', '.join(away)}" if away else "")
-            + "); end containers or add a pool"
+        record = Block(
+            pool=row.pool, size=row.block.prefixlen, node=self._holdings.node, claimed_at=time.time()
         )
-        self._shelf.fail_waiters(error, waiters)
-
-    # -- giving blocks back
+        return [Change(Write(keys.block_key(row.block), record.encode(), 0), block=row)]
 
     def _returned_blocks(self, most: int) -> list[Change]:
         """Up to ``most`` own blocks that are not wanted, once nothing of ours is in them."""
@@ -497,7 +325,7 @@ class Upkeep:
             pass  # reserved, and asked for with its key while the refill was on its way: asked for once more
         else:
             # Absent: a reservation was faster than our refill, or somebody freed what we were to free.
-            self._reservation_unknown = True
+            self._refill.note_unknown_reservation()
             holdings.refuse(
                 held.ip, AddressTaken(f"{held.ip} was reserved a moment ago; ask for it with its key")
             )

@@ -17,7 +17,7 @@ one that had landed unseen are read back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -25,6 +25,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from ipam import keys
 from ipam.errors import Ambiguous, Fenced, StoreError, StoreUnavailable
+from ipam.outage import Outage
 from ipam.records import Alive, Fence
 from ipam.store.base import (
     MAX_OPS,
@@ -43,11 +44,12 @@ from ipam.store.base import (
 
 log = structlog.get_logger(__name__)
 
-GROUP = (MAX_OPS - 2) // 2
-"""Requests in one transaction. Each is a nested transaction with one operation; the fence is one more."""
+GROUP = MAX_OPS - 3
+"""Requests in one transaction. The fence is one operation more, and a nested transaction, which has what its parent
+left (store/rules.py), compares two keys at most: its own and a guard."""
 
-RETRY_AT_MOST = 2.0
-"""Seconds between two tries of a transaction whose outcome is unknown."""
+RETRY_AT_MOST = 1.0
+"""Seconds between two tries of a transaction whose outcome is unknown: several fit outage.GRACE."""
 
 CLAIM_RETRY = 0.05
 """Seconds before a claim whose outcome is unknown is looked for."""
@@ -97,20 +99,19 @@ class Writer:
         node: str,
         instance: str,
         boot_id: str,
-        on_trouble: Callable[[str], None] = lambda _: None,
+        outage: Outage | None = None,
     ) -> None:
-        """on_trouble: told, each time a transaction has to be sent again, why."""
+        """outage: told of every transaction that has to be sent again, and of every answer."""
         self._store = store
         self._node = node
         self._key = keys.WRITERS + node
         self._instance = instance
         self._boot_id = boot_id
-        self._on_trouble = on_trouble
+        self._outage = outage or Outage()
         self._revision = 0
         self._claimed = False
         self._had_fence = False
         self._lock = asyncio.Lock()
-        self.trouble = ""
         self.seq = 0
         self.transactions = 0
 
@@ -168,7 +169,7 @@ class Writer:
     def _hold(self, revision: int, seq: int, fresh: bool) -> bool:
         self._revision, self.seq = revision, seq
         self._claimed = self._had_fence = True
-        self.trouble = ""
+        self._outage.answered()
         return fresh
 
     async def commit(self, writes: Sequence[Write]) -> list[Outcome]:
@@ -207,10 +208,9 @@ class Writer:
                 try:
                     result = await self._store.txn(txn)
                 except StoreUnavailable as error:
-                    self.trouble = str(error)
-                    self._on_trouble(self.trouble)
+                    self._outage.failed(str(error))
                     raise
-                self.trouble = ""
+                self._outage.answered()
                 return result
         raise AssertionError("unreachable: retries without end")
 

@@ -28,9 +28,10 @@ import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
-from ipam.holder import AddressRequest, Holder, Owner
+from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
 from ipam.keys import IPAddress
+from ipam.named import AddressRequest
 from ipam.netgroups import Netgroup
 from ipam.networks import MTU
 from ipam.records import Network

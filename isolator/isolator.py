@@ -259,11 +259,10 @@ class Isolator:
         return await self._endpoints.check(key, netns)
 
     async def ready(self, network: str | None = None) -> None:
-        """Raises TryAgain when an ADD on ``network`` could not work now for want of the store, NotFound."""
+        """Raises TryAgain when an ADD on ``network`` would get no address now, NotFound."""
         if network is not None:
             await self._catalogue.network(network)
-        if self._holder.problem and not self._holder.has_warm(network):
-            raise TryAgain(f"no address is warm and the store is not in sync: {self._holder.problem}")
+        self._holder.check_ready(network)
 
     @property
     def node(self) -> str:

@@ -30,6 +30,7 @@ from ipam.store.base import (
     prefix_end,
     read_prefix,
     read_range,
+    scan,
     unchanged,
 )
 from ipam.store.etcd_url import SCHEME
@@ -58,6 +59,7 @@ __all__ = [
     "prefix_end",
     "read_prefix",
     "read_range",
+    "scan",
     "unchanged",
 ]
 

@@ -28,12 +28,20 @@ Contract, checked by one test suite for every implementation (tests/ipam/store/)
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 MAX_OPS = 128
 """Operations in one transaction, nested ones counted: etcd's default ``--max-txn-ops``."""
+
+SCAN_PAGE = 5000
+"""Keys in a page of a scan. For every page etcd counts all that is left of the range, so many small ones of a large
+range take longer than reading it: 100,000 keys took 1.9 s by 1,000 and 0.7 s by 5,000."""
+
+IN_A_ROW = 500
+"""Keys of a page that are dealt with before others on the event loop have their turn: an ADD waits for some of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +219,22 @@ class Store(Protocol):
     async def close(self) -> None:
         """Release connections and files; running watches end."""
         ...
+
+
+async def scan(store: Store, start: str, end: str) -> AsyncIterator[KeyValue]:
+    """All of [start, end) at one revision, in order, a page in memory at a time. For ranges that may be large.
+
+    Raises Compacted, StoreUnavailable.
+    """
+    cursor: str | None = start
+    revision = 0
+    while cursor is not None:
+        page = await store.page(cursor, end, limit=SCAN_PAGE, revision=revision)
+        for number, kv in enumerate(page.items):
+            if number % IN_A_ROW == 0:
+                await asyncio.sleep(0)
+            yield kv
+        cursor, revision = page.next_key, page.revision
 
 
 async def read_range(

@@ -32,8 +32,9 @@ ATTEMPT = 2.5
 ASK = 8.0
 """Seconds after which ``ask`` makes no further attempt: an election, and a member that keeps silent, pass."""
 
-ONCE = 5.0
-"""Seconds a transaction may take. etcd itself gives up on one after 7 (5 and two elections)."""
+ONCE = 3.0
+"""Seconds a transaction may take: longer than an election, in which a follower accepts one and forgets it. etcd
+itself gives up on one after 7 (5 and two elections)."""
 
 BACKOFF = (0.05, 1.0)
 """Seconds between two attempts: multiplier and most, of a random exponential wait."""

@@ -27,11 +27,9 @@ class Codec:
         return start, start[:-1] + bytes([start[-1] + 1])
 
     def txn(self, txn: Txn) -> pb.Message:
-        return pb.TxnRequest(
-            compare=[self._compare(compare) for compare in txn.compares],
-            success=[self._op(op) for op in txn.then],
-            failure=[self._op(op) for op in txn.orelse],
-        )
+        request = pb.TxnRequest()
+        self._fill(request, txn)
+        return request
 
     def result(self, txn: Txn, reply: pb.Message) -> TxnResult:
         """The reply to ``txn``."""
@@ -52,24 +50,35 @@ class Codec:
         """In order of revision, and of key within one: etcd's own order there is that of the operations."""
         return tuple(sorted(map(self._event, events), key=lambda event: (event.revision, event.key)))
 
-    def _compare(self, compare: Compare) -> pb.Message:
-        return pb.Compare(
-            target=pb.COMPARE_MOD,
-            key=self.key(compare.key),
-            mod_revision=compare.mod_revision,
-            range_end=b"" if compare.range_end is None else self.key(compare.range_end),
-        )
+    # Messages are filled where they stand: one made outside is copied into its parent, at every level anew.
 
-    def _op(self, op: Op) -> pb.Message:
+    def _fill(self, request: pb.Message, txn: Txn) -> None:
+        for compare in txn.compares:
+            self._fill_compare(request.compare.add(), compare)
+        for op in txn.then:
+            self._fill_op(request.success.add(), op)
+        for op in txn.orelse:
+            self._fill_op(request.failure.add(), op)
+
+    def _fill_compare(self, message: pb.Message, compare: Compare) -> None:
+        message.target = pb.COMPARE_MOD
+        message.key = self.key(compare.key)
+        message.mod_revision = compare.mod_revision
+        if compare.range_end is not None:
+            message.range_end = self.key(compare.range_end)
+
+    def _fill_op(self, message: pb.Message, op: Op) -> None:
         match op:
             case Put(key, value, lease):
-                return pb.RequestOp(request_put=pb.PutRequest(key=self.key(key), value=value, lease=lease))
+                put = message.request_put
+                put.key, put.value, put.lease = self.key(key), value, lease
             case Delete(key):
-                return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=self.key(key)))
+                message.request_delete_range.key = self.key(key)
             case Get(key):
-                return pb.RequestOp(request_range=pb.RangeRequest(key=self.key(key)))
+                message.request_range.key = self.key(key)
             case Txn():
-                return pb.RequestOp(request_txn=self.txn(op))
+                message.request_txn.SetInParent()  # it may be empty
+                self._fill(message.request_txn, op)
 
     def _result(self, txn: Txn, reply: pb.Message, revision: int) -> TxnResult:
         # A nested reply's own header says nothing: all of it happened at the outermost one's revision.

@@ -11,11 +11,13 @@ from moorage.lab.container import Answer, Container
 from moorage.lab.etcd import EtcdCluster, Member
 from moorage.lab.namespace import Namespace, unique
 from moorage.lab.node import LabNode
+from moorage.lab.proxy import DelayingProxy
 from moorage.lab.switch import Switch
 
 __all__ = [
     "Answer",
     "Container",
+    "DelayingProxy",
     "EtcdCluster",
     "Lab",
     "LabNode",

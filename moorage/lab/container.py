@@ -127,6 +127,10 @@ class Container:
         """ADD; ``asked`` goes to ``config``."""
         return self.call("ADD", self.config(network, **asked), ifname)
 
+    def status(self, network: str) -> Answer:
+        """STATUS: whether an ADD would work now. Asked with the first version of CNI that has it."""
+        return self.call("STATUS", {**self.config(network), "cniVersion": "1.1.0"})
+
     def delete(self, network: str, ifname: str = "eth0", **asked: Any) -> Answer:
         """DEL, with the same config as ADD."""
         return self.call("DEL", self.config(network, **asked), ifname)

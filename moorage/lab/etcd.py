@@ -147,7 +147,12 @@ class EtcdCluster(Resource):
     @property
     def url(self) -> str:
         """The store's URL for agents on the switch."""
-        return f"etcd://{','.join(f'{member.ip}:2379' for member in self.members)}"
+        return f"etcd://{','.join(self.addresses)}"
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where the members serve clients, ``ip:port``."""
+        return [f"{member.ip}:2379" for member in self.members]
 
     @property
     def initial_cluster(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipam import holder, upkeep, writer
+from ipam import holder, outage, upkeep, writer
 from ipam.store import Store, open_store
 from tests.ipam.faulty import FaultyStore
 from tests.ipam.nodes import Node
@@ -15,6 +15,7 @@ from tests.ipam.store.etcd_members import Cluster
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "GRACE", 0.1)
     monkeypatch.setattr(writer, "RETRY_AT_MOST", 0.01)
     monkeypatch.setattr(writer, "CLAIM_RETRY", 0.001)
     monkeypatch.setattr(holder, "SYNC_RETRY", 0.02)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from ipam import handover, holder, keys, pressure, upkeep
+from ipam import handover, keys, named, pressure, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.keys import IPAddress
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Intent, IntentKind, Network
 from ipam.reservations import reserve
 from ipam.store import Store, open_store, read_prefix
+from moorage.lab.simulated import burst
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when
 
@@ -105,14 +105,10 @@ async def test_a_hundred_nodes_ask_for_five_addresses_each_at_the_same_moment(
     try:
         for node in hundred:
             await node.start()
-        before = sum(node.holder._writer.transactions for node in hundred)
-        began = time.perf_counter()
-        taken = await asyncio.gather(*(node.add(net, f"c{i}") for node in hundred for i in range(5)))
-        took = time.perf_counter() - began
-        sent = sum(node.holder._writer.transactions for node in hundred) - before
+        came = await burst(hundred, net, each=5)
         with capsys.disabled():
-            print(f"\n100 nodes x 5 addresses: {took:.2f} s, {sent} transactions")
-        assert len({ips[0] for ips in taken}) == 500
+            print(f"\n100 nodes x 5 addresses: {came.seconds:.2f} s, {came.transactions} transactions")
+        assert len(set(came.ips)) == 500
         await quiet(*hundred)
         assert len(await stored(store)) == 500
     finally:
@@ -445,7 +441,7 @@ async def test_an_add_with_a_reservation_waits_for_the_last_holder_on_another_no
 async def test_an_add_with_a_reservation_gives_up_when_its_holder_elsewhere_stays(
     store: Store, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "HANDOVER_PATIENCE", 0.3)
+    monkeypatch.setattr(named, "HANDOVER_PATIENCE", 0.3)
     net = await network(store, "10.64.0.0/26")
     await reserve(store, ip_address("10.64.0.7"), "db")
     one, two = await nodes(2)
@@ -458,7 +454,7 @@ async def test_an_add_with_a_reservation_gives_up_when_its_holder_elsewhere_stay
 async def test_a_reservation_that_is_cooling_after_another_owner_is_not_given_early(
     store: Store, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "HANDOVER_PATIENCE", 0.3)
+    monkeypatch.setattr(named, "HANDOVER_PATIENCE", 0.3)
     net = await network(store, "10.64.0.0/26", warm=0)
     one, two = await nodes(2, cooldown=60)
     (ip,) = await one.add(net, "c1")

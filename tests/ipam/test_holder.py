@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipam import holder, keys, upkeep
+from ipam import holder, keys, named, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
@@ -19,17 +19,13 @@ from ipam.shelf import Held, Shelf
 from ipam.store import Delete, Store, Txn, read_prefix
 from isolator.errors import JournalUnwritable
 from tests.ipam.faulty import FaultyStore, eventually
-from tests.ipam.nodes import Node, network, stored, stored_when
+from tests.ipam.nodes import Node, network, stored, stored_when, warm_now
 
 NewNode = Callable[..., Node]
 
 
 def unwritable(*_: object) -> None:
     raise JournalUnwritable("the journal cannot be written (test)")
-
-
-async def warm_now(node: Node, count: int) -> None:
-    await eventually(lambda: node.states().get("warm", 0) >= count and node.is_quiet())
 
 
 async def test_two_hundred_takes_at_once_with_eight_warm_get_distinct_addresses(
@@ -315,7 +311,7 @@ async def test_an_add_with_a_reservation_waits_for_the_last_holder_to_be_gone(
 async def test_an_add_with_a_reservation_gives_up_when_the_last_holder_stays(
     store: Store, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "HANDOVER_PATIENCE", 0.1)
+    monkeypatch.setattr(named, "HANDOVER_PATIENCE", 0.1)
     net = await network(store, "10.64.0.0/24")
     await reserve(store, ip_address("10.64.0.7"), "db")
     await node.start()
@@ -393,6 +389,20 @@ async def test_who_asks_by_name_is_told_at_once_when_the_store_goes_away(
     faulty.down = True
     with pytest.raises(TryAgain):
         await asyncio.wait_for(node.take(net, "10.64.0.9"), 1)
+
+
+async def test_an_assignment_and_a_release_are_confirmed_when_the_store_has_them(
+    faulty: FaultyStore, node: Node
+) -> None:
+    net = await network(faulty.store, "10.64.0.0/24", warm=4)
+    await node.start()
+    ips = await node.add(net, "c1")
+    await node.holder.confirmed(ips)
+    assert (await stored(faulty.store))[ips[0]].container_id == "c1"
+    faulty.faults("reply lost", "refused")
+    node.delete(*ips)
+    await node.holder.confirmed(ips)
+    assert (await stored(faulty.store))[ips[0]].state is AddressState.COOLING
 
 
 async def test_static_addresses_can_be_asked_for_again_after_the_store_was_broken(

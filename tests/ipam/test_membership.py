@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import suppress
 
 import pytest
@@ -30,6 +31,16 @@ async def test_a_registered_node_is_listed_as_alive_with_its_facts(store: Store)
     assert (node.name, node.alive, node.version, node.underlay, node.instance) == (
         "n1", True, "1.0", ["192.0.2.1"], "a",
     )  # fmt: skip
+
+
+async def test_a_node_is_known_since_its_first_registration(store: Store) -> None:
+    begun = time.time()
+    await (await member(store)).register()
+    (first,) = await list_nodes(store)
+    assert begun <= first.since <= time.time()
+    await (await member(store, "b")).register()
+    (again,) = await list_nodes(store)
+    assert (again.instance, again.since) == ("b", first.since)
 
 
 async def test_a_node_that_left_is_listed_and_not_alive(store: Store) -> None:

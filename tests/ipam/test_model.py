@@ -223,8 +223,9 @@ async def run(path: Path, url: str, shape: Shape, script: list[Step]) -> None:
 
 PATIENCE = {
     "ipam.holder.REFILL_PATIENCE": 0.15,
-    "ipam.holder.HANDOVER_PATIENCE": 0.1,
-    "ipam.holder.GIVE_UP_WITHIN": 0.05,
+    "ipam.named.REFILL_PATIENCE": 0.15,
+    "ipam.named.HANDOVER_PATIENCE": 0.1,
+    "ipam.named.GIVE_UP_WITHIN": 0.05,
     "ipam.handover.GIVE_UP_WITHIN": 0.05,
     "ipam.handover.LOOK_AGAIN": 0.005,
     "ipam.pressure.ASK_EVERY": 0.05,
@@ -234,7 +235,7 @@ PATIENCE = {
     "ipam.pressure.BLOCKS_WITHIN": 0.02,
     "ipam.holdings.GIVE_BACK_HOLD": 0.1,
     "ipam.borrowing.NOTHING_FOR": 0.01,
-    "ipam.upkeep.FULL_FOR": 0.01,
+    "ipam.refill.FULL_FOR": 0.01,
     "ipam.upkeep.SURPLUS_AFTER": 0.1,
     "ipam.membership.LOOK": 0.02,
 }

@@ -1,13 +1,40 @@
-"""Nodes drained, removed and adopted, with real agents and containers."""
+"""Nodes drained, removed and adopted, with real agents and containers, on both stores."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import pytest
 
-from moorage.lab import LabNode
+from moorage.lab import EtcdCluster, LabNode, Switch
 from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
+
+NewNode = Callable[[int], LabNode]
+"""Makes a node called ``node`` on the store of the test, at that place on the underlay; a context manager."""
+
+
+@pytest.fixture(params=["sqlite", pytest.param("etcd", marks=pytest.mark.etcd)])
+def new_node(request: pytest.FixtureRequest) -> Iterator[NewNode]:
+    with contextlib.ExitStack() as stack:
+        if request.param == "etcd":
+            switch = stack.enter_context(Switch())
+            url = stack.enter_context(EtcdCluster(switch, 1)).url
+            yield lambda host: LabNode("node", store=url, switch=switch, host=host)
+        else:
+            first = LabNode("node")
+            yield lambda host: first if host == 1 else LabNode("node", store=first.store)
+
+
+@pytest.fixture
+def node(new_node: NewNode) -> Iterator[LabNode]:
+    """A node whose agent serves the dual-stack network ``web``."""
+    with new_node(1) as node:
+        node.start()
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--pool", "fd64::/64")
+        yield node
 
 
 def test_a_drained_node_runs_its_containers_refuses_new_ones_and_is_removed_when_they_end(
@@ -68,9 +95,11 @@ def test_a_node_is_not_removed_while_it_lives_and_by_force_once_it_is_dead(node:
         assert container.delete("web").exit == 0
 
 
-def test_an_adopted_name_is_the_next_agents_and_the_old_one_is_fenced(node: LabNode) -> None:
+def test_an_adopted_name_is_the_next_agents_and_the_old_one_is_fenced(
+    node: LabNode, new_node: NewNode
+) -> None:
     with (
-        LabNode(node.name, store=node.store) as twin,
+        new_node(2) as twin,
         node.container() as refused,
         twin.container() as served,
     ):

@@ -1,0 +1,211 @@
+"""Addresses asked for by name: static ones, and those of a reservation.
+
+warm here                     lent at once
+free                          asked for from the store, for this ADD alone
+cooling here, reserved        taken without a cooldown under the key it was released under
+in use here, reserved         waited for until its container is gone
+another node's                talked about with its agent: ipam/handover.py
+anything else                 refused, naming the holder
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ipam import keys
+from ipam.catalogue import Reserved
+from ipam.errors import AddressTaken, InvalidInput, MoorageError, StoreError, TryAgain
+from ipam.handover import GIVE_UP_WITHIN, hand_over
+from ipam.holdings import HeldElsewhere, Holdings, held_by
+from ipam.keys import Family, IPAddress
+from ipam.pools import Geometry
+from ipam.records import AddressState, Network
+from ipam.refill import REFILL_PATIENCE
+from ipam.shelf import Held
+from ipam.store.base import Store
+
+HANDOVER_PATIENCE = 20.0
+"""Seconds an ADD with a reservation waits for the address's last holder to be gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRequest:
+    """What an ADD asks of IPAM.
+
+    ips: static addresses, at most one a family. pool: only from the pool of that name.
+    reservation: key of a reservation; its addresses, where it has any, are used.
+    keeps_warm: whether addresses of the network are kept ready here from now on.
+    """
+
+    network: Network
+    ips: tuple[IPAddress, ...] = ()
+    reservation: str | None = None
+    pool: str | None = None
+    keeps_warm: bool = True
+
+
+class Named:
+    """See the module's docstring."""
+
+    def __init__(self, store: Store, holdings: Holdings) -> None:
+        self._store = store
+        self._holdings = holdings
+        self._shelf = holdings.shelf
+
+    async def addresses(self, request: AddressRequest, pools: Sequence[Geometry]) -> dict[Family, IPAddress]:
+        """What is asked for by name or by reservation, by family. Raises InvalidInput, AddressTaken."""
+        if request.reservation is not None and not self._reserved(request):
+            await self._holdings.catalogue.look_again()
+        return self._choose(request, pools, await self._elsewhere(request))
+
+    async def _elsewhere(self, request: AddressRequest) -> set[IPAddress]:
+        """Of a reservation with several addresses, those that other nodes hold, if the store answers."""
+        unknown = [r.ip for r in self._reserved(request) if r.ip not in self._shelf.held]
+        if len(unknown) < 2 or self._holdings.trouble:
+            return set()
+        try:
+            found = await asyncio.gather(*(self._store.get(keys.address_key(ip)) for ip in unknown))
+        except StoreError:
+            return set()
+        return {ip for ip, kv in zip(unknown, found, strict=True) if kv is not None}
+
+    def _choose(
+        self, request: AddressRequest, pools: Sequence[Geometry], elsewhere: Collection[IPAddress]
+    ) -> dict[Family, IPAddress]:
+        """The addresses asked for by name or by reservation, by family. Raises InvalidInput, AddressTaken."""
+        network = request.network
+        named: dict[Family, IPAddress] = {}
+        if request.reservation is not None:
+            reserved = self._reserved(request)
+            if not reserved:
+                raise InvalidInput(
+                    f"no address of network {network.name} is reserved under the key {request.reservation!r}; "
+                    "reserve one with `moorage ip reserve IP --key KEY`"
+                )
+            for entry in sorted(reserved, key=lambda r: self._distance(r.ip, elsewhere)):
+                named.setdefault(entry.ip.version, entry.ip)
+        if len({ip.version for ip in request.ips}) < len(set(request.ips)):
+            raise InvalidInput(
+                f"{', '.join(map(str, request.ips))} are two addresses of one family; ask for one of each at most"
+            )
+        for ip in request.ips:
+            pool = next((p for p in pools if p.family == ip.version and ip in p.cidr), None)
+            if pool is None:
+                raise InvalidInput(
+                    f"{ip} is in no pool of network {network.name}; its pools are "
+                    f"{', '.join(str(p.cidr) for p in pools)}"
+                )
+            if not pool.usable(ip):
+                raise InvalidInput(f"{ip} is excluded from pool {pool.cidr}; ask for another address")
+            kept = self._holdings.catalogue.reserved(ip)
+            if kept is not None and kept.reservation.key != request.reservation:
+                raise AddressTaken(
+                    f"{ip} is reserved; ask for it with the label moorage.reservation and its key, "
+                    "or ask for another address"
+                )
+            named[ip.version] = ip
+        return named
+
+    def _reserved(self, request: AddressRequest) -> list[Reserved]:
+        if request.reservation is None:
+            return []
+        return self._holdings.catalogue.reserved_under(request.reservation, request.network.name)
+
+    def _distance(self, ip: IPAddress, elsewhere: Collection[IPAddress]) -> int:
+        """Sorts the addresses of one reservation: what can be had at once comes first."""
+        held = self._shelf.held.get(ip)
+        if held is None:
+            return 3 if ip in elsewhere else 0
+        return 1 if held.state is not AddressState.ASSIGNED and not held.lent else 2
+
+    async def take(self, ip: IPAddress, request: AddressRequest) -> Held:
+        kept = self._holdings.catalogue.reserved(ip)
+        reserved = kept is not None and kept.reservation.key == request.reservation
+        now = asyncio.get_running_loop().time()
+        deadline = now + HANDOVER_PATIENCE
+        handed_over_by = deadline if reserved else now + GIVE_UP_WITHIN
+        while True:
+            held = self._shelf.held.get(ip)
+            if held is None or (held.is_asked_for and not held.lent):
+                try:
+                    return await self._ask_for(ip, held, request)
+                except HeldElsewhere as taken:
+                    await hand_over(
+                        self._store, taken, request.reservation if reserved else None, handed_over_by
+                    )
+                    continue
+            ready = not held.dirty and not held.lent
+            if ready and held.state is AddressState.WARM:
+                return self._shelf.lend_this(held)
+            record = held.record
+            if ready and reserved and record is not None and record.reservation == request.reservation:
+                if held.state is AddressState.COOLING:
+                    # Same key; interface and conntrack entries are gone, the store confirmed: no cooldown.
+                    return self._shelf.lend_this(held)
+            elif not reserved and not (held.state is AddressState.WARM and held.dirty and not held.lent):
+                # (A warm one that the store has not confirmed yet is waited for.)
+                raise self._taken(held)
+            changed = self._shelf.change_of(ip)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await changed.wait()
+            except TimeoutError:
+                raise self._taken(held) from None
+
+    def _taken(self, held: Held) -> MoorageError:
+        record = held.record
+        if record is None:
+            return TryAgain(f"{held.ip} is being given back to its pool; try again")
+        if held.state is AddressState.COOLING:
+            now = asyncio.get_running_loop().time()
+            ready_at = held.ready_at if held.ready_at is not None else now + self._holdings.cooldown
+            return TryAgain(
+                f"{held.ip} was released just now and cools down for another {max(ready_at - now, 0):.0f} s; "
+                "try again then, or use a reservation, which needs no cooldown"
+            )
+        if held.lent:
+            return AddressTaken(
+                f"{held.ip} is just being given to another container; ask for another address"
+            )
+        return AddressTaken(held_by(held.ip, record))
+
+    async def _ask_for(self, ip: IPAddress, held: Held | None, request: AddressRequest) -> Held:
+        """Get one certain address from the store."""
+        if self._holdings.hopeless:
+            raise TryAgain(
+                f"{ip} is not warm on node {self._holdings.node} and the store does not answer "
+                f"({self._holdings.hopeless}); try again when it does"
+            )
+        self._holdings.check_takes_new()
+        pool = self._holdings.catalogue.pool_of(ip)
+        if pool is None:
+            raise InvalidInput(f"{ip} is in no pool any more; ask for another address")
+        if pool.disabled:
+            raise InvalidInput(
+                f"the pool {pool.cidr} of {ip} is disabled; ask for an address of another pool"
+            )
+        if held is None:
+            held = self._holdings.ask_for(ip, request.network.name, pool)
+        held.lent = True
+        asked: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
+        self._holdings.asking[ip] = asked
+        if self._holdings.catalogue.reserved(ip) is not None:
+            # _choose() has compared the key.
+            self._holdings.keyed.add(ip)
+        self._holdings.wake.set()
+        try:
+            async with asyncio.timeout(REFILL_PATIENCE):
+                return await asked
+        except BaseException as error:
+            # Granted in the same moment or later: then it is shelved, or freed if it is not for anybody.
+            if self._holdings.asking.get(ip) is asked:
+                del self._holdings.asking[ip]
+            self._shelf.put_back(held)
+            self._holdings.wake.set()
+            if isinstance(error, TimeoutError):
+                raise TryAgain(f"the store did not answer for {ip} in time; try again") from error
+            raise
+        finally:
+            self._holdings.keyed.discard(ip)
