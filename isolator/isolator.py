@@ -148,6 +148,7 @@ class Isolator:
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
         self._links: dict[str, HostLink] = {}
+        self._macs: dict[str, str] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
@@ -160,6 +161,7 @@ class Isolator:
         self._holder.load()
         self._endpoints.load()
         self._links = await self._kernel.links()
+        self._macs = await self._kernel.macs()
         self._underlay = await self._kernel.underlay(self._settings.underlay)
         self._fabric.underlay_changed(self._underlay)
         self._membership = Membership(
@@ -373,7 +375,9 @@ class Isolator:
             return False
         key = EndpointKey(record.container_id, record.ifname)
         driver = next((n.driver for n in self._catalogue.networks() if n.name == record.network), "routed")
-        adopted = adopted_endpoint(self._endpoints.get(key), ip, record, link, driver, self._boot_id)
+        adopted = adopted_endpoint(
+            self._endpoints.get(key), ip, record, link, driver, self._boot_id, self._macs.get(link.name)
+        )
         log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
         self._endpoints.adopt(adopted)
         return True

@@ -54,7 +54,7 @@ def admission(endpoint: Endpoint, isolation: Isolation) -> Admission:
         mac=endpoint.mac,
         ips=endpoint.ips,
         network=endpoint.network,
-        netgroups=endpoint.netgroups,
+        netgroups=endpoint.netgroups or (endpoint.network,),
         isolation=isolation,
         ports=endpoint.port_mappings,
     )
@@ -245,6 +245,10 @@ class Kernel:
             keep_endpoints=keep_endpoints,
             keep_others=keep_others,
         )
+
+    async def macs(self) -> dict[str, str]:
+        """Interface -> the MAC that the policy knows its container by."""
+        return await self._wiring.run(self._policy.macs)
 
     async def adopt_policy(self) -> None:
         """Leave the table as it is."""

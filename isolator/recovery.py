@@ -30,9 +30,18 @@ log = structlog.get_logger(__name__)
 
 
 def adopted_endpoint(
-    endpoint: Endpoint | None, ip: IPAddress, record: Address, link: HostLink, driver: str, boot_id: str
+    endpoint: Endpoint | None,
+    ip: IPAddress,
+    record: Address,
+    link: HostLink,
+    driver: str,
+    boot_id: str,
+    mac: str | None = None,
 ) -> Endpoint:
-    """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said."""
+    """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said.
+
+    mac: the container's, if the firewall knows it; else the one that follows from its addresses.
+    """
     ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: ip.version))
     return Endpoint(
         key=EndpointKey(record.container_id, record.ifname),
@@ -45,7 +54,7 @@ def adopted_endpoint(
         netns="",
         ips=ips,
         host_ifname=link.name,
-        mac=mac_for(ips),
+        mac=mac or mac_for(ips),
         mtu=link.mtu,
         netgroups=tuple(map(Netgroup, record.netgroups)),
         labels=tuple(record.labels),

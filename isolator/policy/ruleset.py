@@ -9,7 +9,7 @@ an accept here never overrules a drop in somebody else's table.
                            solicitations and MLD, which have no source or a link-local one.
                      --> the node itself: nothing more; containers may talk to their node
                      --> forward
-    from elsewhere   --> outside (the same hook)
+    from elsewhere   --> outside, claimed (the same hook)
                            who claims an address of our pools must not claim one of this very node's, and comes by
                            the tunnel if the container that it is for is reached by the tunnel
 
@@ -47,9 +47,18 @@ TABLE = "moorage"
 _TABLE = Template("""\
 table inet moorage {
 $sets
-$netgroups	chain outside {
+$netgroups	chain claimed {
+		iifname != "mfb*" ip daddr @tunnelled4 drop
+		iifname != "mfb*" ip6 daddr @tunnelled6 drop
+		fib saddr oifname "mrg*" drop
+		fib saddr type blackhole drop
+	}
+
+	chain outside {
 		iifname "lo" accept
-$outside	}
+		ip saddr @pools4 goto claimed
+		ip6 saddr @pools6 goto claimed
+	}
 
 	chain sources {
 		type filter hook prerouting priority raw; policy accept;
@@ -180,12 +189,6 @@ _SETS = Template("""\
 	}
 """)
 
-_OUTSIDE = Template("""\
-		$ip saddr @pools$family $ip daddr @tunnelled$family iifname != "mfb*" drop
-		$ip saddr @pools$family fib saddr oifname "mrg*" drop
-		$ip saddr @pools$family fib saddr type blackhole drop
-""")
-
 _NETGROUP = Template("""\
 	set $name {
 		type ipv${family}_addr
@@ -203,7 +206,6 @@ def table(book: Book) -> str:
     body = _TABLE.substitute(
         sets="\n".join(_SETS.substitute(family=family) for family in _FAMILIES),
         netgroups="".join(_sets_of(netgroup) for netgroup in all_of_it.new_netgroups),
-        outside="".join(_OUTSIDE.substitute(ip=_IP[family], family=family) for family in _FAMILIES),
         chains="".join(_chain(may_call) for may_call in all_of_it.new_chains),
     )
     return (

@@ -224,6 +224,10 @@ class Policy:
         caller = Caller(source, self._book.netgroups(source), source in self._book.nodes)
         return judge(caller, admission.callers)
 
+    def macs(self) -> dict[str, str]:
+        """host_ifname -> MAC of everything that may communicate now, as the kernel has it."""
+        return kernel.macs(self._netfilter)
+
     def elements(self) -> set[tuple[str, IPAddress]]:
         """Every (host_ifname, ip) that may communicate now; empty if the table is gone."""
         return set(kernel.pairs(self._netfilter))

@@ -385,7 +385,7 @@ def test_a_change_costs_the_same_with_ten_and_with_thousands(
             started = time.perf_counter()
             container.do(change, number)
             times.append(time.perf_counter() - started)
-        return sorted(times)[len(times) // 2]
+        return min(times)  # what else the machine does only ever adds to it
 
     few, many = cost(10), cost(3000)
     assert many < 3 * few + 0.0005

@@ -204,14 +204,17 @@ table inet moorage {
         elements = { fd00::7:1 }
     }
 
+    chain claimed {
+        iifname != "mfb*" ip daddr @tunnelled4 drop
+        iifname != "mfb*" ip6 daddr @tunnelled6 drop
+        fib saddr oifname "mrg*" drop
+        fib saddr type blackhole drop
+    }
+
     chain outside {
         iifname "lo" accept
-        ip saddr @pools4 ip daddr @tunnelled4 iifname != "mfb*" drop
-        ip saddr @pools4 fib saddr oifname "mrg*" drop
-        ip saddr @pools4 fib saddr type blackhole drop
-        ip6 saddr @pools6 ip6 daddr @tunnelled6 iifname != "mfb*" drop
-        ip6 saddr @pools6 fib saddr oifname "mrg*" drop
-        ip6 saddr @pools6 fib saddr type blackhole drop
+        ip saddr @pools4 goto claimed
+        ip6 saddr @pools6 goto claimed
     }
 
     chain sources {
