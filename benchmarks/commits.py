@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.committing import CALLERS, EACH, NODES
 from benchmarks.figures import Budget, Row, Sample
 from benchmarks.launch import CallFailed
-from moorage.lab import DelayingProxy, EtcdCluster, Namespace, Switch, unique
+from moorage.lab import DelayingProxy, EtcdCluster, Lab, Namespace, unique
 
 FAR = 0.005
 """Seconds that a round trip to etcd takes longer: a usual disk's fsync, or another site."""
@@ -92,8 +92,8 @@ class _Bench:
 @contextlib.contextmanager
 def _bench() -> Iterator[_Bench]:
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(Switch())
-        etcd = stack.enter_context(EtcdCluster(switch, 1))
+        lab = stack.enter_context(Lab(nodes=0))
+        switch, etcd = lab.switch, lab.etcd
         proxy = stack.enter_context(DelayingProxy(switch, PROXY, etcd.addresses[0]))
         proxy.delay(round_trip=FAR)
         place = stack.enter_context(Namespace(unique("bench")))

@@ -20,7 +20,7 @@ from benchmarks.cni import PAUSE
 from benchmarks.figures import Budget, Row, Sample
 from benchmarks.idle import megabytes
 from benchmarks.subjects import NETWORK, containers
-from moorage.lab import EtcdCluster, LabNode, Switch
+from moorage.lab import Lab, LabNode
 
 POOL = "10.64.0.0/12"
 """1,048,576 addresses."""
@@ -41,8 +41,8 @@ def rows(rounds: int) -> list[Row]:
     adds, starts = max(20, rounds // 4), min(STARTS, max(3, rounds // 10))
     found: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(Switch())
-        etcd = stack.enter_context(EtcdCluster(switch, 1))
+        lab = stack.enter_context(Lab(nodes=0))
+        switch, etcd = lab.switch, lab.etcd
         nodes = {}
         for host, count in enumerate((FEW, MANY), 1):
             url = f"{etcd.url}?prefix=/{count}"

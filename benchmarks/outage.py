@@ -17,7 +17,7 @@ from benchmarks.figures import Budget, Row, Sample
 from benchmarks.launch import CallFailed
 from benchmarks.subjects import IPV4, NETWORK, containers, subject_of, write_config
 from isolator.netlink import Node
-from moorage.lab import DelayingProxy, EtcdCluster, LabNode, Switch
+from moorage.lab import DelayingProxy, Lab, LabNode, Switch
 
 ROUND_TRIP = 0.2
 WARM = 256
@@ -37,8 +37,8 @@ HEALTHY, SLOW, DOWN = "healthy", "slow", "down"
 def rows(rounds: int) -> list[Row]:
     count = min(max(AT_LEAST, rounds), WARM - WARM_UPS)
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(Switch())
-        etcd = stack.enter_context(EtcdCluster(switch, 1))
+        lab = stack.enter_context(Lab(nodes=0))
+        switch, etcd = lab.switch, lab.etcd
         proxy = stack.enter_context(DelayingProxy(switch, PROXY, etcd.addresses[0]))
         urls = {HEALTHY: etcd.url, SLOW: f"etcd://{proxy.address}", DOWN: etcd.url}
         nodes = {
@@ -50,7 +50,7 @@ def rows(rounds: int) -> list[Row]:
             _await_stock(node)
         mine = {name: stack.enter_context(containers(WARM_UPS + count)) for name in nodes}
         proxy.delay(ROUND_TRIP)
-        switch.cut(nodes[DOWN].namespace, etcd.members[0].namespace)
+        lab.partition(nodes[DOWN], etcd.members[0])
         round_trip = _round_trip(nodes[SLOW], proxy.address)
         subjects = {name: subject_of(node) for name, node in nodes.items()}
         took = measure(subjects, mine, ("ADD",))

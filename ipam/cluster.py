@@ -173,6 +173,8 @@ class Cluster:
         """Follow the store until cancelled. Raises StoreError when it fails; the caller runs it again."""
         while True:
             self._rewound.clear()
+            # Blocks of pools that are not known yet would be taken for nobody's.
+            await self._catalogue.refresh()
             self.pools_changed()
             listed = {prefix: await self._list(prefix) for prefix in FOLLOWED}
             self.listed.set()

@@ -164,6 +164,11 @@ class Holder:
         """Why nothing but warm addresses can be given out now; "" if all is well."""
         return self._holdings.trouble
 
+    @property
+    def serves(self) -> bool:
+        """Whether what is held here is known, and this agent's to give out."""
+        return self._holdings.serving
+
     # -- ADD
 
     async def take(self, request: AddressRequest) -> list[Held]:

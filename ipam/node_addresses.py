@@ -3,15 +3,18 @@
 An own address is assigned as a container's is, to ``node:<name>`` and with the engine ``moorage``: it lies in one of
 the node's blocks, and is a key of its own. It is no container's, so it keeps nobody from removing a drained node or
 deleting a network: in a pool that is disabled it is given up, without a cooldown, because nothing new is
-given out there.
+given out there. Before it is free, the device has to be rid of it:
+
+    settle()     it is not wanted any more    current() is without it, so the device loses it
+    free_but()   the device has lost it       given up
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ipam.catalogue import Catalogue
-from ipam.errors import MoorageError
+from ipam.errors import Exhausted, MoorageError
 from ipam.holder import Holder, Owner
 from ipam.journal import Journal
 from ipam.keys import Family, IPAddress
@@ -32,12 +35,19 @@ class NodeAddresses:
         self._holder = holder
         self._catalogue = catalogue
         self._journal = journal
+        self._unwanted: set[IPAddress] = set()
+
+    @property
+    def known(self) -> bool:
+        """Whether ``current`` can be believed: not while the journal is lost and the store was not heard."""
+        return self._holder.serves
 
     def current(self) -> dict[Family, IPAddress]:
         """What the node has now, by family, IPv4 first."""
         first: dict[Family, IPAddress] = {}
         for ip in self._mine():
-            first.setdefault(ip.version, ip)
+            if ip not in self._unwanted:
+                first.setdefault(ip.version, ip)
         return first
 
     def _mine(self) -> list[IPAddress]:
@@ -46,18 +56,19 @@ class NodeAddresses:
         return sorted(mine, key=lambda ip: (ip.version, int(ip)))
 
     async def settle(self, networks: Iterable[Network]) -> dict[Family, str]:
-        """Have one address of every family that the networks' enabled pools offer, and no other.
+        """Have one address of every family that the networks' enabled pools offer, and want no other.
 
         Returns why a family has none, for those that it could not be had for.
         """
         usable = list(networks)
         pools = {family: self._pools(usable, family) for family in FAMILIES}
         kept: set[Family] = set()
+        self._unwanted.clear()
         for ip in self._mine():
             if ip.version not in kept and any(ip in pool.cidr for pool in pools[ip.version]):
                 kept.add(ip.version)
             else:
-                self._holder.give_up(ip)
+                self._unwanted.add(ip)
         missing: dict[Family, str] = {}
         for family in FAMILIES:
             if family not in kept and pools[family]:
@@ -66,6 +77,12 @@ class NodeAddresses:
                 except MoorageError as error:
                     missing[family] = str(error)
         return {family: why for family, why in missing.items() if family not in kept}
+
+    def free_but(self, carried: Collection[IPAddress]) -> None:
+        """Give up what is not wanted, but for what the device has."""
+        for ip in self._unwanted - set(carried):
+            self._unwanted.discard(ip)
+            self._holder.give_up(ip)
 
     def _pools(self, networks: Sequence[Network], family: Family) -> list[Geometry]:
         """Those that the node has a block of come first: no other block is claimed for it then."""
@@ -81,9 +98,15 @@ class NodeAddresses:
     async def _take(
         self, networks: Sequence[Network], pools: Sequence[Geometry], kept: set[Family]
     ) -> set[Family]:
-        """Take an address of the first pool, and with it one of the other family if its network has that."""
-        network = next(n for n in networks if n.name == pools[0].network)
-        lent = await self._holder.take(AddressRequest(network, pool=pools[0].name, keeps_warm=False))
+        """Take an address of the first pool that has one, and one of the other family if its network has that."""
+        for place, pool in enumerate(pools, start=1):
+            network = next(n for n in networks if n.name == pool.network)
+            try:
+                lent = await self._holder.take(AddressRequest(network, pool=pool.name, keeps_warm=False))
+                break
+            except Exhausted:
+                if place == len(pools):
+                    raise
         taken = [held for held in lent if held.ip.version not in kept]
         self._holder.put_back([held for held in lent if held not in taken])
         rows = self._holder.plan_assign(taken, self._owner)

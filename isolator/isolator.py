@@ -139,6 +139,7 @@ class Isolator:
             self._catalogue,
             self._addresses,
             on_addresses=self._describe,
+            is_leaving=lambda: self._holder.drain.is_on and not self._endpoints.all(),
         )
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
@@ -349,7 +350,11 @@ class Isolator:
             except InvalidInput as error:
                 log.warning("underlay is gone; what it was is kept", why=str(error))
                 continue
-            if found != self._underlay:
+            if self._underlay.addresses and not found.addresses:
+                # Between two of a link's states, or of a DHCP client's: no reason to cut containers off.
+                log.warning("underlay has no address; what it was is kept", links=found.links)
+                self._fabric.kernel_changed()
+            elif found != self._underlay:
                 log.info(
                     "underlay changed",
                     links=found.links,
@@ -384,6 +389,7 @@ class Isolator:
 
     def _on_conflict(self, conflict: Conflict) -> None:
         self._conflicts.put_nowait(conflict)
+        self._fabric.addresses_changed()
 
     async def _look_at_fence(self) -> None:
         """Notices a store that went back in time also where nothing is written, before others take what it forgot."""
@@ -497,6 +503,7 @@ class Isolator:
             drain.begin()
             await drain.settle(DRAIN_WITHIN)
             await self._membership.tell()
+        self._fabric.addresses_changed()
         return drain.report()
 
     async def _answer_labels(self, intent: Intent) -> dict[str, Any]:

@@ -200,7 +200,8 @@ class Kernel:
 
     async def underlay(self, link: str | None) -> Underlay:
         """What the node reaches the world through: ``link``, or the one with the default route."""
-        return await self._wiring.run(underlay, self._wiring.node, link)
+        # It reads all of the main table, where the fabric has thousands of routes.
+        return await self._reaping.run(underlay, self._reaping.node, link)
 
     async def enable_forwarding(self) -> None:
         await self._wiring.run(enable_forwarding, self._wiring.node)

@@ -22,7 +22,8 @@ DEFAULT_MTU = 1500
 class Underlay:
     """links: of the default route, several if it is multipath. mtu: bytes, the smallest of theirs.
 
-    addresses: theirs of global scope, IPv4 first; of those asked for by address, those come first.
+    addresses: theirs of global scope, IPv4 first; of those asked for by address, those come first. Of one family the
+    first is what other nodes are told: floating (a lone /32 or /128 beside others) and temporary ones come last.
     link_local: an IPv6 one of the first link, None if it has none.
     """
 
@@ -114,11 +115,14 @@ def _default_route(message: Message) -> Iterator[tuple[int, list[int]]]:
 
 def _addresses(node: Node, index: int) -> list[tuple[IPAddress, int]]:
     """A link's addresses with their scopes, IPv4 first."""
-    found: list[tuple[IPAddress, int]] = []
+    found: list[tuple[bool, IPAddress, int]] = []
     for message in node.route.dump(messages.dump_addresses(index=index)):
-        _, _, _, scope, _ = messages.ADDRESS.unpack_from(message.body)
+        _, prefixlen, flags, scope, _ = messages.ADDRESS.unpack_from(message.body)
         values = codec.attributes(message.body, messages.ADDRESS.size)
         packed = values.get(messages.IFA_LOCAL, values.get(messages.IFA_ADDRESS))
         if packed is not None:
-            found.append((ip_address(bytes(packed)), scope))
-    return sorted(found, key=lambda pair: (pair[0].version, pair[0].packed))
+            ip = ip_address(bytes(packed))
+            fleeting = bool(flags & messages.IFA_F_SECONDARY) or prefixlen == ip.max_prefixlen
+            found.append((fleeting, ip, scope))
+    found.sort(key=lambda one: (one[1].version, one[0], one[1].packed))
+    return [(ip, scope) for _, ip, scope in found]

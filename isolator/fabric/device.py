@@ -7,6 +7,7 @@ from ipaddress import ip_address
 
 from ipam.keys import IPAddress
 from isolator import sysctl
+from isolator.errors import KernelRefused
 from isolator.fabric.plan import VNI, VXLAN_DEVICE
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Request
@@ -63,7 +64,8 @@ def ensure_device(node: Node, spec: DeviceSpec | None) -> tuple[int, bool]:
             ]
         )
         found = _find(node)
-    assert found is not None, "it was made just now"
+    if found is None:
+        raise KernelRefused(f"the device {VXLAN_DEVICE} was deleted while it was made; it is made again")
     node.route.execute(_adjustments(found, spec))
     # Hosts turn IPv6 off for new links; here next hops are IPv6 ones in both families.
     sysctl.ensure(f"net/ipv6/conf/{VXLAN_DEVICE}/disable_ipv6", "0")
@@ -103,8 +105,7 @@ def _address_changes(node: Node, index: int, spec: DeviceSpec) -> list[Request]:
         there.add(ip)
         if ip not in spec.addresses:
             todo.append(messages.delete_address(index, VXLAN_DEVICE, ip, prefixlen))
-    todo += [messages.add_address(index, VXLAN_DEVICE, ip) for ip in spec.addresses if ip not in there]
-    return todo
+    return [messages.add_address(index, VXLAN_DEVICE, ip) for ip in spec.addresses if ip not in there] + todo
 
 
 def _find(node: Node) -> _Found | None:

@@ -4,12 +4,14 @@
 
 A change of one node is worked out for that node alone, so its cost does not grow with the cluster. What somebody else
 changed in the kernel is found by comparing all of it, when the kernel tells that something changed and every few
-seconds. Until the cluster was listed nothing is touched: what an earlier agent left goes on working.
+seconds. Until the cluster was listed, and IPAM knows the node's own addresses, nothing is touched: what an earlier
+agent left goes on working.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable
 
 import structlog
@@ -49,6 +51,9 @@ SETTLE = 0.05
 ADDRESS_RETRY = 10.0
 """Seconds before an address for the device is asked for again."""
 
+KNOWN_POLL = 0.1
+"""Seconds between looks whether IPAM knows what this node holds, at the start."""
+
 MTU_MIN = 1280
 """Bytes; without that there is no IPv6 on the device (RFC 8200 section 5)."""
 
@@ -57,6 +62,7 @@ class Fabric:
     """See the module's docstring.
 
     port: UDP, of this node's tunnel. on_addresses: told when the device's addresses may be others now.
+    is_leaving: whether the node is drained and has no containers left; then it keeps no address of its own either.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Fabric:
         catalogue: Catalogue,
         addresses: NodeAddresses,
         on_addresses: Callable[[], None],
+        is_leaving: Callable[[], bool],
     ) -> None:
         self._node = node
         self._port = port
@@ -74,6 +81,7 @@ class Fabric:
         self._catalogue = catalogue
         self._addresses = addresses
         self._on_addresses = on_addresses
+        self._is_leaving = is_leaving
         self._kernel = FabricKernel()
         self._underlay = Underlay((), 0, ())
         self._plans: dict[str, Plan] = {}
@@ -106,6 +114,10 @@ class Fabric:
         self._addresses_due.set()
         self._wake.set()
 
+    def addresses_changed(self) -> None:
+        """One of the node's own addresses was lost, or is not to be kept."""
+        self._addresses_due.set()
+
     def underlay_changed(self, underlay: Underlay) -> None:
         """The node reaches the others another way."""
         if underlay != self._underlay:
@@ -122,7 +134,6 @@ class Fabric:
         """The store went back in time: what it does not know any more may be asserted anew, so nothing is withdrawn
         for a while."""
         self._keep_until = asyncio.get_running_loop().time() + REWIND_GRACE
-        self._all_dirty = True
 
     # -- what others need to know
 
@@ -207,10 +218,17 @@ class Fabric:
     async def run(self) -> None:
         """Keep the kernel as it should be, until cancelled."""
         await self._cluster.listed.wait()
+        await self._until_known()
         self._all_dirty = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_kernel())
             group.create_task(self._keep_addresses())
+
+    async def _until_known(self) -> None:
+        while True:
+            if self._addresses.known:
+                return
+            await asyncio.sleep(KNOWN_POLL)
 
     async def _keep_kernel(self) -> None:
         while True:
@@ -225,14 +243,11 @@ class Fabric:
 
     async def _keep_addresses(self) -> None:
         while True:
-            missing = await self._addresses.settle(self._tunnelled())
+            missing = await self._addresses.settle([] if self._is_leaving() else self._tunnelled())
             if missing and missing != self._missing:
                 log.warning("fabric device lacks an address", why="; ".join(missing.values()))
             self._missing = missing
-            if tuple(self._addresses.current().values()) != self.carried:
-                self._all_dirty = True  # routes name the addresses
-                self._wake.set()
-                self._on_addresses()
+            self._wake.set()  # the device gets what it lacks, and what it has lost is freed
             try:
                 async with asyncio.timeout(ADDRESS_RETRY):
                     await self._addresses_due.wait()
@@ -267,12 +282,18 @@ class Fabric:
             try:
                 new = await self._kernel.ensure_device(spec)
             except KernelRefused as error:
-                self._device_problem = f"the device {VXLAN_DEVICE} is not as it should be: {error}"
+                self._device_problem = (
+                    f"the device {VXLAN_DEVICE} is not as it should be: {error}{_cure(error)}"
+                )
                 raise
             if new:
                 log.info("fabric device is new" if spec else "fabric device is gone", device=VXLAN_DEVICE)
             self._resync_due = self._resync_due or new
-            self._device = spec
+            if spec != self._device:
+                self._device = spec
+                self._all_dirty = True  # routes name the device and its addresses
+                self._on_addresses()
+        self._addresses.free_but(self.carried)
 
     def _wanted_device(self) -> DeviceSpec | None:
         family = self._tunnel_family()
@@ -308,21 +329,17 @@ class Fabric:
             dirty = self._cluster.names() | self._plans.keys() | dirty
         here = self._here()
         fabrics = {pool: n.fabric for n in self._catalogue.networks() for pool in n.pools}
-        keep = asyncio.get_running_loop().time() < self._keep_until
         before, after = Plan(), Plan()
         for name in dirty:
-            before.add(old := self._plans.pop(name, Plan()))
+            before.add(self._plans.pop(name, Plan()))
             new, problems = self._plan_of(name, fabrics, here)
-            if keep:
-                self._all_dirty = True  # until it is over
-                new = new.over(old)
             after.add(new)
             if new.routes:
                 self._plans[name] = new
             self._problems.pop(name, None)
             if problems:
                 self._problems[name] = problems
-        return before, after
+        return before, after.over(before) if self._keeps() else after
 
     def _plan_of(self, name: str, fabrics: dict[str, str], here: Here) -> tuple[Plan, list[str]]:
         blocks = [Piece(b.cidr, fabrics.get(b.pool, "none")) for b in self._cluster.blocks_of(name)]
@@ -344,26 +361,39 @@ class Fabric:
             sources={ip.version: ip for ip in self.carried},
         )
 
+    def _keeps(self) -> bool:
+        """Whether nothing is withdrawn now. What is too much by then goes with the first comparison after it."""
+        return asyncio.get_running_loop().time() < self._keep_until
+
     async def _resync(self) -> None:
         self._resync_due = False
         desired = Plan()
         for plan in self._plans.values():
             desired.add(plan)
-        keep = asyncio.get_running_loop().time() < self._keep_until
-        done, refused = await self._kernel.resync(desired, keep=keep)
+        done, refused = await self._kernel.resync(desired, keep=self._keeps())
         if done:
             log.info("fabric made as it should be", changes=len(done), such_as=done[:5])
         self._note(refused)
 
     def _note(self, refused: list[KernelRefused]) -> None:
-        sentences = [
-            f"{error}; nodes on one segment are needed for hostgw, others need vxlan" for error in refused
-        ]
+        sentences = [f"{error}{_cure(error)}" for error in refused]
         if sentences and sentences != self._refused:
             log.warning(
                 "routes to other nodes are refused by the kernel", count=len(refused), first=sentences[0]
             )
         self._refused = sentences[:10]
+
+
+def _cure(error: KernelRefused) -> str:
+    match error.errno:
+        case errno.ENETUNREACH | errno.EHOSTUNREACH:
+            return "; hostgw needs nodes on one segment, use `moorage network set --fabric vxlan` for others"
+        case errno.EADDRINUSE:
+            return "; something else on this node has that UDP port, give every agent another --vxlan-port"
+        case errno.ENETDOWN:
+            return "; bring the link up"
+        case _:
+            return ""
 
 
 def _unknown(name: str, pieces: Iterable[Piece]) -> list[str]:

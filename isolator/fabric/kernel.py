@@ -104,14 +104,18 @@ def _index_of(node: Node) -> Callable[[str], int]:
 
 
 def read(node: Node, devices: Mapping[int, str]) -> Plan:
-    """What the kernel holds of the fabric. devices: names by index; others' routes get "". Raises KernelRefused."""
+    """What the kernel holds of the fabric. devices: names by index, others stand as ``#index``.
+
+    Raises KernelRefused.
+    """
     index = next((index for index, name in devices.items() if index and name == VXLAN_DEVICE), 0)
     plan = Plan()
     for route in fabric_routes(node):
         if route.kind == RTN_BLACKHOLE:
             plan.routes[route.destination] = Route(route.destination)
         else:
-            device = devices.get(route.index, "")
+            # Also one that only a stranger makes, without next hop: it must not look like one that drops.
+            device = devices.get(route.index) or f"#{route.index}"
             plan.routes[route.destination] = Route(route.destination, route.gateway, device, route.source)
     if index:
         plan.neighbours = _neighbours(node, index)

@@ -27,11 +27,11 @@ def requests(actual: Plan, desired: Plan, index_of: Callable[[str], int]) -> lis
         for hop, mac in _new(actual.neighbours, desired.neighbours):
             todo.append(messages.add_neighbour(tunnel, VXLAN_DEVICE, hop, mac))
     todo += [
-        messages.delete_fabric_route(route.destination, blackhole=route.via is None)
+        messages.delete_fabric_route(destination)
         for destination, route in actual.routes.items()
         if destination not in desired.routes
         # The kernel does not let a route that drops replace one that leads somewhere, in all versions.
-        or (desired.routes[destination].via is None) != (route.via is None)
+        or desired.routes[destination].drops != route.drops
     ]
     for destination, route in desired.routes.items():
         if not same(actual.routes.get(destination), route):
@@ -50,10 +50,10 @@ def requests(actual: Plan, desired: Plan, index_of: Callable[[str], int]) -> lis
 
 def same(actual: Route | None, desired: Route) -> bool:
     """Whether the kernel has the route; one that may use any link may use this."""
-    if actual is None:
+    if actual is None or actual.drops != desired.drops:
         return False
     return (actual.via, actual.source) == (desired.via, desired.source) and (
-        desired.device in ("", actual.device) or desired.via is None
+        desired.device in ("", actual.device)
     )
 
 

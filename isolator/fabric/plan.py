@@ -13,15 +13,18 @@ node can be reached before its device has any address, and IPv6 over an underlay
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2s
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import NamedTuple
 
 from ipam.keys import Family, IPNetwork
 from ipam.records import Node
 from isolator.model import IPAddress
+
+_BROADCAST = IPv4Address("255.255.255.255")
 
 VXLAN_DEVICE = "mfbvxlan"
 VNI = 0x6D6F6F
@@ -35,7 +38,7 @@ OVERHEAD = {4: 50, 6: 70}
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """via: the next hop; None drops. device: the link, "" for whichever leads to ``via``.
+    """via: the next hop. device: the link, "" for whichever leads to ``via``. Without either it drops.
 
     source: for the node's own packets, None as the kernel likes.
     """
@@ -44,6 +47,10 @@ class Route:
     via: IPAddress | None = None
     device: str = ""
     source: IPAddress | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.via is None and not self.device
 
     @property
     def is_tunnelled(self) -> bool:
@@ -82,7 +89,7 @@ class Plan:
 class Here:
     """What this node is, as far as its fabric is concerned.
 
-    tunnel_family: of the underlay that its tunnels run over; None if it has no underlay address.
+    tunnel_family: of the underlay that its tunnels run over; None if it has no device for them.
     port: of its VXLAN device. link: of the underlay; "" if there is none, or several. sources: addresses of its
     VXLAN device.
     """
@@ -131,24 +138,34 @@ def parse_peer(node: Node) -> Peer:
     """A node's facts from its record. What is no address, MAC or port counts as not said."""
     underlay: dict[int, IPAddress] = {}
     link_local = None
-    for text in node.underlay:
-        try:
-            ip = ip_address(text)
-        except ValueError:
-            continue
-        if ip.is_link_local:
+    for ip in (ip for text in node.underlay if (ip := _unicast(text))):
+        if ip.version == 6 and ip.is_link_local:
             link_local = link_local or ip
         else:
             underlay.setdefault(ip.version, ip)
     port = node.vxlan_port if 0 < node.vxlan_port < 65536 else VXLAN_PORT
-    return Peer(node.name, underlay, link_local, node.mac if _is_mac(node.mac) else "", port)
+    return Peer(node.name, underlay, link_local, _mac(node.mac), port)
 
 
-def _is_mac(text: str) -> bool:
+def _unicast(text: str) -> IPAddress | None:
+    """An address that another host can have; None for any other text."""
     try:
-        return len(bytes.fromhex(text.replace(":", ""))) == 6 and text.count(":") == 5
+        ip = ip_address(text)
     except ValueError:
-        return False
+        return None
+    if ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST:
+        return None
+    # The kernel gives both back in another form than it got them.
+    odd = isinstance(ip, IPv6Address) and (ip.scope_id is not None or ip.ipv4_mapped is not None)
+    return None if odd else ip
+
+
+def _mac(text: str) -> str:
+    """A MAC of one host as the kernel prints it; "" for any other text."""
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
+        return ""
+    raw = bytes.fromhex(text.replace(":", ""))
+    return "" if raw[0] & 1 or not any(raw) else raw.hex(":")
 
 
 def towards(peer: Peer, pieces: Iterable[Piece], here: Here) -> tuple[Plan, list[str]]:
@@ -178,12 +195,13 @@ def towards(peer: Peer, pieces: Iterable[Piece], here: Here) -> tuple[Plan, list
 
 
 def _direct(peer: Peer, family: int) -> IPAddress | None:
-    return peer.underlay.get(family) or (peer.link_local if family == 6 else None)
+    """The next hop to a node; IPv4 routes may have an IPv6 one, where a segment has only that."""
+    return peer.underlay.get(family) or peer.underlay.get(6) or peer.link_local
 
 
 def _far_end(peer: Peer, here: Here) -> Remote | str:
     if here.tunnel_family is None:
-        return "this node has no underlay address; give its agent one with --underlay"
+        return "this node has no VXLAN device; `moorage status` here says why"
     if not peer.mac:
         return "that node has no VXLAN device yet; see that its agent runs and is of this version"
     remote = peer.underlay.get(here.tunnel_family)

@@ -58,7 +58,8 @@ IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING, IFLA_VXLAN_PORT, IFLA_VXLA
 IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_MODE_NONE = 8, 1
 
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
-IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
+IFA_F_SECONDARY, IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x01, 0x02, 0x200
+"""The first one stands for temporary addresses in IPv6."""
 
 NDA_DST, NDA_LLADDR, NDA_PORT = 1, 2, 6
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
@@ -87,7 +88,7 @@ NTF_SELF = 0x02
     15,
     18,
 )
-RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE = 1, 2, 6
+RTN_UNSPEC, RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE = 0, 1, 2, 6
 RTNH_F_ONLINK = 4
 SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
 
@@ -330,11 +331,10 @@ def add_blackhole(destination: IPNetwork) -> Request:
     )
 
 
-def delete_fabric_route(destination: IPNetwork, *, blackhole: bool) -> Request:
-    """Undo ``add_fabric_route`` or ``add_blackhole``."""
-    kind = RTN_BLACKHOLE if blackhole else RTN_UNICAST
+def delete_fabric_route(destination: IPNetwork) -> Request:
+    """Undo ``add_fabric_route`` or ``add_blackhole``; whatever is there of that metric and protocol goes."""
     body = (
-        _route_header(family_of(destination), destination.prefixlen, TABLE_MAIN, SCOPE_NOWHERE, 0, kind)
+        _route_header(family_of(destination), destination.prefixlen, TABLE_MAIN, SCOPE_NOWHERE, 0, RTN_UNSPEC)
         + attribute(RTA_DST, destination.network_address.packed)
         + u32(RTA_PRIORITY, FABRIC_METRIC)
     )

@@ -12,45 +12,43 @@ import subprocess
 import sys
 
 from moorage.lab.namespace import Namespace, unique
-from moorage.lab.switch import Switch
+from moorage.lab.resource import Resource
+from moorage.lab.switch import Switch, address
 
 
-class DelayingProxy:
-    """See the module's docstring. A context manager.
+class DelayingProxy(Resource):
+    """See the module's docstring.
 
     host: its number on the underlay. target: where it forwards to, ``ip:port``; it listens on the same port.
     """
 
     def __init__(self, switch: Switch, host: int, target: str) -> None:
         self.namespace = Namespace(unique("proxy"))
+        self.address = f"{address(host)}:{target.rpartition(':')[2]}"
         self._switch = switch
         self._host = host
         self._target = target
-        self._resources = contextlib.ExitStack()
-        self._process: subprocess.Popen[bytes]
-        self.address = ""
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> DelayingProxy:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.namespace)
-            ip = self._switch.plug(self.namespace, self._host)
-            self.address = f"{ip}:{self._target.rpartition(':')[2]}"
-            self._process = stack.enter_context(
-                self.namespace.start(
-                    sys.executable, "-m", "moorage.lab.delaying", self.address, self._target,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-            )  # fmt: skip
-            self.delay(round_trip=0.0)
-            self._resources = stack.pop_all()
-        return self
+    def create(self) -> None:
+        self.namespace.create()
+        self._switch.plug(self.namespace, self._host)
+        self._process = self.namespace.start(
+            sys.executable, "-m", "moorage.lab.delaying", self.address, self._target,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.delay(round_trip=0.0)
 
-    def __exit__(self, *_: object) -> None:
-        self._resources.close()
+    def delete(self) -> None:
+        if self._process is not None:
+            with self._process:  # its end of the pipe closed is its order to end
+                pass
+        self.namespace.delete()
 
     def delay(self, round_trip: float) -> None:
         """From now on a round trip takes this many seconds longer. Raises RuntimeError if the proxy is gone."""
+        assert self._process is not None, "it is made first"
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from moorage.lab import DelayingProxy, EtcdCluster, LabNode, Switch
+from moorage.lab import DelayingProxy, Lab, LabNode
 from tests.system.conftest import eventually
 
 pytestmark = [
@@ -23,8 +23,8 @@ BURST = 30
 
 def test_a_burst_on_a_node_whose_etcd_takes_200_ms_a_round_trip_is_served_and_written() -> None:
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(Switch())
-        etcd = stack.enter_context(EtcdCluster(switch, 1))
+        lab = stack.enter_context(Lab(nodes=0))
+        switch, etcd = lab.switch, lab.etcd
         proxy = stack.enter_context(DelayingProxy(switch, 150, etcd.addresses[0]))
         node = stack.enter_context(LabNode("far", store=f"etcd://{proxy.address}", switch=switch))
         node.start()

@@ -13,6 +13,7 @@ import pytest
 
 from isolator.netlink import Node
 from moorage.lab import DelayingProxy, Namespace, Switch, unique
+from moorage.lab.switch import address
 
 pytestmark = pytest.mark.kernel
 
@@ -42,9 +43,10 @@ class Line:
 @pytest.fixture
 def line() -> Iterator[Line]:
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(Switch())
+        switch = stack.enter_context(Switch(Namespace(unique("switch"))))
         namespace = stack.enter_context(Namespace(unique("server")))
-        ip = switch.plug(namespace, SERVER)
+        switch.plug(namespace, SERVER)
+        ip = address(SERVER)
         home = stack.enter_context(Node())
         with stack.enter_context(home.open_namespace(str(namespace.path))).inside():
             listener = stack.enter_context(socket.create_server((ip, PORT)))

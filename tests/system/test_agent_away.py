@@ -263,7 +263,7 @@ def test_flushed_elements_are_restored_although_the_table_is_there(node: LabNode
         a.add("web")
         ips = b.add("web").ips
         for family in (4, 6):
-            node.namespace.run("nft", "flush", "set", "inet", "moorage", f"endpoints{family}")
+            node.namespace.run("nft", "flush", "set", "inet", "moorage", f"senders{family}")
         assert not a.namespace.pings(ips[4], wait=1)
         eventually(lambda: a.namespace.pings(ips[4], wait=1) and a.namespace.pings(ips[6], wait=1))
         assert "firewall sets did not hold what they should" in node.log.read_text()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from moorage.lab import EtcdCluster, LabNode, Switch
+from moorage.lab import Lab, LabNode
 from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
@@ -20,9 +20,8 @@ NewNode = Callable[[int], LabNode]
 def new_node(request: pytest.FixtureRequest) -> Iterator[NewNode]:
     with contextlib.ExitStack() as stack:
         if request.param == "etcd":
-            switch = stack.enter_context(Switch())
-            url = stack.enter_context(EtcdCluster(switch, 1)).url
-            yield lambda host: LabNode("node", store=url, switch=switch, host=host)
+            lab = stack.enter_context(Lab(nodes=0))
+            yield lambda host: LabNode("node", store=lab.etcd.url, switch=lab.switch, host=host)
         else:
             first = LabNode("node")
             yield lambda host: first if host == 1 else LabNode("node", store=first.store)

@@ -1,13 +1,15 @@
-"""Noticing that links vanish."""
+"""Noticing that links vanish, and what else changes."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import AsyncIterator
 
 import pytest
 
-from isolator.netlink import LinkMonitor
+from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import Room
 
@@ -85,4 +87,96 @@ async def test_lost_events_ask_for_a_resync(container: Room) -> None:
         while not seen.resyncs:
             await asyncio.sleep(0.01)
     monitor.stop()
+    monitor.stop()
+
+
+class Changes:
+    """How often a ChangeMonitor called back since it was asked last."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_change(self) -> None:
+        self.count += 1
+
+    async def told(self) -> bool:
+        """Whether it did, once the kernel has told everything."""
+        before, self.count = self.count, 0
+        if not before:
+            await asyncio.sleep(0.1)
+            before, self.count = self.count, 0
+        return before > 0
+
+
+PREPARED = (
+    "ip link add up0 type veth peer name p0; ip link set p0 up; ip link set up0 up; "
+    "ip address add 192.0.2.1/24 dev up0; ip address add 2001:db8::1/64 dev up0 nodad; "
+    "ip link add mrgabc index 600000000 type veth peer name p1; ip link set mrgabc up; ip link set p1 up; "
+    "ip route add 10.64.2.0/26 via 192.0.2.2 proto 157 metric 2048; "
+    "ip -6 route add fd64::200/122 via 2001:db8::2 proto 157 metric 2048"
+)
+
+
+@contextlib.asynccontextmanager
+async def changes(room: Room) -> AsyncIterator[Changes]:
+    room.sh(PREPARED)
+    await asyncio.sleep(0.2)  # carriers, and what the kernel does in the background
+    seen = Changes()
+    monitor = room.do(ChangeMonitor, seen.on_change)
+    monitor.start(asyncio.get_running_loop())
+    try:
+        yield seen
+    finally:
+        monitor.stop()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "ip link set up0 mtu 1400",
+        "ip link set up0 down",
+        "ip link add other type bridge",
+        "ip link delete up0",
+        "ip address add 192.0.2.9/24 dev up0",
+        "ip address delete 192.0.2.1/24 dev up0",
+        "ip address add 2001:db8::9/64 dev up0",
+        "ip route add default via 192.0.2.2",
+        "ip -6 route add default via 2001:db8::2 dev up0",
+        "ip route delete 10.64.2.0/26 proto 157",
+        "ip -6 route delete fd64::200/122 proto 157",
+    ],
+)
+async def test_what_underlay_and_fabric_rest_on_is_told(container: Room, what: str) -> None:
+    async with changes(container) as seen:
+        container.sh(what)
+        assert await seen.told()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "ip link set mrgabc mtu 1400; ip link set mrgabc address ee:ee:ee:ee:ee:ee",
+        "ip address add 10.0.0.9/32 dev mrgabc",
+        "ip route add 10.64.1.7 dev mrgabc proto 157; ip route delete 10.64.1.7 dev mrgabc proto 157",
+        "ip -6 route add fd64::107 dev mrgabc proto 157; ip -6 route delete fd64::107 dev mrgabc proto 157",
+        "ip route add 10.64.3.0/26 via 192.0.2.2 proto 157 metric 2048",
+        "ip route add 203.0.113.0/24 via 192.0.2.2; ip route delete 203.0.113.0/24",
+        "ip route add default via 192.0.2.2 table 4711",
+        "ip neigh add 192.0.2.7 lladdr 02:00:00:00:00:07 dev up0",
+    ],
+)
+async def test_what_comes_and_goes_with_endpoints_is_not(container: Room, what: str) -> None:
+    async with changes(container) as seen:
+        container.sh(what)
+        assert not await seen.told()
+
+
+async def test_lost_events_count_as_a_change(container: Room) -> None:
+    container.sh(PREPARED)
+    seen = Changes()
+    monitor = container.do(ChangeMonitor, seen.on_change)
+    monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    container.sh("for i in $(seq 40); do ip route add 203.0.113.$i via 192.0.2.2; done")
+    monitor.start(asyncio.get_running_loop())
+    assert await seen.told()
     monitor.stop()

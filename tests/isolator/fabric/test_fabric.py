@@ -1,0 +1,283 @@
+"""One node's fabric: from what stands in a store to what is in a kernel, and what it says when that cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from ipam import keys
+from ipam.cluster import Cluster
+from ipam.keys import IPAddress
+from ipam.networks import NetworkChange, set_network
+from ipam.node_addresses import NodeAddresses
+from ipam.pools import block_at
+from ipam.records import Address, AddressState, Block
+from ipam.records import Node as NodeRecord
+from ipam.store import Delete, Put, Store, Txn, open_store
+from isolator.fabric import VXLAN_DEVICE, Fabric, fabric, mac_of
+from isolator.underlay import Underlay
+from tests.ipam import nodes as ipam_nodes
+from tests.ipam.nodes import network
+from tests.isolator.rooms import Room
+
+pytestmark = pytest.mark.kernel
+
+UNDERLAY = Underlay(("up0",), 1500, (ip_address("192.0.2.1"), ip_address("2001:db8::1")))
+OF_N2, OF_N3 = "10.64.2.0/26", "10.64.3.0/26"
+
+
+class Agent(ipam_nodes.Node):
+    """As much of an agent as the fabric rests on, in a room with an underlay."""
+
+    def __init__(self, path: Path, store: Store, room: Room) -> None:
+        super().__init__(path, store, "n1")
+        self.room = room
+        self.described = 0
+        self._work: list[asyncio.Task[None]] = []
+
+    def compose(self) -> None:
+        """All but work."""
+        self.cluster = Cluster(self.store, self.catalogue, on_topology=self._topology_changed)
+        self.addresses = NodeAddresses(self.name, VXLAN_DEVICE, self.holder, self.catalogue, self.journal)
+        self.fabric = self.room.do(
+            Fabric, self.name, 4789, self.cluster, self.catalogue, self.addresses, self._describe
+        )
+        self.fabric.underlay_changed(UNDERLAY)
+
+    def _topology_changed(self, nodes: set[str]) -> None:
+        self.fabric.topology_changed(nodes)
+
+    def _describe(self) -> None:
+        self.described += 1
+
+    def _catalogue_changed(self) -> None:
+        super()._catalogue_changed()
+        if hasattr(self, "fabric"):
+            self.cluster.pools_changed()
+            self.fabric.networks_changed()
+
+    def run(self, work: Callable[[], object]) -> None:
+        self._work.append(asyncio.ensure_future(work()))
+
+    async def end(self) -> None:
+        for task in self._work:
+            task.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+        self.fabric.close()
+        await self.crash()
+
+    def holds(self) -> str:
+        """The fabric's routes in the kernel, as text."""
+        shown = self.room.sh("ip -4 route show proto 157; ip -6 route show proto 157")
+        return "\n".join(line for line in shown.splitlines() if " metric 2048" in line)
+
+    async def until(self, holds: Callable[[], object], within: float = 15.0) -> None:
+        """Wait for it; what the kernel holds and the fabric says is shown if it does not come."""
+        try:
+            async with asyncio.timeout(within):
+                while not holds():
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"{self.holds()}\n{self.fabric.status()}") from None
+
+    def problems(self) -> str:
+        return "\n".join(self.fabric.problems())
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await open_store(f"sqlite://{tmp_path}/store.db")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def idle(store: Store, tmp_path: Path, container: Room) -> AsyncIterator[Agent]:
+    """An agent whose fabric does not run yet."""
+    container.sh(
+        "ip link add up0 type veth peer name p0; ip link set p0 up; ip link set up0 up; "
+        "ip address add 192.0.2.1/24 dev up0; ip address add 2001:db8::1/64 dev up0 nodad"
+    )
+    agent = Agent(tmp_path, store, container)
+    await agent.start()
+    agent.compose()
+    yield agent
+    await agent.end()
+
+
+@pytest.fixture
+async def agent(idle: Agent) -> Agent:
+    """An agent whose fabric runs, on one network ``web`` with the fabric vxlan."""
+    await network(idle.store, "10.64.0.0/20", "fd64::/112", name="web", fabric="vxlan", warm=0)
+    idle.run(idle.cluster.follow)
+    idle.run(idle.fabric.run)
+    return idle
+
+
+async def put(store: Store, key: str, value: bytes | None) -> None:
+    assert (await store.txn(Txn((), (Delete(key),) if value is None else (Put(key, value),)))).succeeded
+
+
+async def join(store: Store, name: str, block: str, *underlay: str) -> None:
+    """Another node with a block, as its agent would say it."""
+    record = NodeRecord(name=name, version="1", underlay=list(underlay), mac=mac_of(name), vxlan_port=4789)
+    await put(store, keys.NODES + name, record.encode())
+    await claim(store, name, block)
+
+
+async def claim(store: Store, name: str, block: str) -> None:
+    base, size = block.split("/")
+    record = Block(pool="web", size=int(size), node=name, claimed_at=0.0)
+    await put(store, keys.block_key(block_at(ip_address(base), int(size))), record.encode())
+
+
+async def assign(store: Store, name: str, ip: IPAddress) -> None:
+    record = Address(pool="web", state=AddressState.ASSIGNED, node=name, network="web", container_id="c")
+    await put(store, keys.address_key(ip), record.encode())
+
+
+async def test_nodes_come_change_and_go(agent: Agent) -> None:
+    store = agent.store
+    await join(store, "n2", OF_N2, "192.0.2.2")
+    await agent.until(lambda: OF_N2 in agent.holds())
+    await assign(store, "n2", ip_address("10.64.9.9"))
+    await agent.until(lambda: "10.64.9.9 via" in agent.holds())
+    await join(store, "n2", OF_N2, "192.0.2.22")
+    await agent.until(lambda: " dst 192.0.2.22 " in agent.room.sh(f"bridge fdb show dev {VXLAN_DEVICE}"))
+    await claim(store, "n3", OF_N2)
+    await agent.until(lambda: OF_N2 not in agent.holds())
+    assert f"{OF_N2} of node n3 is unreachable: nothing is known of that node" in agent.problems()
+    for key in (keys.NODES + "n2", keys.address_key(ip_address("10.64.9.9"))):
+        await put(store, key, None)
+    await agent.until(lambda: "10.64.9.9" not in agent.holds())
+    assert agent.room.sh(f"bridge fdb show dev {VXLAN_DEVICE}") == ""
+
+
+async def test_routes_name_the_devices_address_as_soon_as_there_is_one(agent: Agent) -> None:
+    await join(agent.store, "n2", OF_N2, "192.0.2.2")
+    await agent.until(lambda: agent.fabric.carried)
+    await agent.until(lambda: f"dev {VXLAN_DEVICE} src {agent.fabric.carried[0]} " in agent.holds())
+    assert agent.described > 0
+    before = agent.fabric.carried[0]
+    await set_network(agent.store, "web", NetworkChange(add=(ipam_nodes.PoolSpec("10.65.0.0/24"),)))
+    await set_network(agent.store, "web", NetworkChange(disable=("10.64.0.0/20",)))
+    await agent.until(lambda: agent.fabric.carried and str(agent.fabric.carried[0]).startswith("10.65."))
+    await agent.until(lambda: f"src {agent.fabric.carried[0]} " in agent.holds())
+    assert str(before) not in agent.room.sh("ip address")
+
+
+async def test_nothing_is_touched_before_the_cluster_was_listed(idle: Agent) -> None:
+    idle.room.sh("ip route add 10.64.9.0/26 via 192.0.2.9 proto 157 metric 2048")
+    idle.run(idle.fabric.run)
+    idle.fabric.kernel_changed()
+    await asyncio.sleep(0.3)
+    assert "10.64.9.0/26" in idle.holds()
+    idle.run(idle.cluster.follow)
+    await idle.until(lambda: idle.holds() == "")
+
+
+async def test_nothing_is_withdrawn_for_a_while_after_the_store_went_back_in_time(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fabric, "REWIND_GRACE", 2.0)
+    monkeypatch.setattr(fabric, "RESYNC_EVERY", 0.2)
+    await join(agent.store, "n2", OF_N2, "192.0.2.2")
+    await agent.until(lambda: OF_N2 in agent.holds())
+    agent.fabric.rewound()
+    agent.cluster.start_over()
+    for key in (keys.NODES + "n2", keys.block_key(block_at(ip_address("10.64.2.0"), 26))):
+        await put(agent.store, key, None)
+    await join(agent.store, "n3", OF_N3, "192.0.2.3")
+    await agent.until(lambda: OF_N3 in agent.holds())
+    assert OF_N2 in agent.holds()
+    await agent.until(lambda: OF_N2 not in agent.holds())
+    assert OF_N3 in agent.holds()
+
+
+async def test_an_address_that_moved_in_that_while_leads_where_it_is_now(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fabric, "RESYNC_EVERY", 0.2)
+    await join(agent.store, "n2", OF_N2, "192.0.2.2")
+    await join(agent.store, "n3", OF_N3, "192.0.2.3")
+    await agent.until(lambda: OF_N2 in agent.holds() and OF_N3 in agent.holds())
+    agent.fabric.rewound()
+    for _ in range(5):
+        for name in ("n3", "n2"):
+            hop = str(fabric.parse_peer(agent.cluster.nodes()[name]).mac)[-2:]
+            await claim(agent.store, name, OF_N2)
+            await agent.until(lambda hop=hop: f"{hop} dev" in line_of(OF_N2, agent.holds()))
+
+
+def line_of(destination: str, text: str) -> str:
+    return next((line for line in text.splitlines() if line.startswith(f"{destination} ")), "")
+
+
+async def test_without_an_underlay_address_there_is_no_tunnel_and_it_says_so(agent: Agent) -> None:
+    await agent.until(lambda: VXLAN_DEVICE in agent.room.sh("ip link"))
+    agent.fabric.underlay_changed(Underlay((), 1500, ()))
+    await agent.until(lambda: VXLAN_DEVICE not in agent.room.sh("ip link"))
+    assert "this node has no underlay address" in agent.problems()
+    agent.fabric.underlay_changed(UNDERLAY)
+    await agent.until(lambda: VXLAN_DEVICE in agent.room.sh("ip link") and not agent.fabric.problems())
+
+
+async def test_an_mtu_too_small_for_ipv6_is_said(agent: Agent) -> None:
+    agent.fabric.underlay_changed(replace(UNDERLAY, mtu=1300))
+    await agent.until(lambda: "leaves 1250 in the tunnel" in agent.problems())
+    assert "raise that of up0" in agent.problems()
+
+
+async def test_what_a_container_can_send_follows_from_underlay_and_fabric(agent: Agent) -> None:
+    await agent.until(agent.catalogue.networks)
+    (web,) = agent.catalogue.networks()
+    assert agent.fabric.mtu(web) == 1450
+    assert agent.fabric.mtu(web.with_(fabric="hostgw")) == 1500
+    agent.fabric.underlay_changed(replace(UNDERLAY, addresses=UNDERLAY.addresses[1:]))
+    assert agent.fabric.mtu(web) == 1430
+
+
+async def test_hostgw_to_a_node_elsewhere_is_said_and_works_when_that_is_mended(agent: Agent) -> None:
+    await set_network(agent.store, "web", NetworkChange(fabric="hostgw"))
+    await join(agent.store, "n2", OF_N2, "198.51.100.2")
+    await agent.until(lambda: "hostgw needs nodes on one segment" in agent.problems())
+    assert f"could not add the route to {OF_N2} via 198.51.100.2" in agent.problems()
+    assert "--fabric vxlan" in agent.problems()
+    agent.room.sh("ip address add 198.51.100.1/24 dev up0")
+    agent.fabric.kernel_changed()
+    await agent.until(lambda: OF_N2 in agent.holds() and not agent.fabric.problems())
+
+
+async def test_a_port_that_is_taken_is_said_and_used_when_it_is_free(agent: Agent) -> None:
+    await agent.until(lambda: VXLAN_DEVICE in agent.room.sh("ip link"))
+    agent.room.sh(f"ip link delete {VXLAN_DEVICE}")
+    taken = agent.room.udp(ip_address("0.0.0.0"), 4789)
+    agent.fabric.kernel_changed()
+    await agent.until(lambda: "give every agent another --vxlan-port" in agent.problems())
+    taken.close()
+    await agent.until(lambda: ",UP," in agent.room.sh(f"ip link show {VXLAN_DEVICE}"))
+    await agent.until(lambda: agent.problems() == "")
+
+
+async def test_the_last_tunnelled_network_takes_device_and_addresses_with_it(agent: Agent) -> None:
+    await agent.until(lambda: len(agent.fabric.carried) == 2)
+    await set_network(agent.store, "web", NetworkChange(fabric="none"))
+    await agent.until(lambda: VXLAN_DEVICE not in agent.room.sh("ip link") and agent.holds() == "")
+    await agent.until(lambda: agent.states() == {})
+    assert agent.fabric.carried == ()
+
+
+async def test_a_node_that_can_take_no_address_says_why(idle: Agent) -> None:
+    await idle.join()
+    idle.holder.drain.begin()
+    await network(idle.store, "10.64.0.0/20", name="web", fabric="vxlan")
+    idle.run(idle.cluster.follow)
+    idle.run(idle.fabric.run)
+    await idle.until(lambda: "the device has no IPv4 address" in idle.problems())
+    assert "node n1 is drained" in idle.problems()
+    assert VXLAN_DEVICE in idle.room.sh("ip link")

@@ -1,0 +1,160 @@
+"""What has to be in the kernel, worked out of other nodes' facts, whatever is in those."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipam.records import Node
+from isolator.fabric.plan import (
+    VXLAN_DEVICE,
+    Here,
+    Piece,
+    Plan,
+    Remote,
+    Route,
+    at_home,
+    host,
+    mac_of,
+    next_hop,
+    parse_peer,
+    towards,
+)
+
+B4, B6 = ip_network("10.64.3.0/26"), ip_network("fd64::c0/122")
+S4, S6 = ip_address("10.64.0.1"), ip_address("fd64::1")
+HERE = Here("n1", tunnel_family=4, link="eth0", sources={4: S4, 6: S6})
+MAC = mac_of("n2")
+HOP = next_hop(MAC)
+
+
+def node(**facts: Any) -> Node:
+    """What a node says of itself, which is all one needs to know unless told otherwise."""
+    known: dict[str, Any] = {
+        "underlay": ["192.0.2.2", "2001:db8::2", "fe80::2"],
+        "mac": MAC,
+        "vxlan_port": 4789,
+    }
+    return Node(name="n2", version="1", **{**known, **facts})
+
+
+def plan(fabric: str, here: Here = HERE, **facts: Any) -> tuple[Plan, list[str]]:
+    return towards(parse_peer(node(**facts)), [Piece(B4, fabric), Piece(B6, fabric)], here)
+
+
+def test_a_tunnel_is_one_next_hop_for_both_families() -> None:
+    assert plan("vxlan") == (
+        Plan(
+            routes={B4: Route(B4, HOP, VXLAN_DEVICE, S4), B6: Route(B6, HOP, VXLAN_DEVICE, S6)},
+            neighbours={HOP: MAC},
+            tunnels={MAC: Remote(ip_address("192.0.2.2"), 0)},
+        ),
+        [],
+    )
+
+
+def test_the_next_hop_is_the_link_local_address_of_the_mac() -> None:
+    assert next_hop("06:bc:73:63:2c:ee") == IPv6Address("fe80::4bc:73ff:fe63:2cee")
+
+
+def test_a_mac_follows_from_the_name_and_is_one_hosts_own() -> None:
+    macs = {mac_of(f"node-{number}") for number in range(2000)}
+    assert len(macs) == 2000
+    assert all(int(mac[:2], 16) & 3 == 2 for mac in macs)
+    assert mac_of("node-1") == mac_of("node-1")
+
+
+def test_hostgw_leads_to_the_nodes_own_addresses() -> None:
+    routes = {
+        B4: Route(B4, ip_address("192.0.2.2"), "eth0"),
+        B6: Route(B6, ip_address("2001:db8::2"), "eth0"),
+    }
+    assert plan("hostgw") == (Plan(routes=routes), [])
+
+
+def test_hostgw_needs_no_ipv6_address_but_the_link_local_one() -> None:
+    found, problems = plan("hostgw", underlay=["192.0.2.2", "fe80::2"])
+    assert found.routes[B6].via == ip_address("fe80::2")
+    assert problems == []
+
+
+def test_hostgw_carries_ipv4_over_a_segment_that_has_only_ipv6() -> None:
+    found, problems = plan("hostgw", underlay=["2001:db8::2", "fe80::2"])
+    assert {route.via for route in found.routes.values()} == {ip_address("2001:db8::2")}
+    assert problems == []
+
+
+def test_a_family_that_a_node_has_no_way_to_is_a_problem_and_the_other_goes_on() -> None:
+    found, (problem,) = plan("hostgw", underlay=["192.0.2.2"])
+    assert set(found.routes) == {B4}
+    assert "fd64::c0/122 of node n2 is unreachable" in problem
+    assert "--underlay" in problem
+
+
+def test_tunnels_of_different_ports_say_which_and_equal_ones_do_not() -> None:
+    found, _ = plan("vxlan", vxlan_port=8472)
+    assert found.tunnels[MAC].port == 8472
+    found, _ = plan("vxlan", Here("n1", 4, port=8472), vxlan_port=8472)
+    assert found.tunnels[MAC].port == 0
+
+
+def test_a_tunnel_over_ipv6_leads_to_the_ipv6_address() -> None:
+    found, _ = plan("vxlan", Here("n1", tunnel_family=6))
+    assert found.tunnels[MAC].ip == ip_address("2001:db8::2")
+
+
+@pytest.mark.parametrize(
+    ("here", "facts", "why"),
+    [
+        (Here("n1", tunnel_family=None), {}, "this node has no VXLAN device"),
+        (HERE, {"mac": ""}, "that node has no VXLAN device"),
+        (HERE, {"mac": "07:00:00:00:00:01"}, "that node has no VXLAN device"),
+        (Here("n1", tunnel_family=6), {"underlay": ["192.0.2.2", "fe80::2"]}, "runs over IPv6"),
+        (HERE, {"underlay": []}, "runs over IPv4"),
+    ],
+)
+def test_why_there_is_no_tunnel_is_said(here: Here, facts: dict[str, Any], why: str) -> None:
+    found, problems = plan("vxlan", here, **facts)
+    assert found == Plan()
+    assert len(problems) == 2
+    assert all(why in problem for problem in problems)
+
+
+def test_nothing_leads_to_a_network_without_a_fabric() -> None:
+    assert plan("none") == (Plan(), [])
+    assert at_home([Piece(B4, "none"), Piece(B6, "vxlan")]) == Plan({B6: Route(B6)})
+
+
+def test_one_address_is_a_network_of_its_own() -> None:
+    assert [str(host(ip)) for ip in (S4, S6)] == ["10.64.0.1/32", "fd64::1/128"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "eth0", "192.0.2.2/24", "0.0.0.0", "::", "127.0.0.1", "::1", "224.0.0.1", "ff02::1", "255.255.255.255",
+     "::ffff:192.0.2.9", "fe80::2%eth0", "192.0.2.2; reboot"],
+)  # fmt: skip
+def test_what_no_other_host_can_have_is_no_underlay_address(text: str) -> None:
+    peer = parse_peer(node(underlay=[text]))
+    assert (dict(peer.underlay), peer.link_local) == ({}, None)
+
+
+@given(st.lists(st.text(max_size=20) | st.ip_addresses().map(str)), st.text(max_size=20), st.integers())
+def test_whatever_a_node_says_the_plan_is_one_that_the_kernel_gives_back_alike(
+    underlay: list[str], mac: str, port: int
+) -> None:
+    found, _ = plan("vxlan", underlay=underlay, mac=mac, vxlan_port=port)
+    for mac_there, remote in found.tunnels.items():
+        assert mac_there == bytes.fromhex(mac_there.replace(":", "")).hex(":")
+        assert 0 <= remote.port < 65536
+        assert ip_address(remote.ip.packed) == remote.ip
+    assert set(found.neighbours.values()) == set(found.tunnels)
+
+
+def test_a_mac_in_capitals_is_the_same_mac() -> None:
+    found, _ = plan("vxlan", mac=MAC.upper())
+    assert set(found.tunnels) == {MAC}
