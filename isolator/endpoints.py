@@ -145,10 +145,7 @@ class Endpoints:
             self._kernel.check_namespace(spec.netns)
             if known is None:
                 known = await self._begin(spec, network)
-                if spec.reservation is not None:
-                    # It may have come here from another node, without a cooldown in which its last owner is forgotten.
-                    await self._kernel.forget_connections(known.ips)
-            attached = await self._connect(known)
+            attached = await self._connect(known, without_cooldown=spec.reservation is not None)
         asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
         return attached
 
@@ -285,9 +282,12 @@ class Endpoints:
             bandwidth=spec.bandwidth.within(network.max_bandwidth),
         )
 
-    async def _connect(self, endpoint: Endpoint) -> Endpoint:
+    async def _connect(self, endpoint: Endpoint, *, without_cooldown: bool = False) -> Endpoint:
         """Steps 4 to 6, and the one undo path."""
         try:
+            if without_cooldown:
+                # The address may come from another node, and what its last owner had is not forgotten here yet.
+                await self._kernel.forget_connections(endpoint.ips)
             await self._wire(endpoint)
             attached = replace(endpoint, state=EndpointState.ATTACHED)
             self._journal.save_endpoint(attached)

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ipam.keys import IPNetwork
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
 from isolator.model import Endpoint, IPAddress, PortMapping
 from isolator.netlink import (
     HostLink,
     HostRoute,
+    connections_of,
     delete_links,
     delete_routes,
     endpoint_links,
     endpoint_routes,
     flush_conntrack,
     flush_ports,
+    forget,
     shaper_links,
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
@@ -255,8 +256,9 @@ class Kernel:
         """Leave the table as it is."""
         await self._wiring.run(self._policy.adopt)
 
-    async def set_surroundings(self, surroundings: Surroundings) -> None:
-        await self._wiring.run(self._policy.set_surroundings, surroundings)
+    async def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
+        """Pools or networks changed; returns the addresses of endpoints that others may call now than before."""
+        return await self._wiring.run(self._policy.set_surroundings, surroundings)
 
     async def set_nodes(self, ips: Iterable[IPAddress]) -> None:
         await self._wiring.run(self._policy.set_nodes, frozenset(ips))
@@ -281,11 +283,15 @@ class Kernel:
 
     # -- connections
 
-    async def forget_connections(
-        self, ips: Iterable[IPAddress], among: Sequence[IPNetwork] | None = None
-    ) -> None:
-        """Delete the tracked connections of addresses; among: only those with both ends in one of these networks."""
-        await self._reaping.run(flush_conntrack, list(ips), among)
+    async def forget_connections(self, ips: Iterable[IPAddress]) -> None:
+        """Delete every tracked connection of addresses."""
+        await self._reaping.run(flush_conntrack, list(ips))
+
+    async def forget_forbidden(self, ips: Iterable[IPAddress]) -> None:
+        """Of those, only the ones to endpoints of this node that the policy would not let begin now."""
+        found = await self._reaping.run(connections_of, list(ips))
+        if found and (doomed := await self._wiring.run(self._policy.forbidden, found)):
+            await self._reaping.run(forget, doomed)
 
     async def forget_ports(self, mappings: Iterable[PortMapping]) -> None:
         """Delete the tracked UDP connections to ports that are mapped from now on."""

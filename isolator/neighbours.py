@@ -98,7 +98,7 @@ class Neighbours:
             self._changed.clear()
             if self._networks_changed:
                 self._networks_changed = False
-                await self._kernel.set_surroundings(surroundings(self._catalogue))
+                self.left(await self._kernel.set_surroundings(surroundings(self._catalogue)))
             if self._heard or cluster.listed.is_set():
                 await self._tell_of_others(cluster)
 
@@ -135,7 +135,7 @@ class Neighbours:
     # -- connections
 
     def left(self, ips: Sequence[IPAddress]) -> None:
-        """These addresses are in fewer netgroups than before: what they had between endpoints is forgotten soon."""
+        """These may call, or be called by, fewer than before: connections that are forbidden now are forgotten soon."""
         self._let_go(dict.fromkeys(ips, False))
 
     def _let_go(self, ips: dict[IPAddress, bool]) -> None:
@@ -153,11 +153,9 @@ class Neighbours:
             self._forget.clear()
             self._forgetting = None
             leaving, self._leaving = self._leaving, {}
-            pools = [pool.cidr for pool in self._catalogue.pools()]
             try:
                 await self._kernel.forget_connections([ip for ip, gone in leaving.items() if gone])
-                # A translated connection to the outside has nothing to do with netgroups, and would break.
-                await self._kernel.forget_connections([ip for ip, gone in leaving.items() if not gone], pools)
+                await self._kernel.forget_forbidden([ip for ip, gone in leaving.items() if not gone])
             except MoorageError:
                 self._let_go(leaving)
                 raise

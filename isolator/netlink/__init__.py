@@ -1,6 +1,6 @@
 """Netlink: messages as bytes, a socket that sends them in batches, namespaces, and what the kernel holds."""
 
-from isolator.netlink.conntrack import flush_conntrack, flush_ports
+from isolator.netlink.conntrack import Connection, connections_of, flush_conntrack, flush_ports, forget
 from isolator.netlink.inventory import (
     HostLink,
     HostRoute,
@@ -22,6 +22,7 @@ from isolator.netlink.witness import Seen, Witness
 __all__ = [
     "ENDPOINT_PREFIX",
     "ROUTE_PROTOCOL",
+    "Connection",
     "HostLink",
     "HostRoute",
     "HostRule",
@@ -30,6 +31,7 @@ __all__ = [
     "Node",
     "Seen",
     "Witness",
+    "connections_of",
     "delete_links",
     "delete_routes",
     "endpoint_links",
@@ -37,6 +39,7 @@ __all__ = [
     "fabric_routes",
     "flush_conntrack",
     "flush_ports",
+    "forget",
     "our_routes",
     "our_rules",
     "shaper_links",

@@ -12,10 +12,10 @@ from __future__ import annotations
 import errno
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
+from typing import NamedTuple
 
-from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec
 from isolator.netlink.codec import Message, Request, attribute
@@ -30,32 +30,44 @@ _PROTO_NUMBER, _PORT_DST = 1, 3  # CTA_PROTO_*
 _SOURCE_AND_DESTINATION = {4: (1, 2), 6: (3, 4)}  # CTA_IP_*
 
 
-def flush_conntrack(ips: Iterable[IPAddress], among: Sequence[IPNetwork] | None = None) -> None:
-    """Delete every entry that names one of the addresses: in either direction, as source or destination.
+class Connection(NamedTuple):
+    """A tracked connection: who began it, with whom, and the request that deletes it."""
 
-    among: only entries all of whose addresses are in one of these networks: what was translated, and would not find
-    its way again, is left alone.
+    source: IPAddress
+    target: IPAddress
+    deletion: Request
+
+
+def connections_of(ips: Iterable[IPAddress]) -> list[Connection]:
+    """Every entry that names one of the addresses: in either direction, as source or destination.
 
     In the namespace of the calling thread, over a socket of its own. Takes some 5 ms for the table's buckets
-    and 3 ms per 1,000 entries in it. Raises KernelRefused; a kernel that tracks nothing has nothing to forget.
+    and 3 ms per 1,000 entries in it. Raises KernelRefused; a kernel that tracks nothing has none.
     """
     wanted = frozenset(ips)
     if not wanted:
-        return
+        return []
     families = {ip.version for ip in wanted}
     family = (
         {4: socket.AF_INET, 6: socket.AF_INET6}[families.pop()] if len(families) == 1 else socket.AF_UNSPEC
     )
     packed = frozenset(ip.packed for ip in wanted)
+    return _found(family, _needles(wanted), lambda entry: _names(entry, packed))
 
-    def doomed(entry: codec.Attributes) -> bool:
-        return _names(entry, packed) and (among is None or _is_among(entry, among))
 
-    _flush(family, _needles(wanted), doomed)
+def forget(connections: Iterable[Connection]) -> None:
+    """Delete entries; those that are gone are fine. Raises KernelRefused."""
+    with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+        netfilter.execute([connection.deletion for connection in connections])
+
+
+def flush_conntrack(ips: Iterable[IPAddress]) -> None:
+    """Delete every entry that names one of the addresses; costs what ``connections_of`` does."""
+    forget(connections_of(ips))
 
 
 def flush_ports(ports: Iterable[int]) -> None:
-    """Delete every UDP entry whose first packet went to one of these ports; costs what flush_conntrack does.
+    """Delete every UDP entry whose first packet went to one of these ports; costs what ``connections_of`` does.
 
     A flow that began before its port was mapped would go on past the mapping for as long as it is kept up.
     """
@@ -69,20 +81,28 @@ def flush_ports(ports: Iterable[int]) -> None:
         is_udp = bytes(found.get(_PROTO_NUMBER, b"")) == bytes([socket.IPPROTO_UDP])
         return is_udp and bytes(found.get(_PORT_DST, b"")) in wanted
 
-    _flush(socket.AF_UNSPEC, needles, doomed)
+    forget(_found(socket.AF_UNSPEC, needles, doomed))
 
 
-def _flush(family: int, needles: re.Pattern[bytes], doomed: Callable[[codec.Attributes], bool]) -> None:
-    """Delete the entries that are doomed among those in which a needle is found."""
+def _found(
+    family: int, needles: re.Pattern[bytes], wanted: Callable[[codec.Attributes], bool]
+) -> list[Connection]:
+    """The entries that are wanted among those in which a needle is found."""
     listing = Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
-        deletions = [
-            _deletion(message.body[0], entry)
+        return [
+            Connection(*_ends(entry), _deletion(message.body[0], entry))
             for datagram in netfilter.stream(listing)
             for message in _suspects(datagram, needles)
-            if doomed(entry := codec.attributes(message.body, 4))
+            if wanted(entry := codec.attributes(message.body, 4))
         ]
-        netfilter.execute(deletions)
+
+
+def _ends(entry: codec.Attributes) -> tuple[IPAddress, IPAddress]:
+    """Source and destination of the first packet."""
+    ips = codec.attributes(codec.attributes(entry[_TUPLE_ORIG])[_TUPLE_IP])
+    source, target = _SOURCE_AND_DESTINATION[4 if _SOURCE_AND_DESTINATION[4][0] in ips else 6]
+    return ip_address(bytes(ips[source])), ip_address(bytes(ips[target]))
 
 
 def _needles(ips: Iterable[IPAddress]) -> re.Pattern[bytes]:
@@ -110,16 +130,6 @@ def _suspects(datagram: bytes, needles: re.Pattern[bytes]) -> Iterator[Message]:
 def _names(entry: codec.Attributes, packed: frozenset[bytes]) -> bool:
     """Whether one of the entry's tuples holds one of the addresses."""
     return any(_addresses(entry[kind]) & packed for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in entry)
-
-
-def _is_among(entry: codec.Attributes, networks: Sequence[IPNetwork]) -> bool:
-    """Whether all addresses of the entry's tuples are in one of the networks."""
-    found = {ip for kind in (_TUPLE_ORIG, _TUPLE_REPLY) if kind in entry for ip in _addresses(entry[kind])}
-    return all(any(_is_in(ip_address(ip), network) for network in networks) for ip in found)
-
-
-def _is_in(ip: IPAddress, network: IPNetwork) -> bool:
-    return ip.version == network.version and ip in network
 
 
 def _deletion(family: int, entry: codec.Attributes) -> Request:

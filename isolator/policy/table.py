@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipam.netgroups import PUBLIC
 from isolator.errors import KernelRefused
 from isolator.model import IPAddress
+from isolator.netlink.conntrack import Connection
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import kernel, ruleset
 from isolator.policy.book import Admission, Book, Change, Surroundings
@@ -33,6 +34,7 @@ class Policy:
         # The generations at which chains and rules, and elements, were last known to be right.
         self._intact_at = -1
         self._complete_at = -1
+        self._is_adopted = False
 
     def close(self) -> None:
         """Let go of the kernel; the table stays."""
@@ -65,12 +67,14 @@ class Policy:
         if keep_others:
             self._inherit_others(book)
         self._book = book
+        self._is_adopted = False
         self._fingerprint = None
         self._nft.run(ruleset.table(book), "restore all rules")
         self._trust()
 
     def adopt(self) -> None:
-        """Leave the table as an earlier agent left it, and take it for right."""
+        """Leave the table as an earlier agent left it, and take it for right until it is restored."""
+        self._is_adopted = True
         self._trust()
 
     def admit(self, admission: Admission) -> None:
@@ -96,7 +100,8 @@ class Policy:
 
         Returns the addresses that left a netgroup.
         """
-        left = [ip for ip, groups in changes if not set(self._book.netgroups(ip)) <= set(groups)]
+        before = self._book.others()
+        left = [ip for ip, groups in changes if not set(before.get(ip, ())) <= set(groups)]
         self._run(self._book.set_others(changes), "change the members of netgroups")
         return left
 
@@ -104,9 +109,17 @@ class Policy:
         """All endpoints of other nodes."""
         self._run(self._book.replace_others(known), "list the members of netgroups")
 
-    def set_surroundings(self, surroundings: Surroundings) -> None:
-        """Pools or networks are different."""
-        self._run(self._book.set_surroundings(surroundings), "replace the pools")
+    def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
+        """Pools or networks are different. Returns the addresses of endpoints that others may call now than before."""
+        before = self._book.admissions.copy()
+        wanted = self._book.set_surroundings(surroundings)
+        self._run(wanted, "replace the pools")
+        return [
+            ip
+            for name, admission in self._book.admissions.items()
+            if admission is not before.get(name)
+            for ip in admission.ips
+        ]
 
     def set_nodes(self, ips: Iterable[IPAddress]) -> None:
         """All addresses of nodes."""
@@ -190,7 +203,7 @@ class Policy:
     def wrong_sets(self) -> list[str]:
         """Sets and maps that do not hold what they should, as far as somebody else changed any rule of the node."""
         generation = kernel.generation(self._netfilter)
-        if generation == self._complete_at:
+        if generation == self._complete_at or self._is_adopted:
             return []
         everything = self._book.everything()
         names = {*self._set_names(), *everything.elements}
@@ -223,6 +236,16 @@ class Policy:
             return None
         caller = Caller(source, self._book.netgroups(source), source in self._book.nodes)
         return judge(caller, admission.callers)
+
+    def forbidden(self, connections: Iterable[Connection]) -> list[Connection]:
+        """Those that lead to an endpoint of this node, which whoever began them may not call (any more)."""
+        endpoints = {ip: name for name, admission in self._book.admissions.items() for ip in admission.ips}
+        found = []
+        for connection in connections:
+            verdict = self.may_call(connection.source, endpoints.get(connection.target, ""))
+            if verdict is not None and not verdict.allowed:
+                found.append(connection)
+        return found
 
     def macs(self) -> dict[str, str]:
         """host_ifname -> MAC of everything that may communicate now, as the kernel has it."""

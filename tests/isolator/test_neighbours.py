@@ -30,11 +30,12 @@ class StubKernel:
     others: dict[IPAddress, tuple[str, ...]] = field(default_factory=dict)
     nodes: set[IPAddress] = field(default_factory=set)
     replaced: int = 0
+    # (addresses, whether only what is forbidden now)
     forgotten: list[tuple[set[IPAddress], bool]] = field(default_factory=list)
     refuses: bool = False
 
-    async def set_surroundings(self, _: object) -> None:
-        pass
+    async def set_surroundings(self, _: object) -> list[IPAddress]:
+        return []
 
     async def set_nodes(self, ips: Iterable[IPAddress]) -> None:
         self.nodes = set(ips)
@@ -50,9 +51,13 @@ class StubKernel:
             raise KernelRefused("no")
         return left
 
-    async def forget_connections(self, ips: Iterable[IPAddress], among: object = None) -> None:
+    async def forget_connections(self, ips: Iterable[IPAddress]) -> None:
         if wanted := set(ips):
-            self.forgotten.append((wanted, among is not None))
+            self.forgotten.append((wanted, False))
+
+    async def forget_forbidden(self, ips: Iterable[IPAddress]) -> None:
+        if wanted := set(ips):
+            self.forgotten.append((wanted, True))
 
 
 @dataclass
@@ -137,7 +142,7 @@ async def test_this_nodes_own_endpoints_speak_for_themselves_and_nodes_are_no_en
     assert B not in stage.kernel.nodes
 
 
-async def test_connections_of_who_left_are_forgotten_and_only_between_endpoints_if_the_address_stays(
+async def test_connections_of_who_left_are_forgotten_and_only_forbidden_ones_if_the_address_stays(
     stage: Stage,
 ) -> None:
     stage.cluster.listed.set()
