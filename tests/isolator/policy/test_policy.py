@@ -14,7 +14,9 @@ import pytest
 from isolator.drivers.naming import mac_for
 from isolator.errors import KernelRefused
 from isolator.model import IPAddress, PortMapping
-from isolator.policy import Admission, Policy, Surroundings, ruleset
+from isolator.netlink import Connection
+from isolator.netlink.codec import Request
+from isolator.policy import Admission, Isolation, Policy, Surroundings, ruleset
 from isolator.policy.book import Book
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import (
@@ -312,6 +314,45 @@ def test_sets_that_somebody_tampered_with_are_named(container: Room, policy: Pol
     container.sh(f"nft '{tampering}'")
     assert container.do(policy.is_intact)
     assert container.do(policy.wrong_sets) == [tampering.split()[4]]
+
+
+def test_only_connections_to_own_endpoints_that_may_not_begin_now_are_forbidden(
+    container: Room, policy: Policy
+) -> None:
+    world, other, node = (ip_address(ip) for ip in ("192.0.2.2", "10.0.9.9", "192.0.2.9"))
+    one, public = endpoint(1), endpoint(2, "public")
+    container.do(policy.restore, [replace(one, isolation=Isolation(nodes=True)), public], AROUND)
+    container.do(policy.set_others, [(other, ("web",))])
+    container.do(policy.set_nodes, [node])
+    own, open_one = one.ips[0], public.ips[0]
+
+    def forbidden() -> set[tuple[str, str]]:
+        pairs = [
+            (world, own),
+            (other, own),
+            (node, own),
+            (world, open_one),
+            (own, world),
+            (own, other),
+            (own, open_one),
+        ]
+        nothing = Request(0, 0, b"", "")
+        found = container.do(policy.forbidden, [Connection(*pair, nothing) for pair in pairs])
+        return {(str(connection.source), str(connection.target)) for connection in found}
+
+    assert forbidden() == {(str(world), str(own))}
+    container.do(policy.set_others, [(other, ("db",))])
+    assert forbidden() == {(str(caller), str(own)) for caller in (world, other)}
+    around = replace(AROUND, isolation={"web": Isolation()})
+    assert container.do(policy.set_surroundings, around) == list(one.ips), (
+        "whose network says something else now"
+    )
+    assert forbidden() == {(str(caller), str(own)) for caller in (world, other, node)}
+    container.do(policy.admit, replace(public, netgroups=("db",)))
+    assert forbidden() == {
+        *((str(caller), str(own)) for caller in (world, other, node)),
+        *((str(caller), str(open_one)) for caller in (world, own)),
+    }
 
 
 @pytest.mark.parametrize("emptied", ["map inet moorage receivers4", "set inet moorage endpoints6"])
