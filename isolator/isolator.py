@@ -126,6 +126,7 @@ class Isolator:
             is_live=self._is_live,
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
+            preloads=not settings.gateway,
         )
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
@@ -205,7 +206,7 @@ class Isolator:
             lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
         )
         monitor.start(asyncio.get_running_loop())
-        changes = ChangeMonitor(self._underlay_changed.set)
+        changes = ChangeMonitor(self._underlay_changed.set, self._fabric.port)
         changes.start(asyncio.get_running_loop())
         try:
             async with asyncio.TaskGroup() as group:
@@ -344,6 +345,7 @@ class Isolator:
                 async with asyncio.timeout(UNDERLAY_EVERY):
                     await self._underlay_changed.wait()
             await asyncio.sleep(UNDERLAY_SETTLE)
+            told = self._underlay_changed.is_set()
             self._underlay_changed.clear()
             try:
                 found = await self._kernel.underlay(self._settings.underlay)
@@ -364,7 +366,7 @@ class Isolator:
                 self._underlay = found
                 self._fabric.underlay_changed(found)
                 self._describe()
-            else:
+            elif told:
                 self._fabric.kernel_changed()
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
@@ -482,7 +484,7 @@ class Isolator:
             case IntentKind.GIVE_BACK:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
-                return await self._holder.return_block(intent)
+                return await self._holder.return_block(intent, self._fabric.addresses_changed)
             case IntentKind.LABELS:
                 return await self._answer_labels(intent)
             case IntentKind.TRACE:

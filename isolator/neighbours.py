@@ -79,7 +79,8 @@ class Neighbours:
     def on_members(self, changes: Sequence[tuple[IPAddress, Member | None]]) -> None:
         """Addresses were assigned, changed netgroups, or are assigned no more."""
         for ip, member in changes:
-            self._members_changed[ip] = member
+            if self._heard:  # else all are read at once when all are there
+                self._members_changed[ip] = member
             is_nodes_own = member is not None and member.own
             if is_nodes_own != (ip in self._own_of_nodes):
                 (self._own_of_nodes.add if is_nodes_own else self._own_of_nodes.discard)(ip)

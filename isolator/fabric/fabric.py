@@ -11,14 +11,16 @@ agent left goes on working.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import time
 from collections.abc import Callable, Iterable
 
 import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
-from ipam.keys import Family, IPAddress
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.node_addresses import NodeAddresses
 from ipam.records import Network
 from ipam.sync import REWIND_GRACE
@@ -45,8 +47,17 @@ log = structlog.get_logger(__name__)
 RESYNC_EVERY = 5.0
 """Seconds between comparisons with all that the kernel holds."""
 
+RESYNC_SHARE = 0.005
+"""Of the time, that comparisons may take which nothing gave cause for: with a thousand nodes they come less often."""
+
+RESYNC_SELDOM = 60.0
+"""Seconds between them at most."""
+
 SETTLE = 0.05
 """Seconds in which changes gather before they are carried out."""
+
+ADDRESS_PATIENCE = 1.0
+"""Seconds that the first routes wait for the device's addresses, which they name: else all are made twice."""
 
 ADDRESS_RETRY = 10.0
 """Seconds before an address for the device is asked for again."""
@@ -87,10 +98,13 @@ class Fabric:
         self._plans: dict[str, Plan] = {}
         self._problems: dict[str, list[str]] = {}
         self._dirty: set[str] = set()
+        self._begun = False
         self._all_dirty = True
         self._resync_due = True
+        self._resync_every = RESYNC_EVERY
         self._wake = asyncio.Event()
         self._addresses_due = asyncio.Event()
+        self._addresses_settled = asyncio.Event()
         self._missing: dict[Family, str] = {}
         self._device: DeviceSpec | None = None
         self._device_problem = ""
@@ -136,6 +150,11 @@ class Fabric:
         self._keep_until = asyncio.get_running_loop().time() + REWIND_GRACE
 
     # -- what others need to know
+
+    @property
+    def port(self) -> int:
+        """Of the netlink socket through which all is done."""
+        return self._kernel.port
 
     def mtu(self, network: Network) -> int:
         """Bytes that a container on ``network`` can send in one packet."""
@@ -206,6 +225,11 @@ class Fabric:
 
     def problems(self) -> list[str]:
         """Sentences about what is not as it should be."""
+        if not self._begun:
+            return [
+                "the store has not said yet which nodes there are, so what an earlier agent left in the kernel stays "
+                "as it is; see that the store answers"
+            ]
         found = [self._device_problem] if self._device_problem else []
         found += [
             f"the device has no IPv{family} address, so processes of this node reach no containers elsewhere: {why}"
@@ -219,7 +243,7 @@ class Fabric:
         """Keep the kernel as it should be, until cancelled."""
         await self._cluster.listed.wait()
         await self._until_known()
-        self._all_dirty = True
+        self._begun = self._all_dirty = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_kernel())
             group.create_task(self._keep_addresses())
@@ -231,10 +255,13 @@ class Fabric:
             await asyncio.sleep(KNOWN_POLL)
 
     async def _keep_kernel(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ADDRESS_PATIENCE):
+                await self._addresses_settled.wait()
         while True:
             await self._settle()
             try:
-                async with asyncio.timeout(RESYNC_EVERY):
+                async with asyncio.timeout(self._resync_every):
                     await self._wake.wait()
             except TimeoutError:
                 self._resync_due = True
@@ -247,6 +274,7 @@ class Fabric:
             if missing and missing != self._missing:
                 log.warning("fabric device lacks an address", why="; ".join(missing.values()))
             self._missing = missing
+            self._addresses_settled.set()
             self._wake.set()  # the device gets what it lacks, and what it has lost is freed
             try:
                 async with asyncio.timeout(ADDRESS_RETRY):
@@ -342,7 +370,11 @@ class Fabric:
         return before, after.over(before) if self._keeps() else after
 
     def _plan_of(self, name: str, fabrics: dict[str, str], here: Here) -> tuple[Plan, list[str]]:
-        blocks = [Piece(b.cidr, fabrics.get(b.pool, "none")) for b in self._cluster.blocks_of(name)]
+        blocks = [
+            Piece(block.cidr, fabrics.get(block.pool, "none"))
+            for block in self._cluster.blocks_of(name)
+            if not self._is_away(block.cidr, name)
+        ]
         if name == self._node:
             return at_home(blocks), []
         away = (Piece(host(ip), fabrics.get(pool, "none")) for ip, pool in self._cluster.strays_of(name))
@@ -351,6 +383,11 @@ class Fabric:
         if record is None:
             return Plan(), _unknown(name, pieces)
         return towards(parse_peer(record), pieces, here)
+
+    def _is_away(self, block: IPNetwork, owner: str) -> bool:
+        """Whether a block is one address, and another node has that: then it is that node's to lead to."""
+        holding = self._cluster.holder_of(block.network_address) if block.num_addresses == 1 else None
+        return holding is not None and holding.node != owner
 
     def _here(self) -> Here:
         return Here(
@@ -370,7 +407,10 @@ class Fabric:
         desired = Plan()
         for plan in self._plans.values():
             desired.add(plan)
+        begun = time.monotonic()
         done, refused = await self._kernel.resync(desired, keep=self._keeps())
+        took = time.monotonic() - begun
+        self._resync_every = min(max(RESYNC_EVERY, took / RESYNC_SHARE), RESYNC_SELDOM)
         if done:
             log.info("fabric made as it should be", changes=len(done), such_as=done[:5])
         self._note(refused)
