@@ -193,6 +193,7 @@ def test_sigterm_ends_the_agent_with_0_and_leaves_containers_running(node: LabNo
 
 def test_an_address_is_released_only_when_nobody_carries_it_unless_forced(node: LabNode) -> None:
     with node.container() as container:
+        living = container.namespace.start("sleep", "1000")
         ip = container.add("web").ips[4]
         eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
         refused = node.cli("ip", "release", ip, check=False)
@@ -200,6 +201,21 @@ def test_an_address_is_released_only_when_nobody_carries_it_unless_forced(node: 
         assert container.id in refused.stdout + refused.stderr
         assert node.namespace.pings(ip)
         node.cli("ip", "release", ip, "--force")
+        assert_nothing_left(node)
+        living.kill()
+        living.wait()
+
+
+def test_a_namespace_without_a_process_carries_its_address_no_longer(node: LabNode) -> None:
+    with node.container() as container:
+        living = container.namespace.start("sleep", "1000")
+        ip = container.add("web").ips[4]
+        eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
+        living.kill()
+        living.wait()
+        # Its handle is still mounted, so that namespace and interface are there.
+        assert node.namespace.pings(ip)
+        node.cli("ip", "release", ip)
         assert_nothing_left(node)
 
 
