@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from itertools import chain
 from typing import TypeVar
 
 from ipam.keys import IPNetwork
@@ -226,7 +227,8 @@ class Book:
 
     def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> Change:
         """All there is to know of other nodes' endpoints."""
-        return self.set_others([*((ip, ()) for ip in self._others if ip not in known), *known.items()])
+        gone = [ip for ip in self._others if ip not in known]
+        return self.set_others(chain(((ip, ()) for ip in gone), known.items()))
 
     def knows(self, ip: IPAddress) -> bool:
         """Whether an address is an endpoint's, here or elsewhere."""
