@@ -85,7 +85,7 @@ class Agent(ipam_nodes.Node):
         shown = self.room.sh("ip -4 route show proto 157; ip -6 route show proto 157")
         return "\n".join(line for line in shown.splitlines() if " metric 2048" in line)
 
-    async def until(self, holds: Callable[[], object], within: float = 15.0) -> None:
+    async def until(self, holds: Callable[[], object], within: float = 80.0) -> None:
         """Wait for it; what the kernel holds and the fabric says is shown if it does not come."""
         try:
             async with asyncio.timeout(within):
