@@ -25,6 +25,7 @@ from benchmarks import (
     idle,
     large,
     outage,
+    policy,
     scale,
     throughput,
 )
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "large": large.rows,
     "fabric-throughput": throughput.rows,
     "follow": follow.rows,
+    "policy": policy.rows,
 }
 
 

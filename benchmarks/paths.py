@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from moorage.lab import Lab, LabNode, Namespace, unique
 from moorage.lab.switch import UPLINK, address
@@ -29,6 +30,10 @@ FABRICS = {"hostgw": "10.64.0.0/16", "vxlan": "10.65.0.0/16"}
 VXLAN_OVERHEAD = 50
 
 
+Way: TypeAlias = tuple[str, str]
+"""Which way, and whose."""
+
+
 @dataclass(frozen=True, slots=True)
 class Path:
     """From ``client`` to ``server``, which has ``ip``."""
@@ -39,8 +44,8 @@ class Path:
 
 
 @contextlib.contextmanager
-def paths() -> Iterator[dict[tuple[str, str], Path]]:
-    """(which way, whose) -> path; all of them work."""
+def paths() -> Iterator[dict[Way, Path]]:
+    """All ways, working."""
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(nodes=2, etcd=1))
         lab.start()

@@ -297,6 +297,20 @@ class Holder:
             and endpoint in (None, (held.record.container_id, held.record.ifname))
         ]
 
+    def plan_netgroups(
+        self, ips: Sequence[IPAddress], endpoint: tuple[str, str], netgroups: Sequence[str]
+    ) -> list[AddressRow]:
+        """The rows that give an endpoint's addresses other netgroups; changes nothing."""
+        entries = [self._shelf.held.get(ip) for ip in ips]
+        return [
+            AddressRow(held.ip, held.record.with_(netgroups=list(netgroups)), held.revision, True)
+            for held in entries
+            if held is not None
+            and held.record is not None
+            and held.state is AddressState.ASSIGNED
+            and endpoint == (held.record.container_id, held.record.ifname)
+        ]
+
     def accept(self, rows: Sequence[AddressRow]) -> None:
         """Rows of a plan stand in the journal, or will when its disk is mended: tell the store."""
         for row in rows:

@@ -14,7 +14,7 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, block, endpoint, ip, lab, network, node, status, store
+from moorage.cli import agent, block, doctor, endpoint, ip, lab, network, node, policy, status, store
 from moorage.cli.session import Session
 
 
@@ -82,8 +82,10 @@ for group in (
     ip.ip,
     endpoint.endpoint,
     node.node,
+    policy.policy,
     store.store,
     status.status,
+    doctor.doctor,
     lab.lab,
 ):
     cli.add_command(group)
