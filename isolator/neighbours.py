@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 TUNNEL = "vxlan"
 """The fabric by which packets arrive on a device of its own."""
 
+TELL_TOGETHER = 0.05
+"""Seconds in which changes gather before the kernel is told: each transaction costs more than an element in it."""
+
 FORGET_TOGETHER = 1.0
 """Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many.
 Members of a netgroup are judged without connections, so nothing between them waits for this."""
@@ -98,6 +101,7 @@ class Neighbours:
         """
         while True:
             await self._changed.wait()
+            await asyncio.sleep(TELL_TOGETHER)
             self._changed.clear()
             if self._networks_changed:
                 self._networks_changed = False
