@@ -25,7 +25,7 @@ LARGEST_OF_AN_AGENT = 64 * 1024 * 1024
 """Bytes; an agent's state has all tasks that it remembers, some KiB each."""
 
 
-class _Value(msgspec.Struct):
+class _Value(msgspec.Struct, frozen=True):
     value: str = ""
 
 
@@ -51,7 +51,7 @@ class _Marked(msgspec.Struct):
     id: _Value
 
 
-class _MarkedList(msgspec.Struct):
+class _MarkedList(msgspec.Struct, frozen=True):
     slaves: list[_Marked] = []
 
 
@@ -59,7 +59,7 @@ class _Admitted(msgspec.Struct):
     info: _AgentInfo
 
 
-class _AdmittedList(msgspec.Struct):
+class _AdmittedList(msgspec.Struct, frozen=True):
     slaves: list[_Admitted] = []
 
 

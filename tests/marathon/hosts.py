@@ -104,6 +104,7 @@ class Host(Agent):
         self._truth = truth
         self._chance = chance
         self._boots = 0
+        self.dead_id = ""
         self.node = SimulatedNode(directory, store, name, cooldown=0.5)
         self._membership: Membership | None = None
         self._spool: list[Life] = []
@@ -127,7 +128,10 @@ class Host(Agent):
             self._unsent.clear()
         dead = list(self.containers.values())
         self.containers.clear()
-        self.start()
+        self.start()  # one that was marked gone meanwhile is told so, and has to begin anew
+        if not self.id:
+            dead.clear()
+            self._connect()
         for container in dead if keeps_state else ():
             self.report(container, "TASK_GONE", "Executor terminated", "REASON_EXECUTOR_TERMINATED")
         await self.start_agent()
@@ -135,6 +139,7 @@ class Host(Agent):
     async def power_off(self) -> None:
         """All that ran is dead, and nobody is told."""
         self.is_on = False
+        self.dead_id = self.id
         self.stop()
         await self.kill_agent()
         for container in self.containers.values():
@@ -162,7 +167,11 @@ class Host(Agent):
         node.run_beside(self._membership.keep, intents.run)
         for ip, held in node.holder.assigned().items():
             life = self._truth.lives.get(held.record.container_id) if held.record else None
-            if life is None or life.host != self.name or (life.ended is not None and self._rebooted_since(life)):
+            if (
+                life is None
+                or life.host != self.name
+                or (life.ended is not None and self._rebooted_since(life))
+            ):
                 self._release([ip])
         self.up_since = time.monotonic()
         spooled, self._spool = self._spool, []
@@ -239,7 +248,7 @@ class Host(Agent):
             self._tell_whose(container, life)
 
     def _tell_whose(self, container: Contained, life: Life) -> None:
-        """The moorage agent has asked the Mesos agent which task it is; as moorage/agent.py does, off the ADD's path."""
+        """The moorage agent has asked the Mesos agent which task it is, off the ADD path."""
         if not self.serves:
             return
         task = container.tasks[0]
@@ -285,7 +294,7 @@ class Host(Agent):
             self._unseen.append(container)
 
     def report_gone(self, container: Contained) -> None:
-        """TASK_GONE for one task of an agent that lives, as after an error of its containerizer; the process goes on."""
+        """TASK_GONE for one task of an agent that lives; the process goes on for a while."""
         self.report(container, "TASK_GONE", "Executor terminated", "REASON_EXECUTOR_TERMINATED")
         self._spawn(self._end_slowly(container))
 
