@@ -12,7 +12,7 @@ import pytest
 from tests.marathon import history
 
 GRACE = 1.5
-STEPS = 300
+STEPS = 3000
 PAUSE = 0.03
 
 pytestmark = pytest.mark.slow
