@@ -69,9 +69,11 @@ setup(
         "msgspec>=0.19,<1",
         "pip-nftables>=1.0.2.post1,<2",
         "protobuf>=4.25,<8",
+        "requests>=2.31,<3",
         "rich>=13.7,<16",
         "structlog>=24.1,<27",
         "tenacity>=9,<10",
+        "urllib3>=2.1,<3",
     ],
     extras_require={
         "test": [
@@ -82,6 +84,7 @@ setup(
             "pytest-asyncio>=1,<2",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<0.18",
+            "types-requests>=2.31,<3",
         ],
     },
     zip_safe=False,

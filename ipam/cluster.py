@@ -334,6 +334,8 @@ class Cluster:
             self._place_stray(place, holding, piece)
         if (before.member if before else None) != (member := holding.member if holding else None):
             self._changed_members[place] = member
+        if piece.size == BITS[family] and piece.owner:
+            self._changed_nodes.add(piece.owner)  # the whole block is elsewhere now, or back
         self._keep(family, piece)
 
     def _place_stray(self, place: _Place, holding: Holding, piece: _Slice) -> None:

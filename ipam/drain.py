@@ -84,7 +84,7 @@ class Drain:
         counts: Counter[tuple[str, int, str]] = Counter()
         for ip, held in self._holdings.shelf.held.items():
             if held.record is not None and not held.is_asked_for:
-                counts[held.record.network, ip.version, held.record.state.value] += 1
+                counts[held.record.network, ip.version, held.record.use] += 1
         return {
             "done": self.confirmed or not self.is_on,
             "drained": self.is_on,

@@ -66,7 +66,7 @@ class Holder:
 
     is_live: asked, when syncing, whether an endpoint carries an address that the journal does not know.
     on_conflict: told when the store names another owner for an address that an endpoint uses.
-    cooldown: seconds.
+    cooldown: seconds. preloads: not on a node that runs no containers.
     """
 
     def __init__(
@@ -81,13 +81,14 @@ class Holder:
         is_live: IsLive,
         on_conflict: Callable[[Conflict], None],
         cooldown: float = COOLDOWN,
+        preloads: bool = True,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._is_live = is_live
         outage = Outage(self._on_away)
         self._writer = Writer(store, node, instance, boot_id, outage)
-        self._holdings = Holdings(node, catalogue, journal, outage, on_conflict, cooldown)
+        self._holdings = Holdings(node, catalogue, journal, outage, on_conflict, cooldown, preloads)
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings)
         self._named = Named(store, self._holdings)
@@ -348,9 +349,11 @@ class Holder:
         key = str(evidence.get("reservation", ""))
         return await self._generosity.give_back_ip(ip, intent.mod_revision, key)
 
-    async def return_block(self, intent: Intent) -> dict[str, Any]:
+    async def return_block(
+        self, intent: Intent, on_returning: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """The answer to an intent of kind `return-block`. Raises InvalidInput."""
-        return await return_block(self._holdings, str(intent.evidence.get("block", "")))
+        return await return_block(self._holdings, str(intent.evidence.get("block", "")), on_returning)
 
     # -- looking in
 
@@ -381,6 +384,10 @@ class Holder:
         """What this node knows of one address of its own."""
         return self._shelf.held.get(ip)
 
+    def is_returning(self, ip: IPAddress) -> bool:
+        """Whether an address lies in a block that is being returned; ipam/return_block.py."""
+        return any(block.version == ip.version and ip in block for block in self._holdings.returning)
+
     def pools_of_blocks(self) -> set[str]:
         """The pools that this node has blocks of."""
         return {row.pool for row in self._holdings.blocks.values()}
@@ -394,7 +401,7 @@ class Holder:
         counts: Counter[tuple[str, int, str]] = Counter()
         for ip, held in self._shelf.held.items():
             if held.record is not None and not held.is_asked_for:
-                counts[held.record.network, ip.version, held.record.state.value] += 1
+                counts[held.record.network, ip.version, held.record.use] += 1
         return {
             "in_sync": not self.problem,
             "drained": self._holdings.drained,

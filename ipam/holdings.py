@@ -81,6 +81,7 @@ class Holdings:
     asking: who waits for one certain address to become warm.
     serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
     not when another agent writes for this node; then only after the next sync.
+    preloads: whether networks that want it are kept ready before anybody used them.
     drained: nothing is given out or kept ready; ipam/drain.py.
     reconsider: what may lie ready here may be different now; upkeep looks at all of it, then takes this back.
     returning: own blocks that an operator wants returned; ipam/return_block.py.
@@ -96,8 +97,10 @@ class Holdings:
         outage: Outage,
         on_conflict: Callable[[Conflict], None],
         cooldown: float,
+        preloads: bool = True,
     ) -> None:
         self.node = node
+        self.preloads = preloads
         self.catalogue = catalogue
         self.journal = journal
         self.cooldown = cooldown
@@ -152,7 +155,7 @@ class Holdings:
 
     def keeps_warm(self, network: Network) -> bool:
         """Whether addresses of the network are kept ready here."""
-        return network.name in self.used or network.preload
+        return network.name in self.used or (network.preload and self.preloads)
 
     @property
     def trouble(self) -> str:

@@ -19,7 +19,7 @@ from ipam import keys
 from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
 from ipam.permissions import check_rules
 from ipam.pools import NAME, geometry, overlapping, parse_pool
-from ipam.records import FABRICS, Address, AddressState, Block, Network, Pool, Reservation
+from ipam.records import FABRICS, OWN, Address, AddressState, Block, Network, Pool, Reservation
 from ipam.store.base import (
     Compare,
     Delete,
@@ -42,7 +42,7 @@ MAX_WARM = 4096
 MAX_POOLS = 32
 """Pools of one network; they are created and deleted in one transaction."""
 
-UNREADABLE, OWN = "unreadable", "own"
+UNREADABLE = "unreadable"
 CHANGE_TRIES = 50
 """Each try fails only because another change succeeded, so this bounds concurrent operators."""
 
@@ -205,7 +205,7 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
     async for kv in scan(store, *keys.address_range(shape.cidr)):
         try:
             address = Address.decode(kv.key, kv.value)
-            counts[address.node, OWN if address.is_nodes_own else address.state.value] += 1
+            counts[address.node, address.use] += 1
         except StoreError:
             counts["?", UNREADABLE] += 1
     by_node: dict[str, dict[str, int]] = {}

@@ -65,7 +65,8 @@ class NodeAddresses:
         kept: set[Family] = set()
         self._unwanted.clear()
         for ip in self._mine():
-            if ip.version not in kept and any(ip in pool.cidr for pool in pools[ip.version]):
+            in_pool = any(ip in pool.cidr for pool in pools[ip.version]) and not self._holder.is_returning(ip)
+            if ip.version not in kept and in_pool:
                 kept.add(ip.version)
             else:
                 self._unwanted.add(ip)

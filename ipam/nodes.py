@@ -149,7 +149,7 @@ async def get_node(store: Store, name: str) -> NodeDetail:
     counts: Counter[tuple[str, int, str]] = Counter()
     kept: Counter[str] = Counter()
     async for kv, address in _addresses(store, name):
-        counts[address.network, keys.ip_of(kv.key).version, address.state.value] += 1
+        counts[address.network, keys.ip_of(kv.key).version, address.use] += 1
         if _may_be_used(address, drained=node.drained):
             kept[address.state.value] += 1
     blocks = [str(block_at(keys.ip_of(kv.key), block.size)) for kv, block in await _blocks(store, name)]
@@ -277,7 +277,7 @@ async def remove_node(
     page: list[KeyValue] = []
     async for kv, address in _addresses(store, name):
         page.append(kv)
-        counts[address.state.value] += 1
+        counts[address.use] += 1
         if len(page) == PAGE:
             await _delete(store, name, guards, page)
             page.clear()

@@ -120,6 +120,10 @@ NODE_ENGINE = "moorage"
 """The engine of addresses that no container has: those of the nodes' own fabric devices."""
 
 
+OWN = "own"
+"""What those are counted as, where addresses are counted by state."""
+
+
 class AddressState(enum.StrEnum):
     """warm -> assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py."""
 
@@ -155,6 +159,11 @@ class Address(Record, frozen=True, kw_only=True):
     def is_nodes_own(self) -> bool:
         """Whether it is the node's own address, no container's."""
         return self.state is AddressState.ASSIGNED and self.engine == NODE_ENGINE
+
+    @property
+    def use(self) -> str:
+        """What it is counted as: its state, or OWN."""
+        return OWN if self.is_nodes_own else self.state.value
 
 
 class Reservation(Record, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from ipaddress import ip_network
 from typing import Any
 
@@ -19,8 +20,13 @@ LOOK = 0.01
 """Seconds between looks whether the block is returned."""
 
 
-async def return_block(holdings: Holdings, text: str) -> dict[str, Any]:
-    """Free what is warm in a block and return it. {"done", "why": what is in it}. Raises InvalidInput."""
+async def return_block(
+    holdings: Holdings, text: str, on_returning: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Free what is warm in a block and return it. {"done", "why": what is in it}. Raises InvalidInput.
+
+    on_returning: told when it may be returned but for the node's own address, which is to move elsewhere.
+    """
     try:
         block = ip_network(text)
     except ValueError as error:
@@ -34,9 +40,10 @@ async def return_block(holdings: Holdings, text: str) -> dict[str, Any]:
     holdings.returning.add(block)
     try:
         for held in list(holdings.shelf.held.values()):
-            if held.record is not None and held.ip.version == block.version and held.ip in block:
+            if held.state is AddressState.WARM and held.ip.version == block.version and held.ip in block:
                 holdings.shelf.want(held, None)
         holdings.wake.set()
+        on_returning()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURN_WITHIN):
                 while True:
@@ -59,4 +66,5 @@ def _in_use(holdings: Holdings, block: IPNetwork) -> list[str]:
         if ip.version == block.version
         and ip in block
         and (held.lent or held.dirty or held.state is not AddressState.WARM)
+        and not (held.record is not None and held.record.is_nodes_own)
     ]

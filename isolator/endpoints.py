@@ -329,7 +329,10 @@ class Endpoints:
             return True
 
     async def _is_gone(self, endpoint: Endpoint) -> bool:
-        if endpoint.state is EndpointState.DETACHING or endpoint.host_ifname not in await self._kernel.links():
+        if (
+            endpoint.state is EndpointState.DETACHING
+            or endpoint.host_ifname not in await self._kernel.links()
+        ):
             return True
         return may_be_vacant(endpoint) and await self._kernel.is_vacant(endpoint)
 

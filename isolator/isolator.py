@@ -122,6 +122,7 @@ class Isolator:
             is_live=self._is_live,
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
+            preloads=not settings.gateway,
         )
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
@@ -494,7 +495,7 @@ class Isolator:
             case IntentKind.GIVE_BACK:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
-                return await self._holder.return_block(intent)
+                return await self._holder.return_block(intent, self._fabric.addresses_changed)
             case IntentKind.TRACE:
                 return await self._tracer.answer(intent.evidence)
             case IntentKind.DRAIN:

@@ -106,7 +106,7 @@ class Listener:
         term = Term(leadership, book, feed, passes, self._marathon.url, self._timing)
         feed.start()
         try:
-            await _first_of(book.follow(), leadership.lost(), actions.run(), term.listen(), term.tell())
+            await first_of(book.follow(), leadership.lost(), actions.run(), term.listen(), term.tell())
         finally:
             feed.stop()
 
@@ -116,7 +116,7 @@ def whereabouts() -> str:
     return f"{socket.gethostname()}, pid {os.getpid()}"
 
 
-async def _first_of(*work: Coroutine[Any, Any, None]) -> None:
+async def first_of(*work: Coroutine[Any, Any, None]) -> None:
     """Run side by side until one ends, and end as that one did."""
     tasks = [asyncio.create_task(each) for each in work]
     try:

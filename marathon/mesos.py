@@ -29,25 +29,25 @@ class _Value(msgspec.Struct, frozen=True):
     value: str = ""
 
 
-class _AgentInfo(msgspec.Struct):
+class _AgentInfo(msgspec.Struct, frozen=True):
     id: _Value = _Value()
 
 
-class _Registered(msgspec.Struct):
+class _Registered(msgspec.Struct, frozen=True):
     agent_info: _AgentInfo
 
 
-class _GetAgents(msgspec.Struct):
+class _GetAgents(msgspec.Struct, frozen=True):
     agents: list[_Registered] = []
     # A master that has just taken over names here those that it waits for, without anything around them.
     recovered_agents: list[_AgentInfo] = []
 
 
-class _GetAgentsAnswer(msgspec.Struct):
+class _GetAgentsAnswer(msgspec.Struct, frozen=True):
     get_agents: _GetAgents
 
 
-class _Marked(msgspec.Struct):
+class _Marked(msgspec.Struct, frozen=True):
     id: _Value
 
 
@@ -55,7 +55,7 @@ class _MarkedList(msgspec.Struct, frozen=True):
     slaves: list[_Marked] = []
 
 
-class _Admitted(msgspec.Struct):
+class _Admitted(msgspec.Struct, frozen=True):
     info: _AgentInfo
 
 
@@ -63,7 +63,7 @@ class _AdmittedList(msgspec.Struct, frozen=True):
     slaves: list[_Admitted] = []
 
 
-class _Registry(msgspec.Struct):
+class _Registry(msgspec.Struct, frozen=True):
     slaves: _AdmittedList = _AdmittedList()
     unreachable: _MarkedList = _MarkedList()
     gone: _MarkedList = _MarkedList()
@@ -120,12 +120,12 @@ class AgentFacts:
     over: frozenset[str]
 
 
-class _Task(msgspec.Struct):
+class _Task(msgspec.Struct, frozen=True):
     id: str = ""
     statuses: list[dict[str, Any]] = []
 
 
-class _Executor(msgspec.Struct):
+class _Executor(msgspec.Struct, frozen=True):
     id: str = ""
     container: str = ""
     tasks: list[_Task] = []
@@ -133,20 +133,20 @@ class _Executor(msgspec.Struct):
     completed_tasks: list[_Task] = []
 
 
-class _Framework(msgspec.Struct):
+class _Framework(msgspec.Struct, frozen=True):
     id: str = ""
     executors: list[_Executor] = []
     completed_executors: list[_Executor] = []
 
 
-class _State(msgspec.Struct):
+class _State(msgspec.Struct, frozen=True):
     id: str = ""
     hostname: str = ""
     frameworks: list[_Framework] = []
     completed_frameworks: list[_Framework] = []
 
 
-class _ContainerId(msgspec.Struct):
+class _ContainerId(msgspec.Struct, frozen=True):
     value: str
     parent: _ContainerId | None = None
 
@@ -154,17 +154,17 @@ class _ContainerId(msgspec.Struct):
         return self.value if self.parent is None else f"{self.parent}.{self.value}"
 
 
-class _Container(msgspec.Struct):
+class _Container(msgspec.Struct, frozen=True):
     container_id: _ContainerId
     executor_id: _Value = _Value()
     framework_id: _Value = _Value()
 
 
-class _GetContainers(msgspec.Struct):
+class _GetContainers(msgspec.Struct, frozen=True):
     containers: list[_Container] = []
 
 
-class _GetContainersAnswer(msgspec.Struct):
+class _GetContainersAnswer(msgspec.Struct, frozen=True):
     get_containers: _GetContainers
 
 

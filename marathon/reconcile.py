@@ -87,12 +87,14 @@ class GoneNode:
 class Judgement:
     """What ``judge`` found.
 
-    counts: addresses by verdict. findings: all verdicts but LIVE and OTHER. verify, remove: what is due now.
-    sightings: to be given to the next call. next_due: when something becomes due that is not yet, None if nothing does.
+    counts: addresses by verdict. findings: all verdicts but LIVE and OTHER. gone: all nodes that are.
+    verify, remove: what is due now. sightings: to be given to the next call. next_due: when something becomes due that
+    is not yet, None if nothing does.
     """
 
     counts: Counter[Verdict] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
+    gone: list[GoneNode] = field(default_factory=list)
     verify: list[Finding] = field(default_factory=list)
     remove: list[GoneNode] = field(default_factory=list)
     sightings: dict[tuple[str, str], Sighting] = field(default_factory=dict)
@@ -152,8 +154,10 @@ def judge(
     for name, why in gone.items():
         key = (NODE, name)
         sighting = found.sightings[key] = sightings.get(key) or Sighting(now, now + grace)
+        node = GoneNode(name, why)
+        found.gone.append(node)
         if sighting.due <= now:
-            found.remove.append(GoneNode(name, why))
+            found.remove.append(node)
         else:
             found.waits_until(sighting.due)
     return found

@@ -88,7 +88,7 @@ async def _serve(config: AgentConfig) -> None:
 
 
 async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Isolator) -> None:
-    beside = asyncio.create_task(isolator.run())
+    beside = asyncio.create_task(_beside(config, isolator))
     spool = Spool(config.socket.parent / "spool")
 
     async def carry_out(entry: Entry) -> None:
@@ -121,6 +121,23 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
         beside.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await beside
+
+
+async def _beside(config: AgentConfig, isolator: Isolator) -> None:
+    """What goes on beside serving, until cancelled."""
+    if config.mesos_agent_url is None:
+        await isolator.run()
+        return
+    # Imported only now: requests costs 10 MB, which an agent without Mesos need not pay.
+    from marathon.http import Access
+    from marathon.mesos import Agent
+    from moorage.mesos import MesosFacts
+
+    access = Access(user_file=config.mesos_credentials, ca=config.mesos_ca)
+    facts = MesosFacts(isolator, Agent(config.mesos_agent_url, access))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(isolator.run())
+        group.create_task(facts.run())
 
 
 class AdminHandler:

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ipam.errors import InvalidInput
+from marathon.urls import check_url
 from moorage.log import masked
 
 DEFAULT_FILE = Path("/etc/moorage/agent.toml")
@@ -52,6 +53,8 @@ class AgentConfig:
 
     underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
     default route. vxlan_port: UDP.
+    mesos_agent_url: of the Mesos agent on this node, None if it is not asked. mesos_credentials: a file with its login,
+    mesos_ca: of its certificate's authority, None for none.
     """
 
     node: str
@@ -63,6 +66,9 @@ class AgentConfig:
     underlay: str | None
     vxlan_port: int
     gateway: bool
+    mesos_agent_url: str | None
+    mesos_credentials: Path | None
+    mesos_ca: Path | None
 
 
 class _Wrong(ValueError):
@@ -138,6 +144,19 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
+def _http(text: str) -> str:
+    try:
+        return check_url("it", text)
+    except InvalidInput as error:
+        raise _Wrong(f"the URL of the Mesos agent, such as http://192.0.2.10:5051 ({error})") from None
+
+
+def _file(text: str) -> Path:
+    if not text.startswith("/") or "\0" in text:
+        raise _Wrong("an absolute path of a file")
+    return Path(text)
+
+
 def _one_of(*known: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in known:
@@ -162,8 +181,13 @@ SETTINGS = (
     Setting("underlay", _underlay, lambda: None),
     Setting("vxlan_port", _port, lambda: "4789", int),
     Setting("gateway", _switch, lambda: "false", bool),
+    Setting("mesos_agent_url", _http, lambda: None),
+    Setting("mesos_credentials", _file, lambda: None),
+    Setting("mesos_ca", _file, lambda: None),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
+TABLES = ("mesos",)
+"""Tables of the file; their keys are those that begin with the table's name."""
 
 
 def load(
@@ -241,6 +265,11 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
         settings = tomllib.loads(content.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidInput(f'{path}: not valid TOML: {error}; write lines such as node = "a"') from error
+    for table in TABLES:
+        inside = settings.pop(table, {})
+        if not isinstance(inside, dict):
+            raise InvalidInput(f"{path}: {table} is a table; write [{table}] and its keys below it")
+        settings |= {f"{table}_{key}": value for key, value in inside.items()}
     if unknown := sorted(settings.keys() - set(KEYS)):
         raise InvalidInput(f"{path}: {_unknown('the key', unknown[0], KEYS)}; correct it or remove it")
     return settings

@@ -18,7 +18,7 @@ import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
-from ipam.keys import Family, IPAddress
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.node_addresses import NodeAddresses
 from ipam.records import Network
 from ipam.sync import REWIND_GRACE
@@ -87,6 +87,7 @@ class Fabric:
         self._plans: dict[str, Plan] = {}
         self._problems: dict[str, list[str]] = {}
         self._dirty: set[str] = set()
+        self._begun = False
         self._all_dirty = True
         self._resync_due = True
         self._wake = asyncio.Event()
@@ -206,6 +207,11 @@ class Fabric:
 
     def problems(self) -> list[str]:
         """Sentences about what is not as it should be."""
+        if not self._begun:
+            return [
+                "the store has not said yet which nodes there are, so what an earlier agent left in the kernel stays "
+                "as it is; see that the store answers"
+            ]
         found = [self._device_problem] if self._device_problem else []
         found += [
             f"the device has no IPv{family} address, so processes of this node reach no containers elsewhere: {why}"
@@ -219,7 +225,7 @@ class Fabric:
         """Keep the kernel as it should be, until cancelled."""
         await self._cluster.listed.wait()
         await self._until_known()
-        self._all_dirty = True
+        self._begun = self._all_dirty = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_kernel())
             group.create_task(self._keep_addresses())
@@ -342,7 +348,11 @@ class Fabric:
         return before, after.over(before) if self._keeps() else after
 
     def _plan_of(self, name: str, fabrics: dict[str, str], here: Here) -> tuple[Plan, list[str]]:
-        blocks = [Piece(b.cidr, fabrics.get(b.pool, "none")) for b in self._cluster.blocks_of(name)]
+        blocks = [
+            Piece(block.cidr, fabrics.get(block.pool, "none"))
+            for block in self._cluster.blocks_of(name)
+            if not self._is_away(block.cidr, name)
+        ]
         if name == self._node:
             return at_home(blocks), []
         away = (Piece(host(ip), fabrics.get(pool, "none")) for ip, pool in self._cluster.strays_of(name))
@@ -351,6 +361,11 @@ class Fabric:
         if record is None:
             return Plan(), _unknown(name, pieces)
         return towards(parse_peer(record), pieces, here)
+
+    def _is_away(self, block: IPNetwork, owner: str) -> bool:
+        """Whether a block is one address, and another node has that: then it is that node's to lead to."""
+        holding = self._cluster.holder_of(block.network_address) if block.num_addresses == 1 else None
+        return holding is not None and holding.node != owner
 
     def _here(self) -> Here:
         return Here(

@@ -46,6 +46,23 @@ from moorage.cli.session import Session
     "[env: MOORAGE_GATEWAY; default: false]",
 )
 @click.option(
+    "--mesos-agent-url",
+    metavar="URL",
+    help="The Mesos agent of this node, asked which task each container is for.  [env: MOORAGE_MESOS_AGENT_URL; "
+    "default: it is not asked]",
+)
+@click.option(
+    "--mesos-credentials",
+    metavar="FILE",
+    help="Mode 0600, with one line user:password for the Mesos agent.  [env: MOORAGE_MESOS_CREDENTIALS; default: none]",
+)
+@click.option(
+    "--mesos-ca",
+    metavar="FILE",
+    help="PEM of the authority that signed the Mesos agent's certificate.  [env: MOORAGE_MESOS_CA; default: the "
+    "system's]",
+)
+@click.option(
     "--log-level",
     metavar="LEVEL",
     help=f"{', '.join(config.LOG_LEVELS)}.  [env: MOORAGE_LOG_LEVEL; default: info]",
@@ -67,7 +84,8 @@ def agent(ctx: click.Context, /, file: Path | None, **flags: str | None) -> None
     """Run this node's agent, until SIGTERM or SIGINT: requests in flight are finished first.
 
     Flags win over the MOORAGE_* environment, that over the file, that over the defaults. The file is
-    TOML with the flags' names: node = "a", state_dir = "/var/lib/moorage".
+    TOML with the flags' names: node = "a", state_dir = "/var/lib/moorage"; those that begin with mesos
+    may stand in a table [mesos]: agent_url = "http://192.0.2.1:5051".
 
     \b
     Examples:
@@ -77,7 +95,7 @@ def agent(ctx: click.Context, /, file: Path | None, **flags: str | None) -> None
     session = ctx.ensure_object(Session)
     flags["store"] = flags["store"] or session.store
     flags["socket"] = flags["socket"] or session.socket
-    for key in ("state_dir", "socket"):
+    for key in ("state_dir", "socket", "mesos_credentials", "mesos_ca"):
         if flags[key]:
             flags[key] = str(Path(flags[key] or "").absolute())
     settings = config.load(flags, file=file)

@@ -14,7 +14,7 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, block, endpoint, ip, lab, network, node, status, store
+from moorage.cli import agent, block, endpoint, ip, lab, marathon, network, node, status, store
 from moorage.cli.session import Session
 
 
@@ -83,6 +83,7 @@ for group in (
     endpoint.endpoint,
     node.node,
     store.store,
+    marathon.marathon,
     status.status,
     lab.lab,
 ):

@@ -79,6 +79,8 @@ def test_an_outage_of_the_store_changes_nothing_nor_does_an_agent_started_in_it(
         lab.nodes[0].start()
         assert unanswered(between(guests) + from_nodes(lab.nodes, guests)) == []
         assert fabric_of(lab.nodes[0]) == before
+        (problem,) = lab.nodes[0].ask("status")["fabric"]["problems"]
+        assert "what an earlier agent left in the kernel stays as it is" in problem
     finally:
         lab.etcd.start()
         lab.etcd.wait_ready()

@@ -68,7 +68,7 @@ async def test_nothing_else_is_taken_or_kept_warm_for_it(store: Store, node: Nod
     addresses = await started(
         node, await network(store, FOUR, SIX, name="a"), await network(store, "10.65.0.0/24", name="b")
     )
-    await eventually(lambda: node.states() == {"assigned": 2})
+    await eventually(lambda: node.states() == {"own": 2})
     assert len(node.holder.status()["blocks"]) == 2
     before = addresses.current()
     assert await addresses.settle(node.catalogue.networks()) == {}

@@ -43,6 +43,9 @@ def test_without_anything_there_are_defaults(monkeypatch: pytest.MonkeyPatch) ->
         underlay=None,
         vxlan_port=4789,
         gateway=False,
+        mesos_agent_url=None,
+        mesos_credentials=None,
+        mesos_ca=None,
     )
 
 
@@ -56,6 +59,9 @@ SAMPLES = {
     "underlay": ("eth0", "192.0.2.0/24", "2001:db8::1/128"),
     "vxlan_port": ("4790", "4791", "4792"),
     "gateway": ("true", "false", "true"),
+    "mesos_agent_url": ("http://192.0.2.1:5051", "https://mesos.example:5051", "http://[2001:db8::1]:5051"),
+    "mesos_credentials": ("/a/c", "/b/c", "/c/c"),
+    "mesos_ca": ("/a/ca", "/b/ca", "/c/ca"),
 }
 
 

@@ -21,8 +21,9 @@ def lab() -> Iterator[Lab]:
     with Lab(nodes=2, etcd=1) as lab:
         lab.start()
         lab.nodes[0].cli(
-            "network", "create", "web", "--pool", "10.64.0.0/28", "--no-nat", "--allow-static", "all"
-        )
+            "network", "create", "web",
+            "--pool", "10.64.0.0/28", "--no-nat", "--allow-static", "all", "--fabric", "none",
+        )  # fmt: skip
         yield lab
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ipam.errors import InvalidInput
-from ipam.store import open_store
 from ipam.logins import Login
+from ipam.store import open_store
 from ipam.store.etcd_url import Address, EtcdUrl, certificates, login, parse
 
 SECRET = "hunter2"

@@ -20,6 +20,7 @@ from ipam.records import Address, AddressState, Block
 from ipam.records import Node as NodeRecord
 from ipam.store import Delete, Put, Store, Txn, open_store
 from isolator.fabric import VXLAN_DEVICE, Fabric, fabric, mac_of
+from isolator.fabric.plan import next_hop
 from isolator.underlay import Underlay
 from tests.ipam import nodes as ipam_nodes
 from tests.ipam.nodes import network
@@ -158,6 +159,24 @@ async def test_nodes_come_change_and_go(agent: Agent) -> None:
     assert agent.room.sh(f"bridge fdb show dev {VXLAN_DEVICE}") == ""
 
 
+async def test_a_block_of_one_address_is_led_to_where_that_address_is(agent: Agent) -> None:
+    await set_network(agent.store, "web", NetworkChange(add=(ipam_nodes.PoolSpec("10.65.0.7/32"),)))
+    only = ip_address("10.65.0.7")
+    for name, number in (("n2", 2), ("n3", 3)):
+        await join(agent.store, name, f"10.64.{number}.0/26", f"192.0.2.{number}")
+    hops = {name: str(next_hop(mac_of(name))) for name in ("n2", "n3")}
+    await claim(agent.store, "n2", "10.65.0.7/32")
+    for holder in ("n2", "n3", "n2", "n3", ""):
+        if holder:
+            await assign(agent.store, holder, only)
+        else:
+            await put(agent.store, keys.address_key(only), None)
+        await agent.until(lambda hop=hops[holder or "n2"]: hop in line_of(str(only), agent.holds()))
+        agent.fabric.kernel_changed()
+        await asyncio.sleep(0.2)
+        assert hops[holder or "n2"] in line_of(str(only), agent.holds())
+
+
 async def test_routes_name_the_devices_address_as_soon_as_there_is_one(agent: Agent) -> None:
     await join(agent.store, "n2", OF_N2, "192.0.2.2")
     await agent.until(lambda: agent.fabric.carried)
@@ -209,9 +228,9 @@ async def test_an_address_that_moved_in_that_while_leads_where_it_is_now(
     agent.fabric.rewound()
     for _ in range(5):
         for name in ("n3", "n2"):
-            hop = str(fabric.parse_peer(agent.cluster.nodes()[name]).mac)[-2:]
             await claim(agent.store, name, OF_N2)
-            await agent.until(lambda hop=hop: f"{hop} dev" in line_of(OF_N2, agent.holds()))
+            hop = str(next_hop(mac_of(name)))
+            await agent.until(lambda hop=hop: hop in line_of(OF_N2, agent.holds()))
 
 
 def line_of(destination: str, text: str) -> str:
@@ -264,12 +283,24 @@ async def test_a_port_that_is_taken_is_said_and_used_when_it_is_free(agent: Agen
     await agent.until(lambda: agent.problems() == "")
 
 
-async def test_the_last_tunnelled_network_takes_device_and_addresses_with_it(agent: Agent) -> None:
+async def test_the_last_tunnelled_network_takes_the_device_and_then_its_addresses_with_it(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await agent.until(lambda: len(agent.fabric.carried) == 2)
+    given_up = agent.holder.give_up
+    too_early: list[IPAddress] = []
+
+    def give_up(ip: IPAddress) -> None:
+        if f" {ip}/" in agent.room.sh("ip address"):
+            too_early.append(ip)
+        given_up(ip)
+
+    monkeypatch.setattr(agent.holder, "give_up", give_up)
     await set_network(agent.store, "web", NetworkChange(fabric="none"))
     await agent.until(lambda: VXLAN_DEVICE not in agent.room.sh("ip link") and agent.holds() == "")
     await agent.until(lambda: agent.states() == {})
     assert agent.fabric.carried == ()
+    assert too_early == []
 
 
 async def test_a_node_that_can_take_no_address_says_why(idle: Agent) -> None:
