@@ -66,7 +66,8 @@ def _has_process(namespace: os.stat_result) -> bool:
 def _threads() -> Iterator[Path]:
     """Each thread of each process: a single one may have stepped into another namespace."""
     for process in _PROC.iterdir():
-        if not process.name.isdecimal():
+        # Init is in no container, and some machines let nobody look at it.
+        if not process.name.isdecimal() or process.name == "1":
             continue
         try:
             yield from (process / "task").iterdir()

@@ -28,8 +28,6 @@ from tests.standins.mesos_master import Master
 
 NETWORK = "prod"
 MOST_INSTANCES = 8
-SETTLES = 15.0
-"""Seconds after the last disturbance until a stale address has to be gone, beyond the grace."""
 
 BACK_AFTER = (0.5, 5.0)
 """Seconds until something that failed is back, shortest and longest."""
@@ -126,6 +124,7 @@ async def world(directory: Path, chance: random.Random, *, hosts: int, grace: fl
                 directory / f"listener-{number}.log",
                 grace=grace,
                 interval=1.0,
+                keep_alive=1.0,
             )
             for number in range(2)
         ]
@@ -365,7 +364,7 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
     _kill: 250,
     _die: 200,
     _gone_alone: 30,
-    _amnesia: 60,
+    _amnesia: 90,
     _cut_off: 25,
     _mesos_crash: 12,
     _agent_crash: 12,
@@ -400,6 +399,22 @@ async def live_on(world: World, steps: int, pause: float) -> None:
             await step(world)
             world.done[step.__name__.strip("_")] += 1
         await asyncio.sleep(world.chance.uniform(0, 2 * pause))
+
+
+def summary(world: World) -> dict[str, float]:
+    """How much of what happened."""
+    oracle, truth = world.oracle, world.truth
+    return {
+        "steps": sum(world.done.values()),
+        "stale": len(oracle.stale),
+        "of gone nodes": len(oracle.gone),
+        "unreachable": len(oracle.unreachable),
+        "falsely suspected": len(truth.suspected),
+        "released in time": oracle.in_time,
+        "slowest": round(oracle.slowest, 1),
+        "lost DELs": truth.lost_dels,
+        "looks": oracle.looks,
+    }
 
 
 async def settle(world: World, within: float) -> set[tuple[str, str]]:

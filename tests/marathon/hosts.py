@@ -160,9 +160,7 @@ class Host(Agent):
                 await asyncio.sleep(0.1)
         record = NodeRecord(name=self.name, version="1", mesos_agent=self.id)
         node = self.node
-        self._membership = Membership(
-            self._store, record, node.instance, node.boot_id, lambda error: node.holder.fenced(error)
-        )
+        self._membership = Membership(self._store, record, node.instance, node.boot_id, node.holder.fenced)
         intents = IntentServer(self._store, self.name, self._answer)
         node.run_beside(self._membership.keep, intents.run)
         for ip, held in node.holder.assigned().items():
@@ -335,10 +333,11 @@ class Host(Agent):
         if held is None or held.record is None or held.record.state is not AddressState.ASSIGNED:
             return {"done": True, "why": f"{ip} is not assigned here any more"}
         if held.record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision):
-            return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
+            return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
         life = self._truth.carried.get(ip)
         if life is not None:
             self._truth.suspected.add((intent.ip, intent.id))
-            return {"done": False, "why": f"{ip} is carried by the live container {life.id} ({IFNAME})"}
+            why = f"{ip} is carried by the live container {life.id} ({IFNAME})"
+            return {"done": False, "live": True, "why": why}
         self._release([ip])
         return {"done": True, "why": f"{ip} is released"}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from moorage.lab import Namespace
+from moorage.lab.node import MOORAGE, with_source
 
 
 class Listening:
-    """One ``moorage marathon listen`` process. log: the file it writes to."""
+    """One ``moorage marathon listen`` process. log: the file it writes to. within: where it runs."""
 
     def __init__(
         self,
@@ -22,17 +24,19 @@ class Listening:
         *,
         grace: float,
         interval: float,
-        wrap: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        keep_alive: float = 10.0,
+        within: Namespace | None = None,
     ) -> None:
         self.log = log
-        self._command = [
-            *wrap, sys.executable, "/tmp/std-listen.py", "--store", store, "marathon", "listen",
+        others = {name: text for name, text in os.environ.items() if not name.startswith("MOORAGE_")}
+        command = [
+            *MOORAGE, "--store", store, "marathon", "listen",
             *(word for url in marathons for word in ("--url", url)),
             *(word for url in masters for word in ("--mesos-master", url)),
-            "--grace", str(grace), "--interval", str(interval),
+            "--grace", str(grace), "--interval", str(interval), "--keep-alive", str(keep_alive),
         ]  # fmt: skip
-        self._environment = {**os.environ, **(environment or {})}
+        self._command = command if within is None else within.command(*command)
+        self._environment = with_source({**others, "MOORAGE_CONFIG": os.devnull})
         self._process: subprocess.Popen[bytes] | None = None
         self._is_paused = False
 

@@ -106,7 +106,8 @@ class Clock:
 class Oracle:
     """See the module's docstring. leads: the pid of the listener that leads and works, None if none does.
 
-    stale, unreachable: (ip, id) of all that ever were so. late: sentences. slowest: seconds.
+    stale, unreachable: (ip, id) of all that ever were so. late: sentences. in_time: releases while
+    the clock ran. slowest: seconds, of those.
     """
 
     store: Store
@@ -121,6 +122,7 @@ class Oracle:
     gone: set[tuple[str, str]] = field(default_factory=set)
     released_live: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
+    in_time: int = 0
     slowest: float = 0.0
     looks: int = 0
     _clocks: dict[tuple[str, str], Clock] = field(default_factory=dict)
@@ -152,6 +154,7 @@ class Oracle:
             self.released_live.append(f"{ip} of {life.id} on {life.host}, seen in the store")
         clock = self._clocks.pop((str(ip), assignment.id), None)
         if clock is not None:
+            self.in_time += 1
             self.slowest = max(self.slowest, time.monotonic() - clock.since)
 
     # -- 2
