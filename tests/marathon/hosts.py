@@ -35,7 +35,11 @@ SLOW_END = (0.5, 4.0)
 
 @dataclass(eq=False)
 class Life:
-    """A container as it really is. ended: monotonic; None while a process is inside. ips: carried from ADD on."""
+    """A container as it really is.
+
+    ips: carried from ADD on. is_secret: the moorage agent never learns whose it is. ended: monotonic; None while a
+    process is inside.
+    """
 
     id: str
     task: str
@@ -44,6 +48,7 @@ class Life:
     ips: tuple[IPAddress, ...] = ()
     boot: str = ""
     begun: bool = False
+    is_secret: bool = False
     ended: float | None = None
 
     @property
@@ -175,6 +180,8 @@ class Host(Agent):
         spooled, self._spool = self._spool, []
         for life in spooled:
             self._delete(life)
+        for container in self.containers.values():
+            self._tell_whose(container, self._truth.lives[container.id])
 
     def _rebooted_since(self, life: Life) -> bool:
         return life.id not in self.containers and life.boot != self.node.boot_id
@@ -241,13 +248,13 @@ class Host(Agent):
         given = [{"protocol": "IPv4", "ip_address": str(ip)} for ip in life.ips]
         container.network_infos = ({"name": self._network.name, "ip_addresses": given},)
         self.report(container, "TASK_RUNNING")
-        if self._chance.random() >= self.forgets:
-            await asyncio.sleep(self._chance.uniform(0, 0.3))
-            self._tell_whose(container, life)
+        life.is_secret = self._chance.random() < self.forgets
+        await asyncio.sleep(self._chance.uniform(0, 0.3))
+        self._tell_whose(container, life)
 
     def _tell_whose(self, container: Contained, life: Life) -> None:
         """The moorage agent has asked the Mesos agent which task it is, off the ADD path."""
-        if not self.serves:
+        if not self.serves or life.is_secret:
             return
         task = container.tasks[0]
         rows = []
