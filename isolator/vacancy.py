@@ -28,6 +28,10 @@ SETTLED = 60 * 10**9
 
 _PROC = Path("/proc")
 
+_INIT = "1"
+"""The machine's first process is in no container; where the agent runs with less than all rights, it may not be looked
+at."""
+
 
 def may_be_vacant(endpoint: Endpoint) -> bool:
     """Whether it says anything that no process is there (yet)."""
@@ -66,8 +70,7 @@ def _has_process(namespace: os.stat_result) -> bool:
 def _threads() -> Iterator[Path]:
     """Each thread of each process: a single one may have stepped into another namespace."""
     for process in _PROC.iterdir():
-        # Init is in no container, and some machines let nobody look at it.
-        if not process.name.isdecimal() or process.name == "1":
+        if not process.name.isdecimal() or process.name == _INIT:
             continue
         try:
             yield from (process / "task").iterdir()
