@@ -84,6 +84,7 @@ setup(
             "pytest-asyncio>=1,<2",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<0.18",
+            "scapy>=2.6,<3",
             "types-requests>=2.31,<3",
         ],
     },

@@ -16,7 +16,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import agent_share, burst, cni, commits, idle, large, outage, scale
+from benchmarks import (
+    agent_share,
+    burst,
+    cni,
+    commits,
+    follow,
+    idle,
+    large,
+    outage,
+    policy,
+    scale,
+    throughput,
+)
 from benchmarks.figures import Row, table
 from benchmarks.launch import CallFailed
 
@@ -29,6 +41,9 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "commits": commits.rows,
     "outage": outage.rows,
     "large": large.rows,
+    "fabric-throughput": throughput.rows,
+    "follow": follow.rows,
+    "policy": policy.rows,
 }
 
 

@@ -5,7 +5,7 @@ lie in the slice of their pool that is or could be a block, as offset -> an inte
 
     slice 10.64.3.0/26   owner n7     5 -> (n7, web, ...)     9 -> (n2, web, ...)    <- a stray: away from its block
 
-Two kinds of news come out of it, each told once per batch of changes:
+Two kinds of news come out of it, each told once per batch of changes, and on_members already while they are listed:
 
     on_topology(nodes)   the facts, blocks or strays of these nodes are different
     on_members(changes)  these addresses were assigned, changed netgroups, or are assigned no more
@@ -14,6 +14,7 @@ Two kinds of news come out of it, each told once per batch of changes:
 from __future__ import annotations
 
 import asyncio
+import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
-from ipam.store.base import IN_A_ROW, SCAN_PAGE, KeyValue, Store, WatchBatch, prefix_end
+from ipam.store.base import IN_A_ROW, KeyValue, Store, WatchBatch, pages, prefix_end
 
 log = structlog.get_logger(__name__)
 
@@ -119,6 +120,7 @@ class Cluster:
         self._strays: defaultdict[str, set[_Place]] = defaultdict(set)
         self._unplaced: dict[_Place, str] = {}
         self._interned: dict[Holding, Holding] = {}
+        self._netgroups: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._intern_limit = INTERN_AT_LEAST
         self._changed_nodes: set[str] = set()
         self._changed_members: dict[_Place, Member | None] = {}
@@ -214,18 +216,18 @@ class Cluster:
 
     async def _list(self, prefix: str) -> int:
         """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
-        seen: set[str] = set()
-        cursor: str | None = prefix
+        gone = set(self._known(prefix))
         revision = 0
-        while cursor is not None:
-            page = await self._store.page(cursor, prefix_end(prefix), limit=SCAN_PAGE, revision=revision)
+        async for page in pages(self._store, prefix, prefix_end(prefix)):
             for number, kv in enumerate(page.items):
                 if number % IN_A_ROW == 0:
                     await asyncio.sleep(0)
                 self._apply(kv.key, kv)
-                seen.add(kv.key)
-            cursor, revision = page.next_key, page.revision
-        for key in [key for key in self._known(prefix) if key not in seen]:
+                gone.discard(kv.key)
+            # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
+            self._tell_members()
+            revision = page.revision
+        for key in gone:
             self._apply(key, None)
         return revision
 
@@ -250,9 +252,12 @@ class Cluster:
 
     def _tell(self) -> None:
         changed, self._changed_nodes = self._changed_nodes, set()
-        members, self._changed_members = self._changed_members, {}
         if changed:
             self._on_topology(changed)
+        self._tell_members()
+
+    def _tell_members(self) -> None:
+        members, self._changed_members = self._changed_members, {}
         if members:
             self._on_members([(_ip(*place), member) for place, member in members.items()])
 
@@ -278,14 +283,28 @@ class Cluster:
         if record.state == AddressState.ASSIGNED:
             own = record.engine == NODE_ENGINE
             member = Member(record.node, record.network, tuple(record.netgroups), own)
+        found = Holding(record.node, member)
+        return self._interned.get(found) or self._intern(found)
+
+    def _intern(self, new: Holding) -> Holding:
+        """The holding that stands for all equal ones, made of what others are made of, too."""
         if len(self._interned) > self._intern_limit:
             in_use = {
                 holding for of in self._slices.values() for p in of.values() for holding in p.held.values()
             }
             self._interned = {holding: holding for holding in in_use}
+            self._netgroups = {m.netgroups: m.netgroups for h in in_use if (m := h.member) is not None}
             self._intern_limit = 2 * len(in_use) + INTERN_AT_LEAST
-        found = Holding(record.node, member)
-        return self._interned.setdefault(found, found)
+        node, member = sys.intern(new.node), new.member
+        if member is not None:
+            netgroups = self._netgroups.get(member.netgroups)
+            if netgroups is None:
+                netgroups = tuple(map(sys.intern, member.netgroups))
+                self._netgroups[netgroups] = netgroups
+            member = Member(node, sys.intern(member.network), netgroups, member.own)
+        holding = Holding(node, member)
+        self._interned[holding] = holding
+        return holding
 
     def _set_node(self, name: str, kv: KeyValue | None) -> None:
         node = None if kv is None else Node.decode(kv.key, kv.value)

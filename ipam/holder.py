@@ -23,7 +23,7 @@ import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.drain import Drain, refusal
-from ipam.errors import Fenced, InvalidInput, MoorageError, TryAgain
+from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
 from ipam.holdings import Conflict, Holdings, cooling
 from ipam.journal import AddressRow, Journal
 from ipam.keys import IPAddress
@@ -139,7 +139,10 @@ class Holder:
         self._holdings.problem = str(error)
         if isinstance(error, (Fenced, StoreRewound)):
             self._holdings.serving = False
-        self._fail_all(TryAgain(f"no address can be given out now: {error}"))
+        if isinstance(error, StoreUnavailable):
+            self._on_away(str(error))
+        else:
+            self._fail_all(TryAgain(f"no address can be given out now: {error}"))
 
     def _on_away(self, problem: str) -> None:
         """Nobody waits for a store that is away; ipam/outage.py says from when on it is."""
@@ -294,6 +297,20 @@ class Holder:
             and endpoint in (None, (held.record.container_id, held.record.ifname))
         ]
 
+    def plan_change(
+        self, ips: Sequence[IPAddress], endpoint: tuple[str, str], **fields: Any
+    ) -> list[AddressRow]:
+        """The rows that change fields of the records of an endpoint's addresses; changes nothing."""
+        entries = [self._shelf.held.get(ip) for ip in ips]
+        return [
+            AddressRow(held.ip, held.record.with_(**fields), held.revision, True)
+            for held in entries
+            if held is not None
+            and held.record is not None
+            and held.state is AddressState.ASSIGNED
+            and endpoint == (held.record.container_id, held.record.ifname)
+        ]
+
     def accept(self, rows: Sequence[AddressRow]) -> None:
         """Rows of a plan stand in the journal, or will when its disk is mended: tell the store."""
         for row in rows:
@@ -306,22 +323,6 @@ class Holder:
             held.journalled = True
             self._shelf.want(held, row.record)
         self._holdings.nudge()
-
-    def plan_work(
-        self, ips: Sequence[IPAddress], endpoint: tuple[str, str], framework: str, task: str, app: str
-    ) -> list[AddressRow]:
-        """The rows that say what an endpoint's addresses are for; changes nothing."""
-        entries = [self._shelf.held.get(ip) for ip in ips]
-        return [
-            AddressRow(
-                held.ip, held.record.with_(framework=framework, task=task, app=app), held.revision, True
-            )
-            for held in entries
-            if held is not None
-            and held.record is not None
-            and held.state is AddressState.ASSIGNED
-            and endpoint == (held.record.container_id, held.record.ifname)
-        ]
 
     def give_up(self, ip: IPAddress) -> None:
         """An address that nothing uses any more is free at once, without a cooldown."""

@@ -18,6 +18,9 @@ Netgroup = NewType("Netgroup", str)
 PUBLIC = Netgroup("public")
 """Reachable from anywhere; so no pattern covers it, and networks allow it by itself."""
 
+MOST_NETGROUPS = 64
+"""Of one endpoint. Each is a rule that packets to it are compared with one after the other."""
+
 _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9_.*-]{0,62}", re.ASCII)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ipam import keys
 from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
+from ipam.isolation import check_isolation
 from ipam.permissions import check_rules
 from ipam.pools import NAME, geometry, overlapping, parse_pool
 from ipam.records import FABRICS, OWN, Address, AddressState, Block, Network, Pool, Reservation
@@ -108,6 +109,7 @@ def validate(network: Network) -> None:
     for domain in network.search:
         if not NAME.fullmatch(domain.rstrip(".")):
             raise InvalidInput(f"the search domain {domain!r} is no domain name")
+    check_isolation(network)
     check_rules(network)
 
 
@@ -242,6 +244,8 @@ class NetworkChange:
     warm: int | None = None
     preload: bool | None = None
     strict: bool | None = None
+    isolation: str | None = None
+    allow_from: tuple[str, ...] | None = None
     fabric: str | None = None
     allow_netgroups: tuple[str, ...] | None = None
     allow_public: bool | None = None

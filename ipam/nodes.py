@@ -80,6 +80,7 @@ class Count:
 class NodeDetail:
     """All that the store knows of one node.
 
+    mesos_agent: the id of the Mesos agent there, "" if nobody told it.
     fence: how many writes of it the store has confirmed; None if it has no fence.
     blocks: CIDRs. kept: addresses that its containers may be using, so that they are not freed unasked.
     """
@@ -91,6 +92,7 @@ class NodeDetail:
     underlay: list[str]
     mtu: int
     features: list[str]
+    mesos_agent: str
     instance: str
     boot_id: str
     fence: int | None
@@ -161,6 +163,7 @@ async def get_node(store: Store, name: str) -> NodeDetail:
         underlay=node.underlay,
         mtu=node.mtu,
         features=node.features,
+        mesos_agent=node.mesos_agent,
         instance=alive.instance if alive else "",
         boot_id=alive.boot_id if alive else "",
         fence=Fence.decode(fence.key, fence.value).seq if fence else None,

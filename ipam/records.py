@@ -66,6 +66,7 @@ class Network(Record, frozen=True, kw_only=True):
     preload: keep them ready even before the network is first used.
     strict: addresses nobody asked for by name come from a node's own blocks only, none are borrowed.
     fabric: how other nodes reach its containers, one of FABRICS.
+    isolation, allow_from: who may call its containers; ipam/isolation.py.
     allow_*, max_bandwidth: who may ask for what; ipam/permissions.py. Their defaults are what a network allows that was
     written before they were there: what worked then.
     """
@@ -81,6 +82,8 @@ class Network(Record, frozen=True, kw_only=True):
     preload: bool = False
     strict: bool = False
     fabric: str = "none"
+    isolation: str = "netgroups"
+    allow_from: list[str] = []
     allow_netgroups: list[str] = msgspec.field(default_factory=lambda: ["*"])
     allow_public: bool = True
     allow_static: list[str] = msgspec.field(default_factory=lambda: ["all"])

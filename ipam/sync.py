@@ -129,6 +129,9 @@ class _Whose(msgspec.Struct):
     node: str
 
 
+_whose = msgspec.json.Decoder(_Whose).decode
+
+
 async def _of_concern(store: Store, holdings: Holdings) -> list[KeyValue]:
     """Of everybody's addresses those that are this node's, are held by it, or lie in its blocks, or might."""
     held = {keys.address_key(ip) for ip in holdings.shelf.held}
@@ -136,7 +139,7 @@ async def _of_concern(store: Store, holdings: Holdings) -> list[KeyValue]:
 
     def concerns(kv: KeyValue) -> bool:
         try:
-            if msgspec.json.decode(kv.value, type=_Whose).node == holdings.node:
+            if _whose(kv.value).node == holdings.node:
                 return True
         except (msgspec.MsgspecError, RecursionError):
             return True

@@ -61,8 +61,7 @@ async def audit(
     if repair:
         if strays and not holder.problem:
             await remove_strays(kernel, endpoints, links)
-            owned = {e.host_ifname for e in endpoints.all()}
-            await kernel.revoke({(name, ip) for name, ip in elements if name not in owned})
+            await endpoints.restore_policy()
             repaired += strays
         # Without an endpoint, an interface and a route nobody can carry the address.
         free = [o for o in orphans if o.subject not in routed]

@@ -29,10 +29,20 @@ def authorise(
     pools: the network's. reserved: the addresses that are reserved under the key that was presented.
     """
     for asked, rule, option in _denied(spec, network, pools, reserved):
-        raise Refused(
-            f"network {network.name} {rule}, and {spec.key} asks for {asked}; "
-            f"its operator allows it with `moorage network set {shlex.quote(network.name)} {option}`"
-        )
+        raise _refused(str(spec.key), network, asked, rule, option)
+
+
+def authorise_netgroups(who: str, netgroups: Sequence[Netgroup], network: Network) -> None:
+    """The same for netgroups alone."""
+    for asked, rule, option in _denied_netgroups(netgroups, network):
+        raise _refused(who, network, asked, rule, option)
+
+
+def _refused(who: str, network: Network, asked: str, rule: str, option: str) -> Refused:
+    return Refused(
+        f"network {network.name} {rule}, and {who} asks for {asked}; "
+        f"its operator allows it with `moorage network set {shlex.quote(network.name)} {option}`"
+    )
 
 
 def netgroups_of(spec: AttachSpec) -> tuple[Netgroup, ...]:

@@ -30,19 +30,29 @@ from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
-from ipam.keys import IPAddress, IPNetwork
+from ipam.keys import IPAddress
 from ipam.named import AddressRequest
+from ipam.netgroups import Netgroup
 from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
-from isolator.authorise import authorise, netgroups_of
+from isolator.authorise import authorise, authorise_netgroups, netgroups_of
 from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
-from isolator.errors import EndpointExists, JournalUnwritable, KernelRefused, NotAttached, Superseded
+from isolator.errors import (
+    EndpointExists,
+    JournalUnwritable,
+    KernelRefused,
+    NotAttached,
+    PortTaken,
+    Superseded,
+)
 from isolator.identity import boottime
 from isolator.journal import Journal
-from isolator.kernel import Kernel
+from isolator.kernel import Kernel, admission
 from isolator.locks import KeyedLocks
 from isolator.model import UNLIMITED, Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, Work
+from isolator.neighbours import surroundings
+from isolator.policy import NETGROUPS, Isolation, isolation_of
 from isolator.steps import reached
 from isolator.vacancy import may_be_vacant
 
@@ -136,7 +146,7 @@ class Endpoints:
             self._kernel.check_namespace(spec.netns)
             if known is None:
                 known = await self._begin(spec, network)
-            attached = await self._connect(known)
+            attached = await self._connect(known, without_cooldown=spec.reservation is not None)
         asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
         return attached
 
@@ -203,6 +213,11 @@ class Endpoints:
             AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
         )
         reached("attach:lent")
+        try:
+            self._check_ports(spec, lent)
+        except BaseException:
+            self._holder.put_back(lent)
+            raise
         endpoint = self._endpoint(spec, network, lent)
         owner = Owner(
             container_id=spec.key.container_id,
@@ -224,6 +239,24 @@ class Endpoints:
         self._endpoints[endpoint.key] = endpoint
         reached("attach:journalled")
         return endpoint
+
+    def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
+        """Raises PortTaken naming who has a port of the node, InvalidInput for a mapping that leads to no address."""
+        families = {held.ip.version for held in lent}
+        for asked in spec.port_mappings:
+            if asked.host_ip is not None and asked.host_ip.version not in families:
+                raise InvalidInput(
+                    f"{spec.key} asks for {asked}, but network {spec.network} has no IPv{asked.host_ip.version}; "
+                    "map an address of the other family, or none"
+                )
+        for endpoint in self._endpoints.values():
+            for mapping in endpoint.port_mappings if endpoint.state in ADMITTED else ():
+                for asked in spec.port_mappings:
+                    if asked.claims_the_same_as(mapping):
+                        raise PortTaken(
+                            f"{spec.key} asks for {asked}, but on this node {endpoint.key} has {mapping}; "
+                            "end that one first, or ask for another host port"
+                        )
 
     def _endpoint(self, spec: AttachSpec, network: Network, lent: Sequence[Held]) -> Endpoint:
         ips = tuple(held.ip for held in lent)
@@ -250,9 +283,12 @@ class Endpoints:
             bandwidth=spec.bandwidth.within(network.max_bandwidth),
         )
 
-    async def _connect(self, endpoint: Endpoint) -> Endpoint:
+    async def _connect(self, endpoint: Endpoint, *, without_cooldown: bool = False) -> Endpoint:
         """Steps 4 to 6, and the one undo path."""
         try:
+            if without_cooldown:
+                # The address may come from another node, and what its last owner had is not forgotten here yet.
+                await self._kernel.forget_connections(endpoint.ips)
             await self._wire(endpoint)
             attached = replace(endpoint, state=EndpointState.ATTACHED)
             self._journal.save_endpoint(attached)
@@ -263,28 +299,35 @@ class Endpoints:
             raise
         self._endpoints[endpoint.key] = attached
         reached("attach:attached")
+        if any(mapping.protocol == "udp" for mapping in endpoint.port_mappings):
+            await self._kernel.forget_ports(endpoint.port_mappings)
         return attached
 
     async def _wire(self, endpoint: Endpoint) -> None:
         try:
-            await self._kernel.connect(endpoint)
+            await self._kernel.connect(endpoint, self._isolation(endpoint.network))
         except KernelRefused as error:
             if error.errno != errno.ENOENT or await self._kernel.policy_is_intact():
                 raise
             # Somebody flushed the ruleset a moment ago.
             await self.restore_policy()
-            await self._kernel.connect(endpoint)
+            await self._kernel.connect(endpoint, self._isolation(endpoint.network))
 
-    async def restore_policy(self, *, keep: bool = False) -> None:
-        """Put the firewall's table in place for what is attached; keep: what it admits already stays admitted."""
-        admitted = [e for e in self._endpoints.values() if e.state in ADMITTED]
-        await self._kernel.restore_policy(admitted, *self.pools(), keep=keep)
+    async def restore_policy(self, *, keep_endpoints: bool = False, keep_others: bool = False) -> None:
+        """Put the firewall's table in place for what is attached; see Policy.restore for what may be kept."""
+        around = surroundings(self._catalogue)
+        admitted = [
+            admission(endpoint, around.isolation.get(endpoint.network, NETGROUPS))
+            for endpoint in self._endpoints.values()
+            if endpoint.state in ADMITTED
+        ]
+        await self._kernel.restore_policy(
+            admitted, around, keep_endpoints=keep_endpoints, keep_others=keep_others
+        )
 
-    def pools(self) -> tuple[list[IPNetwork], list[IPNetwork]]:
-        """(all pools, those whose traffic to the outside is masqueraded), for the firewall."""
-        natted = {network.name for network in self._catalogue.networks() if network.nat}
-        pools = self._catalogue.pools()
-        return [p.cidr for p in pools], [p.cidr for p in pools if p.network in natted]
+    def _isolation(self, name: str) -> Isolation:
+        """A network's; that of one that is not known allows netgroups only."""
+        return next((isolation_of(n) for n in self._catalogue.networks() if n.name == name), NETGROUPS)
 
     # -- DEL
 
@@ -448,9 +491,39 @@ class Endpoints:
 
     def tell_work(self, endpoint: Endpoint, work: Work) -> None:
         """Record with its addresses what an endpoint is for. Raises JournalUnwritable."""
-        rows = self._holder.plan_work(endpoint.ips, endpoint.key, work.framework, work.task, work.app)
+        rows = self._holder.plan_change(
+            endpoint.ips, endpoint.key, framework=work.framework, task=work.task, app=work.app
+        )
         self._journal.save_addresses(rows)
         self._holder.accept(rows)
+
+    # -- netgroups of a live endpoint
+
+    async def set_netgroups(self, key: EndpointKey, netgroups: Sequence[Netgroup]) -> bool:
+        """Give an attached endpoint other netgroups without a restart; returns whether it left one.
+
+        Raises NotAttached, Refused, JournalUnwritable, KernelRefused. Whoever it left has to be cut off: the caller
+        forgets its connections.
+        """
+        async with self._locks.of(key):
+            endpoint = self._endpoints.get(key)
+            if endpoint is None or endpoint.state is not EndpointState.ATTACHED:
+                raise NotAttached(
+                    f"{key} is not attached on this node (any more); see `moorage endpoint list`"
+                )
+            network = await self._catalogue.network(endpoint.network)
+            wanted = tuple(netgroups) or (Netgroup(network.name),)
+            authorise_netgroups(str(key), wanted, network)
+            changed = replace(endpoint, netgroups=wanted)
+            rows = self._holder.plan_change(endpoint.ips, endpoint.key, netgroups=list(wanted))
+            with self._journal.transaction():
+                self._journal.save_endpoint(changed)
+                self._journal.save_addresses(rows)
+            self._endpoints[key] = changed
+            self._holder.accept(rows)
+            await self._kernel.readmit(changed, isolation_of(network))
+            log.info("netgroups changed", endpoint=str(key), before=endpoint.netgroups, now=wanted)
+            return not set(endpoint.netgroups) <= set(wanted)
 
     # -- CHECK and what happens by itself
 
@@ -494,6 +567,22 @@ class Endpoints:
                     if unchanged and endpoint.host_ifname not in await self._kernel.links():
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._begin_end(endpoint)
+
+    async def repair(self, endpoint: Endpoint) -> None:
+        """Put back what somebody took of an endpoint's routes, rules, addresses and the like, if it is still there."""
+        async with self._locks.of(endpoint.key):
+            if (
+                self._endpoints.get(endpoint.key) is not endpoint
+                or endpoint.state is not EndpointState.ATTACHED
+            ):
+                return
+            try:
+                missing = await self._kernel.repair(endpoint)
+            except KernelRefused as error:
+                log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why=str(error))
+            else:
+                if missing:
+                    log.warning("endpoint repaired", endpoint=str(endpoint.key), missing="; ".join(missing))
 
     async def restore_limits(self) -> None:
         """Put back what somebody took away of the limits on endpoints' traffic."""

@@ -11,6 +11,7 @@ __all__ = [
     "NamespaceGone",
     "NotANamespace",
     "NotAttached",
+    "PortTaken",
     "Refused",
     "Superseded",
 ]
@@ -64,6 +65,12 @@ class Refused(MoorageError):
     """What was asked for makes sense, but the network does not allow it."""
 
     code = 106
+
+
+class PortTaken(MoorageError):
+    """A port of the node that is to be mapped leads to another container."""
+
+    code = 107
 
 
 class JournalUnwritable(TryAgain):

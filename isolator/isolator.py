@@ -32,9 +32,11 @@ from ipam.holdings import Conflict
 from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
+from ipam.netgroups import MOST_NETGROUPS, parse_netgroup
 from ipam.node_addresses import NodeAddresses
 from ipam.records import Address, AddressState, Fence, Intent, IntentKind, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
+from ipam.shelf import Held
 from ipam.store.base import Store
 from isolator.audit import audit
 from isolator.endpoints import Endpoints
@@ -42,7 +44,9 @@ from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
+from isolator.mending import mend
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, Work
+from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
@@ -127,7 +131,8 @@ class Isolator:
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
         )
-        self._cluster = Cluster(store, self._catalogue, on_topology=self._topology_changed)
+        self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue)
+        self._cluster = Cluster(store, self._catalogue, self._topology_changed, self._neighbours.on_members)
         self._fabric = Fabric(
             settings.node,
             settings.vxlan_port,
@@ -145,7 +150,7 @@ class Isolator:
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
         self._links: dict[str, HostLink] = {}
-        self._pools_changed = asyncio.Event()
+        self._macs: dict[str, str] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
@@ -159,6 +164,7 @@ class Isolator:
         self._holder.load()
         self._endpoints.load()
         self._links = await self._kernel.links()
+        self._macs = await self._kernel.macs()
         self._underlay = await self._kernel.underlay(self._settings.underlay)
         self._fabric.underlay_changed(self._underlay)
         self._membership = Membership(
@@ -183,7 +189,14 @@ class Isolator:
     async def _recover(self) -> None:
         in_sync = not self._holder.problem
         await self._kernel.enable_forwarding()
-        await recover(self._kernel, self._endpoints, self._catalogue, self._boot_id, in_sync=in_sync)
+        await recover(
+            self._kernel,
+            self._endpoints,
+            self._catalogue,
+            self._boot_id,
+            in_sync=in_sync,
+            keep_others=not self._cluster.listed.is_set(),
+        )
         self._recovered_in_sync = in_sync
 
     async def run(self) -> None:
@@ -194,7 +207,7 @@ class Isolator:
             lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
         )
         monitor.start(asyncio.get_running_loop())
-        changes = ChangeMonitor(self._underlay_changed.set)
+        changes = ChangeMonitor(self._underlay_changed.set, self._fabric.port)
         changes.start(asyncio.get_running_loop())
         try:
             async with asyncio.TaskGroup() as group:
@@ -209,7 +222,10 @@ class Isolator:
                     ("collector", self._collect),
                     ("conflicts", self._cut_off),
                     ("firewall", self._heal),
+                    ("neighbours", lambda: self._neighbours.tell(self._cluster)),
+                    ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
+                    ("mending", lambda: mend(self._kernel, self._endpoints)),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
                     ("fabric", self._fabric.run),
@@ -296,6 +312,9 @@ class Isolator:
             "version": self._settings.version,
             "boot_id": self._boot_id,
             "mtu": self._underlay.mtu,
+            "own_addresses": [
+                str(ip) for ip in (*self._underlay.addresses, *self._addresses.current().values())
+            ],
             "gateway": self._settings.gateway,
             "endpoints": dict(sorted(states.items())),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
@@ -309,8 +328,8 @@ class Isolator:
     def _catalogue_changed(self) -> None:
         self._holder.catalogue_changed()
         self._cluster.pools_changed()
+        self._neighbours.on_catalogue()
         self._fabric.networks_changed()
-        self._pools_changed.set()
 
     def _store_rewound(self) -> None:
         self._cluster.start_over()
@@ -318,6 +337,7 @@ class Isolator:
 
     def _topology_changed(self, nodes: set[str]) -> None:
         self._fabric.topology_changed(nodes)
+        self._neighbours.on_topology(nodes)
 
     def _facts(self) -> Node:
         """What the other nodes have to know of this one."""
@@ -347,6 +367,7 @@ class Isolator:
                 async with asyncio.timeout(UNDERLAY_EVERY):
                     await self._underlay_changed.wait()
             await asyncio.sleep(UNDERLAY_SETTLE)
+            told = self._underlay_changed.is_set()
             self._underlay_changed.clear()
             try:
                 found = await self._kernel.underlay(self._settings.underlay)
@@ -367,7 +388,7 @@ class Isolator:
                 self._underlay = found
                 self._fabric.underlay_changed(found)
                 self._describe()
-            else:
+            elif told:
                 self._fabric.kernel_changed()
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
@@ -383,7 +404,9 @@ class Isolator:
             return False
         key = EndpointKey(record.container_id, record.ifname)
         driver = next((n.driver for n in self._catalogue.networks() if n.name == record.network), "routed")
-        adopted = adopted_endpoint(self._endpoints.get(key), ip, record, link, driver, self._boot_id)
+        adopted = adopted_endpoint(
+            self._endpoints.get(key), ip, record, link, driver, self._boot_id, self._macs.get(link.name)
+        )
         log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
         self._endpoints.adopt(adopted)
         return True
@@ -435,33 +458,21 @@ class Isolator:
 
     async def _restore_elements(self) -> None:
         """Somebody may have flushed a set and left the table as it is."""
-        attached = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHED]
-        there = await self._kernel.elements()
-        lost = [e for e in attached if any((e.host_ifname, ip) not in there for ip in e.ips)]
-        # What was attached or detached meanwhile is no loss.
-        lost = [e for e in lost if self._endpoints.get(e.key) is e]
-        if lost:
-            log.warning("firewall elements were missing; restored", endpoints=[str(e.key) for e in lost])
-            await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
+        wrong = await self._kernel.wrong_sets()
+        if wrong:
+            log.warning("firewall sets did not hold what they should; restored", sets=wrong)
+            await self._restore_policy()
+
+    async def _restore_policy(self) -> None:
+        await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
 
     async def _heal(self) -> None:
         """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
         while True:
-            try:
-                async with asyncio.timeout(HEAL_EVERY):
-                    await self._pools_changed.wait()
-            except TimeoutError:
-                pass
-            if self._pools_changed.is_set():
-                self._pools_changed.clear()
-                try:
-                    await self._kernel.set_pools(*self._endpoints.pools())
-                except BaseException:
-                    self._pools_changed.set()
-                    raise
+            await asyncio.sleep(HEAL_EVERY)
             if not await self._kernel.policy_is_intact():
                 log.warning("firewall table inet moorage was missing or changed; restored")
-                await self._endpoints.restore_policy(keep=not self._recovered_in_sync)
+                await self._restore_policy()
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
 
@@ -496,6 +507,8 @@ class Isolator:
                 return await self._holder.give_back(intent)
             case IntentKind.RETURN_BLOCK:
                 return await self._holder.return_block(intent, self._fabric.addresses_changed)
+            case IntentKind.LABELS:
+                return await self._answer_labels(intent)
             case IntentKind.TRACE:
                 return await self._tracer.answer(intent.evidence)
             case IntentKind.DRAIN:
@@ -517,6 +530,32 @@ class Isolator:
         self._fabric.addresses_changed()
         return drain.report()
 
+    async def _answer_labels(self, intent: Intent) -> dict[str, Any]:
+        """Gives the endpoint that has an address other netgroups."""
+        ip = ip_address(intent.ip)
+        held = self._holder.held(ip)
+        endpoint = self._endpoints.of_ip(ip)
+        if held is None or held.record is None or endpoint is None:
+            return {
+                "done": False,
+                "changed": True,
+                "why": f"{ip} is not held by an endpoint of this node any more; look again",
+            }
+        if self._has_changed(held, held.record, intent):
+            return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
+        asked = intent.evidence.get("netgroups")
+        if not isinstance(asked, list) or len(asked) > MOST_NETGROUPS:
+            return {"done": False, "why": f"the request names no list of at most {MOST_NETGROUPS} netgroups"}
+        netgroups = [parse_netgroup("a netgroup", str(name)) for name in dict.fromkeys(asked)]
+        if await self._endpoints.set_netgroups(endpoint.key, netgroups):
+            self._neighbours.left(endpoint.ips)
+        return {"done": True, "why": ""}
+
+    @staticmethod
+    def _has_changed(held: Held, record: Address, intent: Intent) -> bool:
+        """Whether an address is not what the asker saw."""
+        return record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision)
+
     async def _answer_release(self, intent: Intent) -> dict[str, Any]:
         """VERIFY releases what nobody uses; RELEASE ends the endpoint that uses it."""
         ip = ip_address(intent.ip)
@@ -528,7 +567,7 @@ class Isolator:
         if held.record.is_nodes_own:
             why = f"{ip} is node {self.node}'s own, on its device {VXLAN_DEVICE}; it goes with the last vxlan network"
             return {"done": False, "why": why}
-        if held.record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision):
+        if self._has_changed(held, held.record, intent):
             return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
         endpoint = self._endpoints.of_ip(ip)
         if endpoint is None:

@@ -8,24 +8,26 @@ network namespace but for the moments when they open a socket inside a container
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ipam.keys import IPNetwork
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
-from isolator.model import Endpoint, IPAddress
+from isolator.model import Endpoint, IPAddress, PortMapping
 from isolator.netlink import (
     HostLink,
     HostRoute,
+    connections_of,
     delete_links,
     delete_routes,
     endpoint_links,
     endpoint_routes,
     flush_conntrack,
+    flush_ports,
+    forget,
     shaper_links,
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
-from isolator.policy import Policy
+from isolator.policy import Admission, Isolation, Policy, Surroundings, Verdict
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
@@ -44,6 +46,19 @@ def wiring(endpoint: Endpoint) -> Wiring:
         mtu=endpoint.mtu,
         default_route=endpoint.default_route,
         bandwidth=endpoint.bandwidth,
+    )
+
+
+def admission(endpoint: Endpoint, isolation: Isolation) -> Admission:
+    """What the policy needs to know of an endpoint."""
+    return Admission(
+        host_ifname=endpoint.host_ifname,
+        mac=endpoint.mac,
+        ips=endpoint.ips,
+        network=endpoint.network,
+        netgroups=endpoint.netgroups or (endpoint.network,),
+        isolation=isolation,
+        ports=endpoint.port_mappings,
     )
 
 
@@ -81,17 +96,20 @@ class Kernel:
         with self._wiring.node.open_namespace(path):
             pass
 
-    async def connect(self, endpoint: Endpoint) -> None:
-        """Admit the endpoint in the policy, then wire it; neither if either fails."""
-        await self._wiring.run(self._connect, endpoint)
+    async def connect(self, endpoint: Endpoint, isolation: Isolation) -> None:
+        """Admit the endpoint in the policy, then wire it; neither if either fails. isolation: its network's."""
+        await self._wiring.run(self._connect, endpoint, isolation)
 
-    def _connect(self, endpoint: Endpoint) -> None:
-        self._policy.admit(endpoint.host_ifname, endpoint.ips)
+    def _connect(self, endpoint: Endpoint, isolation: Isolation) -> None:
+        self._policy.admit(admission(endpoint, isolation))
         reached("attach:admitted")
         try:
             self._wiring.driver(endpoint.driver).setup(wiring(endpoint))
+            if any(ip.version == 4 for ip in endpoint.ips) and endpoint.port_mappings:
+                # So that 127.0.0.1 of the node reaches a mapped port; the policy keeps the container from 127/8.
+                sysctl.ensure(f"net/ipv4/conf/{endpoint.host_ifname}/route_localnet", "1")
         except BaseException:
-            self._policy.revoke(endpoint.host_ifname, endpoint.ips)
+            self._policy.revoke([endpoint.host_ifname])
             raise
         reached("attach:wired")
 
@@ -103,13 +121,17 @@ class Kernel:
         try:
             self._wiring.driver(endpoint.driver).withdraw(wiring(endpoint))
         finally:
-            self._policy.revoke(endpoint.host_ifname, endpoint.ips)
+            self._policy.revoke([endpoint.host_ifname])
+
+    async def readmit(self, endpoint: Endpoint, isolation: Isolation) -> None:
+        """The endpoint's netgroups are different: who may call it, and what it is a member of."""
+        await self._wiring.run(self._policy.admit, admission(endpoint, isolation))
 
     async def remove(self, endpoints: Sequence[Endpoint]) -> None:
         """Remove disconnected endpoints' interfaces, and every connection of their addresses."""
         await self._reaping.run(self._remove, endpoints)
         # Once more: when they were disconnected the firewall may have been in nobody's state.
-        await self._wiring.run(self._policy.revoke_all, [(e.host_ifname, e.ips) for e in endpoints])
+        await self._wiring.run(self._policy.revoke, [endpoint.host_ifname for endpoint in endpoints])
 
     def _remove(self, endpoints: Sequence[Endpoint]) -> None:
         for name in {endpoint.driver for endpoint in endpoints}:
@@ -142,6 +164,13 @@ class Kernel:
             if (endpoint.host_ifname, ip) not in admitted
         )
         return found
+
+    async def repair(self, endpoint: Endpoint) -> list[str]:
+        """Put back what somebody took of its wiring; what that was."""
+        return await self._wiring.run(self._repair, endpoint)
+
+    def _repair(self, endpoint: Endpoint) -> list[str]:
+        return self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
 
     async def limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
         """Sentences by host_ifname, for endpoints whose limits on traffic are not in place.
@@ -205,35 +234,70 @@ class Kernel:
     async def delete_routes(self, routes: Iterable[HostRoute]) -> None:
         await self._wiring.run(delete_routes, self._wiring.node, list(routes))
 
-    async def revoke(self, elements: Iterable[tuple[str, IPAddress]]) -> None:
-        await self._wiring.run(self._policy.revoke_all, [(name, [ip]) for name, ip in elements])
-
     # -- policy
 
     async def restore_policy(
         self,
-        endpoints: Iterable[Endpoint],
-        pools: Iterable[IPNetwork],
-        nat_pools: Iterable[IPNetwork],
+        admissions: Iterable[Admission],
+        surroundings: Surroundings,
         *,
-        keep: bool = False,
+        keep_endpoints: bool = False,
+        keep_others: bool = False,
     ) -> None:
-        """Put the whole table in place, in one transaction. keep: what is admitted already stays so."""
-        members = {(endpoint.host_ifname, ip) for endpoint in endpoints for ip in endpoint.ips}
-        await self._wiring.run(self._restore_policy, members, list(pools), list(nat_pools), keep)
+        """Put the whole table in place, in one transaction; see Policy.restore."""
+        await self._wiring.run(
+            self._policy.restore,
+            list(admissions),
+            surroundings,
+            keep_endpoints=keep_endpoints,
+            keep_others=keep_others,
+        )
 
-    def _restore_policy(
-        self,
-        members: set[tuple[str, IPAddress]],
-        pools: list[IPNetwork],
-        nat_pools: list[IPNetwork],
-        keep: bool,
-    ) -> None:
-        kept = self._policy.elements() if keep else set()
-        self._policy.restore([(name, [ip]) for name, ip in sorted(members | kept, key=str)], pools, nat_pools)
+    async def macs(self) -> dict[str, str]:
+        """Interface -> the MAC that the policy knows its container by."""
+        return await self._wiring.run(self._policy.macs)
 
-    async def set_pools(self, pools: Iterable[IPNetwork], nat_pools: Iterable[IPNetwork]) -> None:
-        await self._wiring.run(self._policy.set_pools, list(pools), list(nat_pools))
+    async def adopt_policy(self) -> None:
+        """Leave the table as it is."""
+        await self._wiring.run(self._policy.adopt)
+
+    async def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
+        """Pools or networks changed; returns the addresses of endpoints that others may call now than before."""
+        return await self._wiring.run(self._policy.set_surroundings, surroundings)
+
+    async def set_nodes(self, ips: Iterable[IPAddress]) -> None:
+        await self._wiring.run(self._policy.set_nodes, frozenset(ips))
+
+    async def set_others(self, changes: Sequence[tuple[IPAddress, tuple[str, ...]]]) -> list[IPAddress]:
+        """Endpoints of other nodes changed; returns those that left a netgroup."""
+        return await self._wiring.run(self._policy.set_others, changes)
+
+    async def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> None:
+        await self._wiring.run(self._policy.replace_others, known)
+
+    async def may_call(self, source: IPAddress, host_ifname: str) -> Verdict | None:
+        """Whether an address may call an endpoint of this node; see Policy.may_call."""
+        return await self._wiring.run(self._policy.may_call, source, host_ifname)
 
     async def policy_is_intact(self) -> bool:
         return await self._wiring.run(self._policy.is_intact)
+
+    async def wrong_sets(self) -> list[str]:
+        """The policy's sets that do not hold what they should."""
+        return await self._wiring.run(self._policy.wrong_sets)
+
+    # -- connections
+
+    async def forget_connections(self, ips: Iterable[IPAddress]) -> None:
+        """Delete every tracked connection of addresses."""
+        await self._reaping.run(flush_conntrack, list(ips))
+
+    async def forget_forbidden(self, ips: Iterable[IPAddress]) -> None:
+        """Of those, only the ones to endpoints of this node that the policy would not let begin now."""
+        found = await self._reaping.run(connections_of, list(ips))
+        if found and (doomed := await self._wiring.run(self._policy.forbidden, found)):
+            await self._reaping.run(forget, doomed)
+
+    async def forget_ports(self, mappings: Iterable[PortMapping]) -> None:
+        """Delete the tracked UDP connections to ports that are mapped from now on."""
+        await self._reaping.run(flush_ports, [m.host_port for m in mappings if m.protocol == "udp"])

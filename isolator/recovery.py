@@ -30,9 +30,18 @@ log = structlog.get_logger(__name__)
 
 
 def adopted_endpoint(
-    endpoint: Endpoint | None, ip: IPAddress, record: Address, link: HostLink, driver: str, boot_id: str
+    endpoint: Endpoint | None,
+    ip: IPAddress,
+    record: Address,
+    link: HostLink,
+    driver: str,
+    boot_id: str,
+    mac: str | None = None,
 ) -> Endpoint:
-    """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said."""
+    """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said.
+
+    mac: the container's, if the firewall knows it; else the one that follows from its addresses.
+    """
     ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: ip.version))
     return Endpoint(
         key=EndpointKey(record.container_id, record.ifname),
@@ -45,7 +54,7 @@ def adopted_endpoint(
         netns="",
         ips=ips,
         host_ifname=link.name,
-        mac=mac_for(ips),
+        mac=mac or mac_for(ips),
         mtu=link.mtu,
         netgroups=tuple(map(Netgroup, record.netgroups)),
         labels=tuple(record.labels),
@@ -59,16 +68,27 @@ def owner_of(links: Mapping[str, HostLink], record: Address) -> HostLink | None:
 
 
 async def recover(
-    kernel: Kernel, endpoints: Endpoints, catalogue: Catalogue, boot_id: str, *, in_sync: bool
+    kernel: Kernel,
+    endpoints: Endpoints,
+    catalogue: Catalogue,
+    boot_id: str,
+    *,
+    in_sync: bool,
+    keep_others: bool,
 ) -> None:
-    """Bring kernel and endpoints in line; see the module's docstring. Raises KernelRefused."""
+    """Bring kernel and endpoints in line; see the module's docstring. Raises KernelRefused.
+
+    keep_others: other nodes' endpoints are not heard of yet, the firewall goes on with those it knows.
+    """
     for endpoint in endpoints.all():
         if endpoint.asked.boot_id != boot_id:
             log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
             endpoints.forget(endpoint)
     links = await kernel.links()
     if in_sync or catalogue.pools() or not await kernel.elements():
-        await endpoints.restore_policy(keep=not in_sync)
+        await endpoints.restore_policy(keep_endpoints=not in_sync, keep_others=keep_others)
+    else:
+        await kernel.adopt_policy()
     for endpoint in endpoints.all():
         if endpoint.state is EndpointState.DETACHING:
             await endpoints.resume_end(endpoint)

@@ -55,8 +55,8 @@ class Tracer:
     async def answer(self, evidence: dict[str, Any]) -> dict[str, Any]:
         """The answer to an intent of kind ``trace``: {"done": True, "hops": [...], "tunnel": what it was sent by}.
 
-        evidence: {"part": "out" | "in", "src": IP or "" for the node itself, "dst": IP, "tunnel": as the sender's
-        node answered}. Raises InvalidInput.
+        evidence: {"part": "out" | "in", "src": IP or "" for the node itself, "dst": IP, "back": whether it is an
+        answer, "tunnel": as the sender's node answered}. Raises InvalidInput.
         """
         try:
             dst = ip_address(str(evidence["dst"]))
@@ -67,7 +67,8 @@ class Tracer:
         if part == "out":
             hops, tunnel = await self._out(src, dst)
         elif part == "in":
-            hops, tunnel = await self._in(src, dst, evidence.get("tunnel") or {}), {}
+            caller = None if evidence.get("back") else src
+            hops, tunnel = await self._in(src, dst, caller, evidence.get("tunnel") or {}), {}
         else:
             raise InvalidInput(f"a trace has the parts out and in, not {part!r}; ask again")
         return {"done": True, "hops": [hop.row() for hop in hops], "tunnel": tunnel}
@@ -143,7 +144,9 @@ class Tracer:
 
     # -- the receiver's node
 
-    async def _in(self, src: IPAddress | None, dst: IPAddress, tunnel: dict[str, Any]) -> list[Hop]:
+    async def _in(
+        self, src: IPAddress | None, dst: IPAddress, caller: IPAddress | None, tunnel: dict[str, Any]
+    ) -> list[Hop]:
         hops = [self._arrives(tunnel)] if tunnel else []
         if dst in self._fabric.carried:
             return [*hops, self._hop("container", True, f"{dst} is the node's own, on {VXLAN_DEVICE}")]
@@ -164,7 +167,7 @@ class Tracer:
                     f"compare `ip rule` and `ip route get {dst}`; a route of somebody else's comes first",
                 )
             )
-        hops.append(await self._policy(receiver, dst))
+        hops.append(await self._policy(receiver, dst, caller))
         container, veth = await self._ends(receiver)
         return [*hops, veth, container]
 
@@ -175,7 +178,13 @@ class Tracer:
             return self._hop("fabric", False, problem, cure)
         return self._hop("fabric", True, f"{VXLAN_DEVICE} takes what is sent to {tunnel.get('mac')}")
 
-    async def _policy(self, receiver: Endpoint, dst: IPAddress) -> Hop:
+    async def _policy(self, receiver: Endpoint, dst: IPAddress, caller: IPAddress | None) -> Hop:
+        """caller: who begins; None for an answer, or the node itself, which need not be allowed to."""
+        if caller is not None:
+            verdict = await self._kernel.may_call(caller, receiver.host_ifname)
+            if verdict is not None and not verdict.allowed:
+                why = f"the firewall does not let {caller} call {dst}: {verdict.why}"
+                return self._hop("policy", False, why, f"see `moorage policy show {dst}`")
         if (receiver.host_ifname, dst) in await self._kernel.elements():
             return self._hop("policy", True, f"the firewall lets {dst} have packets")
         cure = "the agent restores it within seconds; if it does not, see its log"

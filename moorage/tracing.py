@@ -51,10 +51,11 @@ class End:
 
 @dataclass(slots=True)
 class Way:
-    """One direction of one family."""
+    """One direction of one family. back: the answer's, which nobody has to be allowed to give."""
 
     source: End
     target: End
+    back: bool = False
     hops: list[Hop] = field(default_factory=list)
 
     @property
@@ -71,7 +72,7 @@ async def trace(store: Store, source: str, target: str) -> list[Way]:
         raise InvalidInput(
             f"{source} has IPv{sources[0].family} and {target} IPv{targets[0].family}; name addresses of one family"
         )
-    ways = [Way(s, t) for pair in pairs for s, t in (pair, pair[::-1]) if t.ip]
+    ways = [Way(s, t, back) for pair in pairs for s, t, back in ((*pair, False), (*pair[::-1], True)) if t.ip]
     found = await asyncio.gather(*(_hops(store, way) for way in ways))
     for way, hops in zip(ways, found, strict=True):
         way.hops = hops
@@ -90,7 +91,7 @@ async def _hops(store: Store, way: Way) -> list[Hop]:
 async def _part(
     store: Store, way: Way, part: str, node: str, tunnel: dict[str, Any]
 ) -> tuple[list[Hop], dict[str, Any]]:
-    evidence = {"part": part, "src": way.source.ip, "dst": way.target.ip, "tunnel": tunnel}
+    evidence = {"part": part, "src": way.source.ip, "dst": way.target.ip, "back": way.back, "tunnel": tunnel}
     try:
         answer = await ask(store, node, Intent(kind=IntentKind.TRACE, evidence=evidence))
     except MoorageError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from ipam.errors import InvalidInput
-from ipam.netgroups import Netgroup, parse_netgroup
+from ipam.netgroups import MOST_NETGROUPS, Netgroup, parse_netgroup
 from ipam.rates import parse_rate
 from ipam.records import Label
 from isolator.model import UNLIMITED, Bandwidth, IPAddress, Limit
@@ -33,7 +33,6 @@ KNOWN = (
 # All labels of an endpoint go into one record of the store, and a store transaction holds up to 127 of those
 # in at most 1.5 MiB.
 LARGEST_LABELS = 10 * 1024
-MOST_NETGROUPS = 64
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}", re.ASCII)
 _POOL = re.compile(r"[A-Za-z0-9:][A-Za-z0-9_.:/-]{0,62}", re.ASCII)

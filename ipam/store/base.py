@@ -226,14 +226,20 @@ async def scan(store: Store, start: str, end: str) -> AsyncIterator[KeyValue]:
 
     Raises Compacted, StoreUnavailable.
     """
-    cursor: str | None = start
-    revision = 0
-    while cursor is not None:
-        page = await store.page(cursor, end, limit=SCAN_PAGE, revision=revision)
+    async for page in pages(store, start, end):
         for number, kv in enumerate(page.items):
             if number % IN_A_ROW == 0:
                 await asyncio.sleep(0)
             yield kv
+
+
+async def pages(store: Store, start: str, end: str) -> AsyncIterator[Page]:
+    """All of [start, end) at one revision, page by page; see ``scan``."""
+    cursor: str | None = start
+    revision = 0
+    while cursor is not None:
+        page = await store.page(cursor, end, limit=SCAN_PAGE, revision=revision)
+        yield page
         cursor, revision = page.next_key, page.revision
 
 

@@ -65,6 +65,13 @@ class Driver(Protocol):
         """Sentences, one per difference between the wiring and the kernel; empty if all is well."""
         ...
 
+    def repair(self, wiring: Wiring) -> list[str]:
+        """Put back what somebody took of its links' state, addresses, routes, rules and neighbours; what that was.
+
+        What is there stays untouched, and so does all of it where its interface is gone. Raises KernelRefused.
+        """
+        ...
+
     def limit_differences(self, wirings: Sequence[Wiring]) -> dict[str, list[str]]:
         """The same for limits on their traffic alone, of many at once, by host_ifname; only those that differ."""
         ...

@@ -113,6 +113,31 @@ class Routed:
         limits = self.limit_differences([wiring]).get(wiring.host_ifname, [])
         return differences(self._node, wiring) + limits
 
+    def repair(self, wiring: Wiring) -> list[str]:
+        """See Driver.repair: the batches of ``setup`` may be repeated."""
+        missing = differences(self._node, wiring)
+        link = link_by_name(self._node.route, wiring.host_ifname)
+        if not missing or link is None or wiring.netns is None:
+            return []
+        with contextlib.suppress(NamespaceGone, NotANamespace):
+            with self._node.open_namespace(wiring.netns) as container:
+                self._node.route.execute(
+                    [
+                        messages.set_mac(link.index, wiring.host_ifname, HOST_MAC),
+                        *host_requests(wiring, link.index),
+                    ]
+                )
+                with container.inside(), NetlinkSocket() as route:
+                    inner = link_by_name(route, wiring.ifname)
+                    if inner is not None:
+                        route.execute(
+                            [
+                                messages.set_mac(inner.index, wiring.ifname, wiring.mac),
+                                *container_requests(wiring, inner.index),
+                            ]
+                        )
+        return missing
+
     def limit_differences(self, wirings: Sequence[Wiring]) -> dict[str, list[str]]:
         """See Driver.limit_differences."""
         return shaping.differences(self._node, wirings)

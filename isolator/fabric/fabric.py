@@ -11,7 +11,9 @@ agent left goes on working.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import time
 from collections.abc import Callable, Iterable
 
 import structlog
@@ -45,8 +47,17 @@ log = structlog.get_logger(__name__)
 RESYNC_EVERY = 5.0
 """Seconds between comparisons with all that the kernel holds."""
 
+RESYNC_SHARE = 0.005
+"""Of the time, that comparisons may take which nothing gave cause for: with a thousand nodes they come less often."""
+
+RESYNC_SELDOM = 60.0
+"""Seconds between them at most."""
+
 SETTLE = 0.05
 """Seconds in which changes gather before they are carried out."""
+
+ADDRESS_PATIENCE = 1.0
+"""Seconds that the first routes wait for the device's addresses, which they name: else all are made twice."""
 
 ADDRESS_RETRY = 10.0
 """Seconds before an address for the device is asked for again."""
@@ -90,8 +101,10 @@ class Fabric:
         self._begun = False
         self._all_dirty = True
         self._resync_due = True
+        self._resync_every = RESYNC_EVERY
         self._wake = asyncio.Event()
         self._addresses_due = asyncio.Event()
+        self._addresses_settled = asyncio.Event()
         self._missing: dict[Family, str] = {}
         self._device: DeviceSpec | None = None
         self._device_problem = ""
@@ -137,6 +150,11 @@ class Fabric:
         self._keep_until = asyncio.get_running_loop().time() + REWIND_GRACE
 
     # -- what others need to know
+
+    @property
+    def port(self) -> int:
+        """Of the netlink socket through which all is done."""
+        return self._kernel.port
 
     def mtu(self, network: Network) -> int:
         """Bytes that a container on ``network`` can send in one packet."""
@@ -237,10 +255,13 @@ class Fabric:
             await asyncio.sleep(KNOWN_POLL)
 
     async def _keep_kernel(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ADDRESS_PATIENCE):
+                await self._addresses_settled.wait()
         while True:
             await self._settle()
             try:
-                async with asyncio.timeout(RESYNC_EVERY):
+                async with asyncio.timeout(self._resync_every):
                     await self._wake.wait()
             except TimeoutError:
                 self._resync_due = True
@@ -253,6 +274,7 @@ class Fabric:
             if missing and missing != self._missing:
                 log.warning("fabric device lacks an address", why="; ".join(missing.values()))
             self._missing = missing
+            self._addresses_settled.set()
             self._wake.set()  # the device gets what it lacks, and what it has lost is freed
             try:
                 async with asyncio.timeout(ADDRESS_RETRY):
@@ -385,7 +407,10 @@ class Fabric:
         desired = Plan()
         for plan in self._plans.values():
             desired.add(plan)
+        begun = time.monotonic()
         done, refused = await self._kernel.resync(desired, keep=self._keeps())
+        took = time.monotonic() - begun
+        self._resync_every = min(max(RESYNC_EVERY, took / RESYNC_SHARE), RESYNC_SELDOM)
         if done:
             log.info("fabric made as it should be", changes=len(done), such_as=done[:5])
         self._note(refused)

@@ -41,6 +41,11 @@ class FabricKernel:
     def close(self) -> None:
         self._thread.close()
 
+    @property
+    def port(self) -> int:
+        """Of the netlink socket through which all is done."""
+        return self._thread.node.route.port
+
     async def ensure_device(self, spec: DeviceSpec | None) -> bool:
         """See device.ensure_device; whether the device is new, or gone. Raises KernelRefused."""
         _, new = await self._thread.run(ensure_device, self._thread.node, spec)

@@ -1,6 +1,6 @@
 """Netlink: messages as bytes, a socket that sends them in batches, namespaces, and what the kernel holds."""
 
-from isolator.netlink.conntrack import flush_conntrack
+from isolator.netlink.conntrack import Connection, connections_of, flush_conntrack, flush_ports, forget
 from isolator.netlink.inventory import (
     HostLink,
     HostRoute,
@@ -17,22 +17,29 @@ from isolator.netlink.inventory import (
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
 from isolator.netlink.node import Namespace, Node
+from isolator.netlink.witness import Seen, Witness
 
 __all__ = [
     "ENDPOINT_PREFIX",
     "ROUTE_PROTOCOL",
+    "Connection",
     "HostLink",
     "HostRoute",
     "HostRule",
     "LinkMonitor",
     "Namespace",
     "Node",
+    "Seen",
+    "Witness",
+    "connections_of",
     "delete_links",
     "delete_routes",
     "endpoint_links",
     "endpoint_routes",
     "fabric_routes",
     "flush_conntrack",
+    "flush_ports",
+    "forget",
     "our_routes",
     "our_rules",
     "shaper_links",

@@ -65,12 +65,16 @@ class Request(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One message from the kernel; ``body`` includes the fixed header."""
+    """One message from the kernel; ``body`` includes the fixed header.
+
+    port: of the socket that asked for what is answered, or told of.
+    """
 
     kind: int
     flags: int
     seq: int
     body: memoryview
+    port: int = 0
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -98,10 +102,10 @@ def messages(buffer: bytes) -> Iterator[Message]:
     view = memoryview(buffer)
     offset = 0
     while offset + HEADER.size <= len(view):
-        length, kind, flags, seq, _ = HEADER.unpack_from(view, offset)
+        length, kind, flags, seq, port = HEADER.unpack_from(view, offset)
         if length < HEADER.size:
             return
-        yield Message(kind, flags, seq, view[offset + HEADER.size : offset + length])
+        yield Message(kind, flags, seq, view[offset + HEADER.size : offset + length], port)
         offset += length + (-length & 3)
 
 

@@ -22,13 +22,14 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 @dataclass(frozen=True, slots=True)
 class HostLink:
-    """A link. mac: ``aa:bb:..``. mtu: bytes."""
+    """A link. mac: ``aa:bb:..``. mtu: bytes. peer_namespace: the number of its peer's; None if that is here."""
 
     name: str
     index: int
     up: bool
     mac: str
     mtu: int
+    peer_namespace: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,9 @@ def parse_link(message: Message) -> HostLink:
         up=bool(flags & messages.IFF_UP),
         mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
+        peer_namespace=(
+            codec.as_u32(found[messages.IFLA_LINK_NETNSID]) if messages.IFLA_LINK_NETNSID in found else None
+        ),
     )
 
 

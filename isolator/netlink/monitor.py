@@ -85,16 +85,23 @@ class LinkMonitor(_Monitor):
 
 
 class ChangeMonitor(_Monitor):
-    """Calls back, once a wake-up, when something changed that underlay or fabric rest on."""
+    """Calls back, once a wake-up, when something changed that underlay or fabric rest on.
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    ours: the port of the fabric's own socket, of whose changes it need not be told.
+    """
+
+    def __init__(self, on_change: Callable[[], None], ours: int = 0) -> None:
         super().__init__(
             _GROUP_LINK, _GROUP_IPV4_ADDRESS, _GROUP_IPV4_ROUTE, _GROUP_IPV6_ADDRESS, _GROUP_IPV6_ROUTE
         )
         self._on_change = on_change
+        self._ours = ours
 
     def _take(self, datagrams: list[bytes], *, lost: bool) -> None:
-        if lost or any(_matters(message) for datagram in datagrams for message in codec.messages(datagram)):
+        told = (message for datagram in datagrams for message in codec.messages(datagram))
+        if lost or any(
+            _matters(message) for message in told if not message.port or message.port != self._ours
+        ):
             self._on_change()
 
 

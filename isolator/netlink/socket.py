@@ -43,6 +43,7 @@ class NetlinkSocket:
             ) from error
         for option in (_CAP_ACK, _EXT_ACK, _STRICT_CHECK):
             self._socket.setsockopt(_SOL_NETLINK, option, 1)
+        self._socket.bind((0, 0))  # else it has no port before its first request
         self._seq = 0
 
     def close(self) -> None:
@@ -54,6 +55,12 @@ class NetlinkSocket:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def port(self) -> int:
+        """What the kernel calls this socket when it tells others of what was done through it."""
+        port: int = self._socket.getsockname()[0]
+        return port
 
     def execute(self, requests: Sequence[Request]) -> None:
         """Carry out all requests, in order, whatever becomes of each.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import ip_address
 
+from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec
 from isolator.netlink.codec import Request
@@ -22,8 +23,25 @@ _GETTABLE, _GETCHAIN, _GETRULE, _GETSETELEM, _GETGEN = (_SUBSYSTEM | kind for ki
 _INET = bytes([1, 0, 0, 0])  # nfgenmsg: NFPROTO_INET, version, resource
 _NAME_OF_TABLE = 1  # in tables, chains, rules and elements alike
 _GEN_ID = 1
-_ELEMENTS_OF_SET, _ELEMENTS, _ELEMENT_KEY, _DATA_VALUE = 2, 3, 1, 1
-_IFNAMSIZ = 16
+_USE_OF_TABLE, _USE_OF_CHAIN = 3, 6
+_ELEMENTS_OF_SET, _ELEMENTS = 2, 3
+_KEY, _DATA, _FLAGS = 1, 2, 3  # of an element
+_VALUE, _VERDICT = 1, 2  # of data
+_VERDICT_CHAIN = 2
+_INTERVAL_END = 1
+
+_SIZE = {"ifname": 16, "mac": 8, "proto": 4, "port": 4, "4": 4, "6": 16}
+"""Bytes that a part of a key takes in the kernel, padded."""
+
+_SHAPES = {
+    "senders": (("ifname", "mac", "ip"), ()),
+    "endpoints": (("ifname", "ip"), ()),
+    "receivers": (("ifname", "ip"), ()),
+    "hairpin": (("ip", "ip"), ()),
+    "ports": (("proto", "port"), ("ip", "port")),
+    "portsat": (("ip", "proto", "port"), ("ip", "port")),
+}
+"""Sets and maps, less their family -> what keys and data are made of; all others hold plain addresses."""
 
 
 def generation(netfilter: NetlinkSocket) -> int:
@@ -42,24 +60,103 @@ def fingerprint(netfilter: NetlinkSocket) -> bytes | None:
     table = netfilter.get(Request(_GETTABLE, 0, ours, "read table inet moorage", (errno.ENOENT,)))
     if table is None:
         return None
-    digest = hashlib.blake2s(table.body[4:])
+    digest = hashlib.blake2s(_without(_USE_OF_TABLE, table.body))
     chains = netfilter.dump(Request(_GETCHAIN, 0, ours, "list the chains of table inet moorage"))
     rules = netfilter.dump(Request(_GETRULE, 0, ours, "list the rules of table inet moorage"))
-    for message in (*chains, *rules):
-        if codec.as_text(codec.attributes(message.body, 4).get(_NAME_OF_TABLE)) == TABLE:
-            digest.update(message.body[4:])
+    for messages, use in ((chains, _USE_OF_CHAIN), (rules, None)):
+        for message in messages:
+            if codec.as_text(codec.attributes(message.body, 4).get(_NAME_OF_TABLE)) == TABLE:
+                digest.update(message.body[4:] if use is None else _without(use, message.body))
     return digest.digest()
 
 
-def elements(netfilter: NetlinkSocket) -> Iterator[tuple[str, IPAddress]]:
-    """The pairs in endpoints4 and endpoints6; none if the table is gone."""
+def _without(use: int, body: memoryview) -> bytes:
+    """A table or chain less the count of what refers to it, which elements do, too."""
+    return b"".join(bytes(v) for kind, v in codec.attributes(body, 4).items() if kind != use)
+
+
+def pairs(netfilter: NetlinkSocket) -> Iterator[tuple[str, IPAddress]]:
+    """(interface, ip) of every element in endpoints4 and endpoints6; none if the table is gone."""
     for family in (4, 6):
-        body = _INET + codec.text(_NAME_OF_TABLE, TABLE) + codec.text(_ELEMENTS_OF_SET, f"endpoints{family}")
-        request = Request(_GETSETELEM, 0, body, f"list the set endpoints{family}", (errno.ENOENT,))
-        for message in netfilter.dump(request):
-            found = codec.attributes(message.body, 4).get(_ELEMENTS)
-            for element in codec.each(found) if found is not None else ():
-                key = codec.attributes(codec.attributes(element)[_ELEMENT_KEY])[_DATA_VALUE]
-                packed = bytes(key[_IFNAMSIZ:])
-                ip = IPv4Address(packed) if family == 4 else IPv6Address(packed)
-                yield codec.as_text(key[:_IFNAMSIZ]), ip
+        for key, _ in _raw(netfilter, f"endpoints{family}"):
+            yield codec.as_text(key[:16]), ip_address(bytes(key[16:]))
+
+
+def macs(netfilter: NetlinkSocket) -> dict[str, str]:
+    """Interface -> MAC of every element in senders4 and senders6."""
+    return {
+        codec.as_text(key[:16]): bytes(key[16:22]).hex(":")
+        for family in (4, 6)
+        for key, _ in _raw(netfilter, f"senders{family}")
+    }
+
+
+def addresses(netfilter: NetlinkSocket, name: str) -> list[IPAddress]:
+    """The elements of a set of plain addresses; none if there is no such set."""
+    return [ip_address(bytes(key)) for key, _ in _raw(netfilter, name)]
+
+
+def elements(netfilter: NetlinkSocket, name: str) -> set[str]:
+    """What a set or map of ours holds, as ruleset.py would write it; nothing if there is no such set."""
+    family = name[-1] if name[-1] in "46" else ""
+    shape, target = _SHAPES.get(name.rstrip("46"), (("ip",), ()))
+    if name.startswith("netgroup"):
+        family = name[len("netgroup")]
+    found = set()
+    for key, element in _raw(netfilter, name):
+        text = _words(key, shape, family)
+        if _DATA in element:
+            text += f" : {_data(element[_DATA], target, family)}"
+        found.add(text)
+    return found
+
+
+def covers(netfilter: NetlinkSocket, name: str, networks: Iterable[IPNetwork]) -> bool:
+    """Whether an interval set holds just these disjoint networks."""
+    wanted = {(int(n.network_address), False) for n in networks}
+    wanted |= {(int(n.broadcast_address) + 1, True) for n in networks}
+    there = set()
+    for key, element in _raw(netfilter, name):
+        end = int.from_bytes(element.get(_FLAGS, b"\0"), "big") & _INTERVAL_END
+        there.add((int.from_bytes(key, "big"), bool(end)))
+    # The kernel's first element may be the end of what lies before everything.
+    return wanted == there - {(0, True)}
+
+
+def _raw(netfilter: NetlinkSocket, name: str) -> Iterator[tuple[memoryview, codec.Attributes]]:
+    """Key and attributes of every element."""
+    body = _INET + codec.text(_NAME_OF_TABLE, TABLE) + codec.text(_ELEMENTS_OF_SET, name)
+    request = Request(_GETSETELEM, 0, body, f"list the set {name}", (errno.ENOENT,))
+    for message in netfilter.dump(request):
+        found = codec.attributes(message.body, 4).get(_ELEMENTS)
+        for element in codec.each(found) if found is not None else ():
+            parts = codec.attributes(element)
+            if _KEY in parts:
+                yield codec.attributes(parts[_KEY])[_VALUE], parts
+
+
+def _words(raw: memoryview, shape: Sequence[str], family: str) -> str:
+    words = []
+    for part in shape:
+        kind = family if part == "ip" else part
+        value, raw = bytes(raw[: _SIZE[kind]]), raw[_SIZE[kind] :]
+        match part:
+            case "ifname":
+                words.append(f'"{codec.as_text(memoryview(value))}"')
+            case "mac":
+                words.append(value[:6].hex(":"))
+            case "ip":
+                words.append(str(ip_address(value)))
+            case "proto":
+                words.append(str(value[0]))
+            case _:
+                words.append(str(int.from_bytes(value[:2], "big")))
+    return " . ".join(words)
+
+
+def _data(data: memoryview, shape: Sequence[str], family: str) -> str:
+    found = codec.attributes(data)
+    if _VERDICT not in found:
+        return _words(found[_VALUE], shape, family)
+    chain = codec.attributes(found[_VERDICT]).get(_VERDICT_CHAIN)
+    return f"jump {codec.as_text(chain)}" if chain is not None else "accept"

@@ -1,45 +1,110 @@
 """The table ``inet moorage`` as text. Pure: values in, nft commands out.
 
-A packet's path. Endpoint interfaces are those named ``mrg*``; everything else passes untouched, and an
-accept here never overrules a drop in somebody else's table.
+A packet's path. Endpoint interfaces are those named ``mrg*``; what neither comes from nor goes to one passes, and
+an accept here never overrules a drop in somebody else's table.
 
     from a container --> sources (raw prerouting, before conntrack: what is dropped costs no entry)
-                           its interface and source address must be a pair in endpoints4/6, else drop.
-                           So a spoofed source goes nowhere, and neither do ARP-less leftovers such as
-                           DHCP, router solicitations and MLD, which have no source or a link-local one.
+                           its interface, MAC and source address must stand together in senders4/6, else drop. So
+                           a spoofed source goes nowhere, and neither do leftovers such as DHCP, router
+                           solicitations and MLD, which have no source or a link-local one.
                      --> the node itself: nothing more; containers may talk to their node
                      --> forward
+    from elsewhere   --> outside, claimed (the same hook)
+                           who claims an address of our pools must not claim one of this very node's, and comes by
+                           the tunnel if the container that it is for is reached by the tunnel
 
-    to a container   --> forward, or output when the node itself sends
-                           its interface and destination address must be a pair in endpoints4/6, else drop.
-                           That comes before any thought of established connections: taking an address
-                           out of the set cuts what is established too.
+    to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container
 
-    leaving          --> masqueraded (postrouting) if from a NAT pool to outside all pools. Never from pool
-                           to pool: containers see each other's real addresses.
+    to a container   --> arriving (forward)
+                           its interface and destination address lead to the chain of who may call it; not even an
+                           endpoint: drop.
+                             callers_...  one chain for all endpoints with the same callers: a member of one of their
+                                          netgroups may, no matter which of the two began: no connection state is
+                                          asked, so leaving the netgroup ends what is established, too.
+                             replies      anybody else only in answer, and only one whom containers may call
+                                          unasked: the world, nodes, public and open endpoints. A mapped port
+                                          is for everybody.
+                     --> destinations (output): the node itself reaches all its containers
+
+    leaving          --> masqueraded (postrouting) if from a NAT pool to outside all pools. Never from pool to pool:
+                           containers see each other's real addresses. Also what could not be answered otherwise:
+                           a container's call to itself by a mapped port, and one from 127.0.0.1.
 
 Elements are looked up in hash sets: the cost of a packet, and of a change, does not grow with their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from collections.abc import Iterable, Iterator
 from string import Template
 
-from ipam.keys import IPNetwork
-from isolator.model import IPAddress
+from isolator.policy.book import Book, Change
+from isolator.policy.callers import Callers, Clause, From, Nodes, Sharing
+from isolator.policy.names import chain_of_callers, set_of_netgroup
 
 TABLE = "moorage"
 
 _TABLE = Template("""\
 table inet moorage {
 $sets
+$netgroups	chain claimed {
+		iifname != "mfb*" ip daddr @tunnelled4 drop
+		iifname != "mfb*" ip6 daddr @tunnelled6 drop
+		fib saddr oifname "mrg*" drop
+		fib saddr type blackhole drop
+	}
+
+	chain outside {
+		iifname "lo" accept
+		ip saddr @pools4 goto claimed
+		ip6 saddr @pools6 goto claimed
+	}
+
 	chain sources {
 		type filter hook prerouting priority raw; policy accept;
-		iifname != "mrg*" accept
-		iifname . ip saddr @endpoints4 accept
-		iifname . ip6 saddr @endpoints6 accept
+		iifname != "mrg*" goto outside
+		ip daddr 127.0.0.0/8 drop
+		iifname . ether saddr . ip saddr @senders4 accept
+		iifname . ether saddr . ip6 saddr @senders6 accept
+		drop
+	}
+
+	chain portmaps {
+		dnat ip to ip daddr . meta l4proto . th dport map @portsat4
+		dnat ip to meta l4proto . th dport map @ports4
+		dnat ip6 to ip6 daddr . meta l4proto . th dport map @portsat6
+		dnat ip6 to meta l4proto . th dport map @ports6
+	}
+
+	chain mapped {
+		type nat hook prerouting priority dstnat; policy accept;
+		fib daddr type local goto portmaps
+	}
+
+	chain mapped_here {
+		type nat hook output priority -100; policy accept;
+		fib daddr type local goto portmaps
+	}
+
+	chain replies {
+		ct status dnat accept
+		ct state != { established, related } drop
+		ip saddr @public4 accept
+		ip6 saddr @public6 accept
+		ip saddr @nodes4 accept
+		ip6 saddr @nodes6 accept
+		ip saddr @open4 accept
+		ip6 saddr @open6 accept
+		ip saddr != @pools4 accept
+		ip6 saddr != @pools6 accept
+		drop
+	}
+
+$chains	chain arriving {
+		oifname . ip daddr vmap @receivers4
+		oifname . ip6 daddr vmap @receivers6
+		oifname . ip daddr @endpoints4 goto replies
+		oifname . ip6 daddr @endpoints6 goto replies
 		drop
 	}
 
@@ -51,7 +116,7 @@ $sets
 
 	chain forward {
 		type filter hook forward priority filter; policy accept;
-		oifname "mrg*" goto destinations
+		oifname "mrg*" goto arriving
 	}
 
 	chain output {
@@ -61,6 +126,9 @@ $sets
 
 	chain leaving {
 		type nat hook postrouting priority srcnat; policy accept;
+		ip saddr . ip daddr @hairpin4 masquerade
+		ip6 saddr . ip6 daddr @hairpin6 masquerade
+		oifname "mrg*" ip saddr 127.0.0.0/8 masquerade
 		ip saddr @nat4 ip daddr != @pools4 masquerade fully-random
 		ip6 saddr @nat6 ip6 daddr != @pools6 masquerade fully-random
 	}
@@ -68,11 +136,32 @@ $sets
 """)
 
 _SETS = Template("""\
+	set senders$family {
+		type ifname . ether_addr . ipv${family}_addr
+	}
+
 	set endpoints$family {
 		type ifname . ipv${family}_addr
 	}
 
+	map receivers$family {
+		type ifname . ipv${family}_addr : verdict
+	}
+
+	set public$family {
+		type ipv${family}_addr
+	}
+
+	set nodes$family {
+		type ipv${family}_addr
+	}
+
 	set pools$family {
+		type ipv${family}_addr
+		flags interval
+	}
+
+	set tunnelled$family {
 		type ipv${family}_addr
 		flags interval
 	}
@@ -81,68 +170,121 @@ _SETS = Template("""\
 		type ipv${family}_addr
 		flags interval
 	}
+
+	set open$family {
+		type ipv${family}_addr
+		flags interval
+	}
+
+	map ports$family {
+		type inet_proto . inet_service : ipv${family}_addr . inet_service
+	}
+
+	map portsat$family {
+		type ipv${family}_addr . inet_proto . inet_service : ipv${family}_addr . inet_service
+	}
+
+	set hairpin$family {
+		type ipv${family}_addr . ipv${family}_addr
+	}
+""")
+
+_NETGROUP = Template("""\
+	set $name {
+		type ipv${family}_addr
+	}
+
 """)
 
 _FAMILIES = (4, 6)
+_IP = {4: "ip", 6: "ip6"}
 
 
-def table(
-    endpoints: Iterable[tuple[str, Sequence[IPAddress]]],
-    pools: Iterable[IPNetwork],
-    nat_pools: Iterable[IPNetwork],
-) -> str:
+def table(book: Book) -> str:
     """Commands that replace the whole table; ``add`` first, since deleting what is missing fails."""
-    sets = "\n".join(_SETS.substitute(family=family) for family in _FAMILIES)
+    all_of_it = book.everything()
+    body = _TABLE.substitute(
+        sets="\n".join(_SETS.substitute(family=family) for family in _FAMILIES),
+        netgroups="".join(_sets_of(netgroup) for netgroup in all_of_it.new_netgroups),
+        chains="".join(_chain(may_call) for may_call in all_of_it.new_chains),
+    )
     return (
         "add table inet moorage\n"
         "delete table inet moorage\n"
-        + _TABLE.substitute(sets=sets)
-        + _add_pools(pools, nat_pools)
-        + admit(endpoints)
+        + body
+        + "".join(_elements("add", name, elements) for name, elements in all_of_it.elements.items())
+        + _intervals(all_of_it)
     )
 
 
-def set_pools(pools: Iterable[IPNetwork], nat_pools: Iterable[IPNetwork]) -> str:
-    """Commands that replace the pools."""
-    flush = "".join(
-        f"flush set inet moorage {name}{family}\n" for name in ("pools", "nat") for family in _FAMILIES
-    )
-    return flush + _add_pools(pools, nat_pools)
+def change(wanted: Change, *, whatever_is_there: bool = False) -> str:
+    """Commands for a change; "" if there is nothing to do.
 
-
-def admit(endpoints: Iterable[tuple[str, Sequence[IPAddress]]]) -> str:
-    """Commands that add elements; existing ones are fine."""
-    return "".join(f"add element {elements}\n" for elements in _elements(endpoints))
-
-
-def revoke(endpoints: Iterable[tuple[str, Sequence[IPAddress]]]) -> str:
-    """Commands that remove elements. They add them first: one that is missing would fail the transaction."""
+    whatever_is_there: elements that are to go may be missing, because somebody meddled. Removing one that is would fail
+    the transaction, so they are added first.
+    """
+    removing = ("add", "delete") if whatever_is_there else ("delete",)
+    gone = {
+        name: [element for element, present in elements.items() if not present]
+        for name, elements in wanted.elements.items()
+    }
+    there = {
+        name: [element for element, present in elements.items() if present]
+        for name, elements in wanted.elements.items()
+    }
     return "".join(
-        f"add element {elements}\ndelete element {elements}\n" for elements in _elements(endpoints)
+        (
+            *(_in_table(_sets_of(netgroup)) for netgroup in wanted.new_netgroups),
+            *(_in_table(_chain(may_call)) for may_call in wanted.new_chains),
+            *(_elements(verb, name, gone[name]) for name in gone for verb in removing),
+            *(_elements("add", name, there[name]) for name in there),
+            _intervals(wanted, flush=True),
+            *(f"delete chain inet moorage {chain_of_callers(may_call)}\n" for may_call in wanted.old_chains),
+            *(
+                f"delete set inet moorage {set_of_netgroup(netgroup, family)}\n"
+                for netgroup in wanted.old_netgroups
+                for family in _FAMILIES
+            ),
+        )
     )
 
 
-def _elements(endpoints: Iterable[tuple[str, Sequence[IPAddress]]]) -> list[str]:
-    pairs = {(host_ifname, ip) for host_ifname, ips in endpoints for ip in ips}
-    found = []
-    for family in _FAMILIES:
-        listed = ", ".join(f'"{name}" . {ip}' for name, ip in pairs if ip.version == family)
-        if listed:
-            found.append(f"inet moorage endpoints{family} {{ {listed} }}")
-    return found
+def _in_table(body: str) -> str:
+    return f"table inet moorage {{\n{body}}}\n"
 
 
-def _add_pools(pools: Iterable[IPNetwork], nat_pools: Iterable[IPNetwork]) -> str:
+def _sets_of(netgroup: str) -> str:
     return "".join(
-        f"add element inet moorage {name}{family} {{ {', '.join(map(str, members))} }}\n"
-        for name, networks in (("pools", tuple(pools)), ("nat", tuple(nat_pools)))
-        for family in _FAMILIES
-        if (members := _disjoint(networks, family))
+        _NETGROUP.substitute(name=set_of_netgroup(netgroup, family), family=family) for family in _FAMILIES
     )
 
 
-def _disjoint(networks: Sequence[IPNetwork], family: int) -> list[IPNetwork]:
-    """An interval set refuses ranges that overlap."""
-    if family == 4:
-        return list(collapse_addresses(n for n in networks if isinstance(n, IPv4Network)))
-    return list(collapse_addresses(n for n in networks if isinstance(n, IPv6Network)))
+def _chain(may_call: Callers) -> str:
+    """One chain for all endpoints with these callers."""
+    rules = "".join(f"\t\t{rule} accept\n" for clause in may_call for rule in _rules(clause))
+    return f"\tchain {chain_of_callers(may_call)} {{\n{rules}\t}}\n\n"
+
+
+def _rules(clause: Clause) -> Iterator[str]:
+    """What a packet of a caller that the clause covers matches."""
+    match clause:
+        case Sharing(netgroup):
+            yield from (f"{_IP[f]} saddr @{set_of_netgroup(netgroup, f)}" for f in _FAMILIES)
+        case From(cidr):
+            yield f"{_IP[cidr.version]} saddr {cidr}"
+        case Nodes():
+            yield from (f"{_IP[f]} saddr @nodes{f}" for f in _FAMILIES)
+        case _:
+            raise AssertionError("whom everybody may call has no chain")
+
+
+def _elements(verb: str, name: str, elements: Iterable[str]) -> str:
+    listed = ", ".join(elements)
+    return f"{verb} element inet moorage {name} {{ {listed} }}\n" if listed else ""
+
+
+def _intervals(wanted: Change, *, flush: bool = False) -> str:
+    return "".join(
+        (f"flush set inet moorage {name}\n" if flush else "") + _elements("add", name, map(str, networks))
+        for name, networks in wanted.intervals.items()
+    )

@@ -1,81 +1,260 @@
-"""Keeping the table ``inet moorage`` as it should be."""
+"""Keeping the table ``inet moorage`` as the book says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import errno
+from collections.abc import Iterable, Mapping, Sequence
 
-from ipam.keys import IPNetwork
+from ipam.netgroups import PUBLIC
+from isolator.errors import KernelRefused
 from isolator.model import IPAddress
+from isolator.netlink.conntrack import Connection
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import kernel, ruleset
+from isolator.policy.book import Admission, Book, Change, Surroundings
+from isolator.policy.callers import Caller, Verdict, judge
+from isolator.policy.names import set_of_netgroup
 from isolator.policy.nft import Nft
+
+_FAMILIES = (4, 6)
 
 
 class Policy:
     """The table, in the network namespace of the thread that makes this; use it on that thread only.
 
-    It remembers no endpoints. Every change is one transaction and may be repeated. All methods raise
-    KernelRefused; its errno is ENOENT if the table is gone, which ``restore`` cures.
+    Its book says what should be there; every change is one transaction. All methods raise KernelRefused; its
+    errno is ENOENT if the table is gone or was tampered with. ``restore`` cures that, and anything else.
     """
 
     def __init__(self) -> None:
         self._nft = Nft()
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
+        self._book = Book()
         self._fingerprint: bytes | None = None
-        self._generation = -1
+        # The generations at which chains and rules, and elements, were last known to be right.
+        self._intact_at = -1
+        self._complete_at = -1
+        self._is_adopted = False
 
     def close(self) -> None:
         """Let go of the kernel; the table stays."""
         self._netfilter.close()
 
+    # -- changes
+
     def restore(
         self,
-        endpoints: Iterable[tuple[str, Sequence[IPAddress]]],
-        pools: Iterable[IPNetwork],
-        nat_pools: Iterable[IPNetwork],
+        admissions: Iterable[Admission],
+        surroundings: Surroundings,
+        *,
+        keep_endpoints: bool = False,
+        keep_others: bool = False,
     ) -> None:
         """Make the whole table anew, at once: no packet sees a state in between, established flows go on.
 
-        endpoints: (host_ifname, ips) of everything that may communicate.
-        pools: where containers' addresses come from; traffic between them is never masqueraded.
-        nat_pools: those of them whose traffic to elsewhere is.
+        admissions: of everything that may communicate. The kernel may know what we do not: keep_endpoints, because
+        the journal is lost: who may communicate goes on to. keep_others, because the store was not heard yet: who is
+        in a netgroup stays in it.
         """
-        self._nft.run(ruleset.table(endpoints, pools, nat_pools), "restore all rules")
+        book = Book()
+        book.set_others(self._book.others().items())
+        book.set_surroundings(surroundings)
+        book.set_nodes(self._book.nodes)
+        for admission in admissions:
+            book.admit(admission)
+        if keep_endpoints:
+            self._inherit_endpoints(book)
+        if keep_others:
+            self._inherit_others(book)
+        self._book = book
+        self._is_adopted = False
+        self._fingerprint = None
+        self._nft.run(ruleset.table(book), "restore all rules")
+        self._trust()
+
+    def adopt(self) -> None:
+        """Leave the table as an earlier agent left it, and take it for right until it is restored."""
+        self._is_adopted = True
+        self._trust()
+
+    def admit(self, admission: Admission) -> None:
+        """Let an endpoint communicate from and to its addresses, or do so from now on as this says."""
+        before = self._book.admissions.get(admission.host_ifname)
+        wanted = self._book.admit(admission)
+        try:
+            self._run(wanted, f"admit {admission.host_ifname}")
+        except KernelRefused:
+            # Nothing was changed in the kernel, so nothing may be in the book.
+            if before is None:
+                self._book.revoke([admission.host_ifname])
+            else:
+                self._book.admit(before)
+            raise
+
+    def revoke(self, host_ifnames: Iterable[str]) -> None:
+        """Undo ``admit``; endpoints that are not admitted are fine. In one transaction."""
+        self._run(self._book.revoke(host_ifnames), "revoke endpoints")
+
+    def set_others(self, changes: Sequence[tuple[IPAddress, tuple[str, ...]]]) -> list[IPAddress]:
+        """Endpoints of other nodes: (ip, its netgroups; () for none, or nobody's).
+
+        Returns the addresses that left a netgroup.
+        """
+        before = self._book.others()
+        left = [ip for ip, groups in changes if not set(before.get(ip, ())) <= set(groups)]
+        self._run(self._book.set_others(changes), "change the members of netgroups")
+        return left
+
+    def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> None:
+        """All endpoints of other nodes."""
+        self._run(self._book.replace_others(known), "list the members of netgroups")
+
+    def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
+        """Pools or networks are different. Returns the addresses of endpoints that others may call now than before."""
+        before = self._book.admissions.copy()
+        wanted = self._book.set_surroundings(surroundings)
+        self._run(wanted, "replace the pools")
+        return [
+            ip
+            for name, admission in self._book.admissions.items()
+            if admission is not before.get(name)
+            for ip in admission.ips
+        ]
+
+    def set_nodes(self, ips: Iterable[IPAddress]) -> None:
+        """All addresses of nodes."""
+        self._run(self._book.set_nodes(ips), "replace the nodes' addresses")
+
+    def _run(self, wanted: Change, doing: str) -> None:
+        """Carry out a change. One that the kernel refuses stands in the book: ``is_intact`` says no until restored."""
+        commands = ruleset.change(wanted)
+        if not commands:
+            return
+        if wanted.is_structural and not self.is_intact():
+            self._fingerprint = None
+            raise KernelRefused(
+                f"could not {doing}: table inet moorage is gone or was changed by somebody; it is restored within "
+                "a second",
+                errno=errno.ENOENT,
+            )
+        before = kernel.generation(self._netfilter)
+        try:
+            self._nft.run(commands, doing)
+        except KernelRefused:
+            self._fingerprint = None
+            # What was to be removed may be gone already; then the rest still has to be.
+            self._nft.run(ruleset.change(wanted, whatever_is_there=True), doing)
+            return
+        after = kernel.generation(self._netfilter)
+        alone = after == before + 1
+        if wanted.is_structural:
+            # Whoever changed rules at the same moment has made them worth restoring.
+            self._fingerprint = kernel.fingerprint(self._netfilter) if alone else None
+        if alone and self._intact_at == before:
+            self._intact_at = after
+        if alone and self._complete_at == before:
+            self._complete_at = after
+
+    def _trust(self) -> None:
         self._fingerprint = kernel.fingerprint(self._netfilter)
+        self._intact_at = self._complete_at = -1
 
-    def set_pools(self, pools: Iterable[IPNetwork], nat_pools: Iterable[IPNetwork]) -> None:
-        """Replace the pools; see restore."""
-        self._nft.run(ruleset.set_pools(pools, nat_pools), "replace the pools")
+    def _inherit_endpoints(self, book: Book) -> None:
+        """Endpoints that only the kernel knows, from the table as it is."""
+        macs = kernel.macs(self._netfilter)
+        strangers: dict[str, list[IPAddress]] = {}
+        for name, ip in kernel.pairs(self._netfilter):
+            if name not in book.admissions:
+                strangers.setdefault(name, []).append(ip)
+        for name, ips in strangers.items():
+            if name in macs:
+                # In no netgroup that we know of: nobody calls it, but what it calls answers.
+                book.admit(Admission(name, macs[name], tuple(ips)))
 
-    def admit(self, host_ifname: str, ips: Sequence[IPAddress]) -> None:
-        """Let an endpoint communicate from and to its addresses."""
-        if ips:
-            self._nft.run(ruleset.admit([(host_ifname, ips)]), f"admit {host_ifname}")
+    def _inherit_others(self, book: Book) -> None:
+        """Members and nodes that only the kernel knows."""
+        inherited: dict[IPAddress, set[str]] = {}
+        for netgroup in (PUBLIC, *book.netgroups_used()):
+            for family in _FAMILIES:
+                for ip in kernel.addresses(self._netfilter, _set_of(netgroup, family)):
+                    if not book.knows(ip):
+                        inherited.setdefault(ip, set()).add(netgroup)
+        book.set_others((ip, tuple(sorted(groups))) for ip, groups in inherited.items())
+        nodes = (ip for family in _FAMILIES for ip in kernel.addresses(self._netfilter, f"nodes{family}"))
+        book.set_nodes(book.nodes.union(nodes))
 
-    def revoke(self, host_ifname: str, ips: Sequence[IPAddress]) -> None:
-        """Undo ``admit``. Another endpoint's pair with the same address is not touched."""
-        self.revoke_all([(host_ifname, ips)])
-
-    def revoke_all(self, endpoints: Iterable[tuple[str, Sequence[IPAddress]]]) -> None:
-        """Revoke several endpoints in one transaction."""
-        commands = ruleset.revoke(endpoints)
-        if commands:
-            self._nft.run(commands, "revoke endpoints")
+    # -- looking
 
     def is_intact(self) -> bool:
-        """Whether chains and rules are as ``restore`` left them: the poll of self-healing.
+        """Whether chains and rules are as they should be: the poll of self-healing.
 
-        About 0.02 ms while nobody changed any rule of the node. Elements are not looked at: compare
-        ``elements`` for that, now and then.
+        About 0.02 ms while nobody else changed any rule of the node. Elements are looked at by ``wrong_sets``.
         """
-        generation = kernel.generation(self._netfilter)
-        if generation == self._generation:
-            return True
-        if self._fingerprint is None or kernel.fingerprint(self._netfilter) != self._fingerprint:
+        if self._fingerprint is None:
             return False
-        self._generation = generation
+        generation = kernel.generation(self._netfilter)
+        if generation == self._intact_at:
+            return True
+        if kernel.fingerprint(self._netfilter) != self._fingerprint:
+            return False
+        self._intact_at = generation
         return True
+
+    def wrong_sets(self) -> list[str]:
+        """Sets and maps that do not hold what they should, as far as somebody else changed any rule of the node."""
+        generation = kernel.generation(self._netfilter)
+        if generation == self._complete_at or self._is_adopted:
+            return []
+        everything = self._book.everything()
+        names = {*self._set_names(), *everything.elements}
+        wrong = [
+            name
+            for name in sorted(names)
+            if kernel.elements(self._netfilter, name) != set(everything.elements.get(name, ()))
+        ]
+        wrong += [
+            name
+            for base in ("pools", "tunnelled", "nat", "open")
+            for name in (f"{base}4", f"{base}6")
+            if not kernel.covers(self._netfilter, name, everything.intervals.get(name, ()))
+        ]
+        if not wrong:
+            self._complete_at = generation
+        return wrong
+
+    def _set_names(self) -> list[str]:
+        plain = ("senders", "endpoints", "receivers", "public", "nodes", "ports", "portsat", "hairpin")
+        return [
+            *(f"{base}{family}" for base in plain for family in _FAMILIES),
+            *(_set_of(netgroup, family) for netgroup in self._book.netgroups_used() for family in _FAMILIES),
+        ]
+
+    def may_call(self, source: IPAddress, host_ifname: str) -> Verdict | None:
+        """Whether an address may call an endpoint, as the table is now; None if that one may not communicate at all."""
+        admission = self._book.admissions.get(host_ifname)
+        if admission is None:
+            return None
+        caller = Caller(source, self._book.netgroups(source), source in self._book.nodes)
+        return judge(caller, admission.callers)
+
+    def forbidden(self, connections: Iterable[Connection]) -> list[Connection]:
+        """Those that lead to an endpoint of this node, which whoever began them may not call (any more)."""
+        endpoints = {ip: name for name, admission in self._book.admissions.items() for ip in admission.ips}
+        found = []
+        for connection in connections:
+            verdict = self.may_call(connection.source, endpoints.get(connection.target, ""))
+            if verdict is not None and not verdict.allowed:
+                found.append(connection)
+        return found
+
+    def macs(self) -> dict[str, str]:
+        """host_ifname -> MAC of everything that may communicate now, as the kernel has it."""
+        return kernel.macs(self._netfilter)
 
     def elements(self) -> set[tuple[str, IPAddress]]:
         """Every (host_ifname, ip) that may communicate now; empty if the table is gone."""
-        return set(kernel.elements(self._netfilter))
+        return set(kernel.pairs(self._netfilter))
+
+
+def _set_of(netgroup: str, family: int) -> str:
+    return f"public{family}" if netgroup == PUBLIC else set_of_netgroup(netgroup, family)

@@ -14,7 +14,20 @@ import click
 import moorage
 from ipam.errors import MoorageError
 from moorage import log
-from moorage.cli import agent, block, endpoint, ip, lab, marathon, network, node, status, store
+from moorage.cli import (
+    agent,
+    block,
+    doctor,
+    endpoint,
+    ip,
+    lab,
+    marathon,
+    network,
+    node,
+    policy,
+    status,
+    store,
+)
 from moorage.cli.session import Session
 
 
@@ -82,9 +95,11 @@ for group in (
     ip.ip,
     endpoint.endpoint,
     node.node,
+    policy.policy,
     store.store,
     marathon.marathon,
     status.status,
+    doctor.doctor,
     lab.lab,
 ):
     cli.add_command(group)

@@ -7,9 +7,13 @@ from typing import Any
 
 import click
 
-from ipam.errors import NotFound
+from ipam import intents
+from ipam.errors import MoorageError, NotFound
+from ipam.netgroups import parse_netgroup
+from ipam.records import Intent, IntentKind
 from ipam.store.base import Store
 from moorage import tracing
+from moorage.cli.containers import addresses_named, all_addresses
 from moorage.cli.output import Column, age, print_json, words
 from moorage.cli.session import Session, pass_session
 
@@ -75,6 +79,54 @@ def show(session: Session, name: str) -> None:
         if number:
             click.echo()
         session.out.record(one)
+
+
+@endpoint.command("set-netgroups", short_help="Give a running container other netgroups.")
+@click.argument("name", metavar="CONTAINER[/IFNAME]")
+@click.argument("netgroups", metavar="[NETGROUP]...", nargs=-1)
+@pass_session
+def set_netgroups(session: Session, name: str, netgroups: tuple[str, ...]) -> None:
+    """Give a running container, of any node, other netgroups; its network has to allow them.
+
+    They take the place of those it has; none at all is its network's own name. What it had with endpoints it
+    shares no netgroup with any more is cut off at once. The app's next container has what its labels say.
+
+    \b
+    Examples:
+      moorage endpoint set-netgroups 4f7a web db
+      moorage endpoint set-netgroups 4f7a/eth0
+    """
+    wanted = [parse_netgroup("a netgroup", text) for text in netgroups]
+
+    async def act(store: Store) -> list[dict[str, Any]]:
+        changed: dict[str, dict[str, Any]] = {}
+        for found in addresses_named(await all_addresses(store), name):
+            record = found.record
+            if record.ifname in changed:
+                continue  # the other family's address of the same endpoint
+            intent = Intent(
+                kind=IntentKind.LABELS,
+                ip=str(found.ip),
+                id=record.id,
+                mod_revision=found.revision,
+                evidence={"netgroups": list(wanted)},
+            )
+            answer = await intents.ask(store, record.node, intent)
+            if not answer.get("done"):
+                raise MoorageError(f"node {record.node} left {name} as it is: {words(answer.get('why'))}")
+            changed[record.ifname] = {
+                "container_id": record.container_id,
+                "ifname": record.ifname,
+                "node": record.node,
+                "netgroups": list(wanted) or [record.network],
+            }
+        return list(changed.values())
+
+    for row in session.run(act):
+        session.out.done(
+            f"{row['container_id']}/{row['ifname']} on node {row['node']} is in {', '.join(row['netgroups'])} now",
+            row,
+        )
 
 
 @endpoint.command(short_help="Say how a packet would go, and where it ends.")

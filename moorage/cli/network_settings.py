@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ipam.errors import InvalidInput
+from ipam.isolation import ISOLATIONS
 from ipam.networks import NetworkChange
 from ipam.permissions import RANGES
 from ipam.rates import parse_rate, rate_text
@@ -66,6 +67,19 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
             help="How other nodes reach its containers: in a VXLAN tunnel, by routes via the nodes (all on one "
             "segment), or not through moorage."
             + otherwise("vxlan on etcd, none on SQLite, which has one node"),
+        ),
+        click.option(
+            "--isolation",
+            type=click.Choice(ISOLATIONS),
+            help="Who may call containers: who shares a netgroup with them, or everybody."
+            + otherwise("netgroups"),
+        ),
+        _rules_option(
+            "--allow-from",
+            "allow_from",
+            "CIDR|nodes",
+            f"Who else may, without being a container: addresses, every node, or none; {lists}."
+            + otherwise(NOTHING),
         ),
         _rules_option(
             "--allow-netgroup",
@@ -137,6 +151,7 @@ def settings_in_words(row: Mapping[str, Any]) -> dict[str, Any]:
     limit = row["max_bandwidth"]
     return {
         "mtu": row["mtu"] or "underlay's",
+        "allow_from": row["allow_from"] or NOTHING,
         "allow_netgroups": [row["name"], *row["allow_netgroups"]],
         "allow_static": row["allow_static"] or NOTHING,
         "allow_hostports": row["allow_hostports"] or NOTHING,

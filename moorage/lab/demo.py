@@ -7,6 +7,7 @@ Nothing of the machine's own networking, nor of an agent that runs on it, is tou
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -60,14 +61,16 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
         node = stack.enter_context(LabNode("demo", agent=mortal.command(orders)))
         made += [orders, node.directory, node.namespace.path]
         node.start()
-    network = f"network create web --pool 10.64.0.0/16 --pool fd64::/64 --static {STATIC_IP}"
+    network = (
+        f"network create web --pool 10.64.0.0/16 --pool fd64::/64 --static {STATIC_IP} --allow-netgroup *"
+    )
     with step(f"a dual-stack network: moorage {network}"):
         node.cli(*network.split())
 
-    names = ("web", "client", "static", "late", "refused")
+    names = ("web", "client", "static", "red", "blue", "late", "refused")
     containers = [stack.enter_context(node.container(name)) for name in names]
     made += [container.namespace.path for container in containers]
-    web, client, static, late, refused = containers
+    web, client, static, red, blue, late, refused = containers
     with step("a container 'web', its hook called as Mesos calls it"):
         ips = succeed(web.add("web", labels={"role": "frontend"})).ips
     with step("a container 'client'"):
@@ -84,6 +87,27 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
             fetch(place, f"http://{ips[4]}:8080/")
             fetch(place, f"http://[{ips[6]}]:8080/")
 
+    with step("two containers in the netgroups red and blue do not reach each other, nor web"):
+        succeed(red.add("web", labels={"moorage.netgroups": "red"}))
+        of_blue = succeed(blue.add("web", labels={"moorage.netgroups": "blue"})).ips
+        _expect_apart(red, of_blue)
+        _expect_apart(red, ips)
+    said = node.cli("policy", "test", red.id, of_blue[4], check=False)
+    expect(said.returncode == 1, "moorage policy test does not say that it is denied")
+    show(f"$ moorage policy test {red.id} {of_blue[4]}", said.stdout)
+    with step("blue joins red while it runs: moorage endpoint set-netgroups; now they do"):
+        node.cli("endpoint", "set-netgroups", blue.id, "blue", "red")
+        for family in (4, 6):
+            expect(red.namespace.pings(of_blue[family]), f"{of_blue[family]} does not answer")
+    with step("red lies about its address, and web hears nothing of it"):
+        heard = _received(web)
+        for family, ip in given.items():
+            red.namespace.run("ip", "address", "add", f"{ip}/{32 if family == 4 else 128}", "dev", "eth0")
+            red.namespace.run(
+                "ping", "-n", "-c", "3", "-i", "0.1", "-W", "1", "-I", ip, ips[family], check=False
+            )
+        expect(_received(web) == heard, "a packet with a spoofed source arrived")
+
     show("$ moorage ip list --state assigned", node.cli("ip", "list", "--state", "assigned").stdout)
     show("$ moorage endpoint list", node.cli("endpoint", "list").stdout)
 
@@ -96,8 +120,8 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
         expect(answer.exit != 0 and static.id in answer.stdout, answer.stdout)
     print(f"    {answer.json['msg']}")
 
-    with step("all four containers are deleted"):
-        for container in (web, client, static, late):
+    with step("all six containers are deleted"):
+        for container in (web, client, static, red, blue, late):
             answer = container.delete("web")
             expect((answer.exit, answer.stdout) == (0, ""), answer.stdout)
         eventually(lambda: not node.ask("endpoint", "list"), "endpoints are left")
@@ -116,6 +140,17 @@ def _add_across_a_kill(node: LabNode, orders: Path, container: Container) -> dic
     eventually(lambda: not node.is_running, "the agent was not killed")
     node.start()
     return succeed(container.finish_call(call)).ips
+
+
+def _expect_apart(one: Container, ips: dict[int, str]) -> None:
+    for ip in ips.values():
+        expect(not one.namespace.pings(ip, wait=1), f"{ip} answers, and must not")
+
+
+def _received(container: Container) -> int:
+    """How many packets came in on its interface."""
+    text = container.namespace.run("ip", "-s", "-j", "link", "show", "eth0").stdout
+    return int(json.loads(text)[0]["stats64"]["rx"]["packets"])
 
 
 def _serves(container: Container) -> bool:

@@ -32,8 +32,10 @@ BLOCK_SIZES = ("28", "124")
 
 EVERYTHING_ALLOWED = (
     "--allow-netgroup", "*", "--allow-public", "--allow-static", "all", "--allow-mac", "--allow-hostport", "1-65535",
+    "--allow-from", "nodes",
 )  # fmt: skip
-"""Whoever has a lab may try all labels; `moorage network set` takes away what is to be refused."""
+"""Whoever has a lab may try all labels and call from all its nodes; `moorage network set` takes away what shall be
+refused."""
 
 PATIENCE = 30.0
 """Seconds a command waits for another one that is at work on the same lab."""

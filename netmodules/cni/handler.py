@@ -24,7 +24,7 @@ from netmodules.cni.config import Config, parse_config, version_at_least, versio
 from netmodules.cni.environment import read_environment, read_key
 from netmodules.cni.errors import BadEnvironment, IncompatibleVersion, NotAvailable
 from netmodules.cni.results import Gateways, differences, render_result
-from netmodules.cni.spec import attach_spec, network_of, unenforced
+from netmodules.cni.spec import attach_spec, network_of
 from netmodules.request import Reply, Request, refusal
 
 log = structlog.get_logger(__name__)
@@ -72,7 +72,6 @@ class CniHandler:
         self._isolator = isolator
         self._gateways = Gateways(gateway4, gateway6)
         self._drain = drain
-        self._warned: set[tuple[str, str]] = set()
         self._commands: Mapping[str, Callable[[Request], Awaitable[bytes]]] = {
             "ADD": self._add,
             "DEL": self._del,
@@ -118,7 +117,6 @@ class CniHandler:
         environment = read_environment(request.env, netns_required=True)
         config = parse_config(request.stdin)
         spec = attach_spec(config, environment, request)
-        self._warn_of_unenforced(spec)
         if self._drain is not None:
             await self._drain(spec.key)
         try:
@@ -158,13 +156,6 @@ class CniHandler:
         if network in known or error.details:
             return error
         return NotFound(str(error), details=f"known networks: {', '.join(known) or 'none'}")
-
-    def _warn_of_unenforced(self, spec: AttachSpec) -> None:
-        """Once per network: every container of an app would repeat it."""
-        for what in unenforced(spec):
-            if (spec.network, what) not in self._warned:
-                self._warned.add((spec.network, what))
-                log.warning("asked for, without effect in this version", network=spec.network, what=what)
 
 
 def _require_version(config: Config, command: str, version: str) -> None:

@@ -58,11 +58,6 @@ def network_of(config: Config) -> str:
     return read_name("the network's name", config.network_name)
 
 
-def unenforced(spec: AttachSpec) -> list[str]:
-    """What is accepted and recorded but has no effect yet, as words for a warning."""
-    return ["port mappings"] if spec.port_mappings else []
-
-
 def _labels(config: Config) -> list[Label]:
     info = config.network_info
     return [*(info.all_labels() if info else ()), *(config.cni_args.labels or ())]

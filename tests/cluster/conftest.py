@@ -1,4 +1,5 @@
-"""A cluster under load for each test, and what must hold of it when the fault is over."""
+"""A cluster under load for each test, and what must hold of it when the fault is over; or one with a container on
+each node, for all tests of a module."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import pytest
 
 from ipam.records import NODE_ENGINE
 from moorage.lab import Lab, LabNode
+from tests.cluster.guests import Guest, create_networks, guest
 from tests.cluster.load import NETWORK, Load, Stay, refused, slowest, succeeded
 from tests.system.conftest import eventually, links
 
@@ -67,6 +69,22 @@ def story(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
                     )
 
     return begin
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """Three nodes, one etcd, and both networks."""
+    with Lab(nodes=3, etcd=1) as lab:
+        lab.start()
+        create_networks(lab.nodes[0])
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def guests(lab: Lab) -> Iterator[list[Guest]]:
+    """One container on every node, each on both networks."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(guest(node)) for node in lab.nodes]
 
 
 def under_way(load: Load, count: int = 5, within: float = 20.0) -> None:

@@ -40,7 +40,10 @@ def create_networks(node: LabNode) -> None:
     """Both networks, one for each fabric."""
     for name, fabric in NETWORKS.items():
         pools = [argument for cidr in POOLS[name] for argument in ("--pool", cidr)]
-        node.cli("network", "create", name, *pools, "--fabric", fabric, "--allow-static", "all")
+        node.cli(
+            "network", "create", name, *pools,
+            "--fabric", fabric, "--allow-static", "all", "--allow-from", "nodes",
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from tests.cluster.guests import (
     Guest,
     all_answer,
     between,
-    create_networks,
     fabric_is_well,
     fabric_of,
     from_nodes,
@@ -36,22 +35,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("cluster"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """Three nodes, one etcd, and both networks."""
-    with Lab(nodes=3, etcd=1) as lab:
-        lab.start()
-        create_networks(lab.nodes[0])
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def guests(lab: Lab) -> Iterator[list[Guest]]:
-    """One container on every node, each on both networks."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(guest(node)) for node in lab.nodes]
 
 
 @pytest.fixture
@@ -88,6 +71,7 @@ def test_borrowed_addresses_are_reached_from_everywhere(lab: Lab) -> None:
     lab.nodes[0].cli(
         "network", "create", "small",
         "--pool", "10.66.0.0/28", "--block-size", "28", "--pool", "fd66::/124", "--warm", "1",
+        "--allow-from", "nodes",
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         everyone = [stack.enter_context(guest(node, "small")) for node in lab.nodes]
@@ -159,7 +143,9 @@ def is_alive(name: str, *, asked: LabNode) -> bool:
 
 
 def test_a_networks_fabric_is_switched_while_it_is_used(lab: Lab) -> None:
-    lab.nodes[0].cli("network", "create", "sw", "--pool", "10.67.0.0/20", "--pool", "fd67::/112")
+    lab.nodes[0].cli(
+        "network", "create", "sw", "--pool", "10.67.0.0/20", "--pool", "fd67::/112", "--allow-from", "nodes"
+    )
     with contextlib.ExitStack() as stack:
         pair = [stack.enter_context(guest(node, "sw")) for node in lab.nodes[:2]]
         for fabric in ("vxlan", "hostgw", "vxlan", "none"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.cluster.guests import (
     Guest,
     all_answer,
     between,
-    create_networks,
     fabric_of,
     from_nodes,
     guest,
@@ -28,22 +26,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("cluster"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """Three nodes, one etcd, and both networks."""
-    with Lab(nodes=3, etcd=1) as lab:
-        lab.start()
-        create_networks(lab.nodes[0])
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def guests(lab: Lab) -> Iterator[list[Guest]]:
-    """One container on every node, each on both networks."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(guest(node)) for node in lab.nodes]
 
 
 def test_partitions_heal(lab: Lab, guests: list[Guest]) -> None:

@@ -63,7 +63,7 @@ def test_history_is_compacted_while_an_agent_is_cut_off(story: Story) -> None:
         lab.etcd.ctl("compact", str(lab.etcd.revision()))
         lab.heal()
         clean_again(lab)
-        eventually(lambda: "catalogue is read anew" in alone.log.read_text())
+        eventually(lambda: "store is listed anew" in alone.log.read_text())
         with alone.container() as container:
             answer = container.add(NETWORK, labels={"moorage.ip": "10.64.3.3"})
             assert "reserved" in answer.json["msg"]

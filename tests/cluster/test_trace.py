@@ -26,8 +26,20 @@ def lab() -> Iterator[Lab]:
     with Lab(nodes=2, etcd=1) as lab:
         lab.start()
         one = lab.nodes[0]
-        one.cli("network", "create", "tunnelled", "--pool", "10.64.0.0/20", "--pool", "fd64::/112")
-        one.cli("network", "create", "routed", "--pool", "10.65.0.0/20", "--fabric", "hostgw")
+        one.cli(
+            "network", "create", "tunnelled", "--pool", "10.64.0.0/20", "--pool", "fd64::/112", "--allow-from", "nodes"
+        )  # fmt: skip
+        one.cli(
+            "network",
+            "create",
+            "routed",
+            "--pool",
+            "10.65.0.0/20",
+            "--fabric",
+            "hostgw",
+            "--allow-from",
+            "nodes",
+        )
         one.cli("network", "create", "apart", "--pool", "10.66.0.0/20", "--fabric", "none")
         yield lab
 

@@ -17,20 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from isolator.drivers import Wiring
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.drivers.routed import Routed
 from isolator.model import EndpointKey, IPAddress
 from isolator.netlink import Node
-from isolator.policy import Policy
+from isolator.policy import Admission, Isolation, Policy, Surroundings
 from isolator.sysctl import enable_forwarding
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-POOLS = [ip_network("10.0.0.0/16"), ip_network("10.1.0.0/16"), ip_network("fd00::/64")]
+POOLS = (ip_network("10.0.0.0/16"), ip_network("10.1.0.0/16"), ip_network("fd00::/64"))
+AROUND = Surroundings(pools=POOLS, nat_pools=(POOLS[0], POOLS[2]))
 WORLD4, WORLD6 = ip_address("192.0.2.2"), ip_address("2001:db8::2")
 NODE4, NODE6 = ip_address("192.0.2.1"), ip_address("2001:db8::1")
 
@@ -153,7 +154,7 @@ class Machine(Room):
             self.node = self.do(Node)
             self.do(enable_forwarding, self.node)
             self.policy = self.do(Policy)
-            self.do(self.policy.restore, [], POOLS, [POOLS[0], POOLS[2]])
+            self.do(self.policy.restore, [], AROUND)
             self.driver = Routed(self.node)
         except BaseException:
             self.world.__exit__(None, None, None)
@@ -169,10 +170,12 @@ class Machine(Room):
         self.world.__exit__(kind, error, trace)
         super().__exit__(kind, error, trace)
 
-    def attach(self, container: Room, ifname: str, *ips: str, default_route: bool = False) -> Wiring:
-        """Admit and wire an interface of a container."""
+    def attach(
+        self, container: Room, ifname: str, *ips: str, default_route: bool = False, **policy: Any
+    ) -> Wiring:
+        """Admit and wire an interface of a container. policy: as ``admission`` has it."""
         wiring = wire(container, ifname, *ips, default_route=default_route)
-        self.do(self.policy.admit, wiring.host_ifname, wiring.ips)
+        self.do(self.policy.admit, admission(wiring, **policy))
         self.do(self.driver.setup, wiring)
         return wiring
 
@@ -180,7 +183,7 @@ class Machine(Room):
         """The whole way out."""
         for wiring in wirings:
             self.do(self.driver.withdraw, wiring)
-            self.do(self.policy.revoke, wiring.host_ifname, wiring.ips)
+            self.do(self.policy.revoke, [wiring.host_ifname])
         self.do(self.driver.remove, wirings)
 
     def holds(self) -> dict[str, list[str]]:
@@ -197,6 +200,16 @@ class Machine(Room):
             "neighbours": lines(self.sh("ip neigh show nud permanent | grep mrg || true")),
             "elements": sorted(f"{name} {ip}" for name, ip in self.do(self.policy.elements)),
         }
+
+
+ALLOWED = Isolation(allow_from=(ip_network(WORLD4), ip_network(WORLD6)))
+"""A network that the world may call."""
+
+
+def admission(wiring: Wiring, *netgroups: str, **policy: Any) -> Admission:
+    """What the policy is told of an interface: in netgroup web and callable by the world, or as ``policy`` says."""
+    told = {"network": "web", "netgroups": netgroups or ("web",), "isolation": ALLOWED, **policy}
+    return Admission(wiring.host_ifname, wiring.mac, wiring.ips, **told)
 
 
 NOTHING: dict[str, list[str]] = {"links": [], "routes": [], "neighbours": [], "elements": []}

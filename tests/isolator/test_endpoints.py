@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,6 +15,7 @@ from ipam.catalogue import Catalogue
 from ipam.errors import NotFound
 from ipam.holder import Holder
 from ipam.holdings import Conflict
+from ipam.keys import IPAddress
 from ipam.netgroups import Netgroup
 from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.records import Address, AddressState, Network
@@ -58,7 +59,7 @@ class StubKernel:
     def check_namespace(self, path: str) -> None:
         pass
 
-    async def connect(self, endpoint: Endpoint) -> None:
+    async def connect(self, endpoint: Endpoint, _: object) -> None:
         await asyncio.sleep(0)
         self._told("connect", endpoint)
         self.there.add(endpoint.host_ifname)
@@ -72,6 +73,9 @@ class StubKernel:
         for endpoint in endpoints:
             self._told("remove", endpoint)
         self.there -= {endpoint.host_ifname for endpoint in endpoints}
+
+    async def forget_connections(self, ips: Sequence[IPAddress]) -> None:
+        self.calls.append("forget")
 
     async def links(self) -> dict[str, object]:
         await asyncio.sleep(0)

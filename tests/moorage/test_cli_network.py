@@ -26,6 +26,7 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "--warm", "4", "--preload", "--strict",
         "--allow-netgroup", "team-*", "--allow-netgroup", "ops", "--allow-static", "all", "--allow-mac",
         "--allow-hostport", "80", "--allow-hostport", "8000-8999", "--allow-public", "--max-bandwidth", "1gbit",
+        "--isolation", "open", "--allow-from", "192.0.2.0/24", "--allow-from", "nodes",
     )  # fmt: skip
     assert created == {
         "name": "db",
@@ -58,6 +59,8 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "preload": True,
         "strict": True,
         "fabric": "none",
+        "isolation": "open",
+        "allow_from": ["192.0.2.0/24", "nodes"],
         "allow_netgroups": ["team-*", "ops"],
         "allow_public": True,
         "allow_static": ["all"],
@@ -66,6 +69,14 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "max_bandwidth": 10**9,
     }
     assert moorage.json("network", "list") == [created]
+
+
+def test_callers_are_allowed_and_taken_back_live(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16", "--allow-from", "192.0.2.0/24")
+    assert moorage.json("network", "set", "web", "--isolation", "open")["isolation"] == "open"
+    assert moorage.json("network", "set", "web", "--allow-from", "nodes")["allow_from"] == ["nodes"]
+    assert moorage.json("network", "set", "web", "--allow-from", "none")["allow_from"] == []
+    assert "has host bits set" in moorage.fails("network", "set", "web", "--allow-from", "192.0.2.1/24")
 
 
 RULES = ("netgroups", "public", "static", "mac", "hostports")

@@ -69,7 +69,10 @@ def test_check_fails_on_a_real_difference(node: LabNode) -> None:
 
 
 def test_a_container_on_two_networks_answers_on_all_its_addresses(node: LabNode) -> None:
-    node.cli("network", "create", "db", "--pool", "10.65.0.0/16", "--pool", "fd65::/64")
+    node.cli(
+        "network", "create", "db", "--pool", "10.65.0.0/16", "--pool", "fd65::/64", "--isolation", "open"
+    )
+    node.cli("network", "set", "web", "--isolation", "open")
     with node.container("both") as both, node.container("web") as on_web, node.container("db") as on_db:
         calls = [
             both.start_call("ADD", both.config(network), ifname)

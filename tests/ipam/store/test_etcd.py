@@ -20,6 +20,7 @@ from ipam.store import (
     etcd_calls,
     etcd_channel,
     etcd_link,
+    etcd_watch,
     open_store,
     read_prefix,
 )
@@ -186,6 +187,34 @@ async def test_a_quiet_watch_keeps_up_with_compaction(opened: Open) -> None:
         await patiently(lambda: put(store, "quiet/b"))
         batch = await asyncio.wait_for(first, 10)
         assert [event.key for event in batch.events] == ["quiet/b"]
+
+
+async def test_a_torrent_of_changes_comes_in_few_batches_and_whole(backend: Backend) -> None:
+    store = await backend.open()
+    start = await put(store, "k/start")
+    watch = store.watch("k/", start + 1)
+    first = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.2)
+    told = {await put(store, f"k/{i}"): f"k/{i}" for i in range(400)}
+    batches = [await first]
+    while batches[-1].revision < max(told):
+        batches.append(await asyncio.wait_for(anext(watch), 5))
+    events = [event for batch in batches for event in batch.events]
+    assert [(event.revision, event.key) for event in events] == sorted(told.items())
+    assert len(batches) < len(told) / 2
+
+
+async def test_after_a_torrent_a_watch_hears_at_once_again(backend: Backend) -> None:
+    store = await backend.open()
+    start = await put(store, "k/start")
+    watch = store.watch("k/", start + 1)
+    await until(watch, max(await asyncio.gather(*(put(store, f"k/{i}") for i in range(100)))))
+    coming = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(1)
+    began = time.monotonic()
+    last = await put(store, "k/last")
+    assert (await asyncio.wait_for(coming, 5)).revision == last
+    assert time.monotonic() - began < etcd_watch.REST
 
 
 # --- absence

@@ -28,6 +28,7 @@ from tests.isolator.rooms import (
     WORLD6,
     Machine,
     Room,
+    admission,
     heard,
     holds_inside,
     lines,
@@ -420,7 +421,7 @@ def test_a_process_path_works_like_a_name(machine: Machine, container: Room) -> 
     process = subprocess.Popen(["nsenter", f"--net={container.path}", "sleep", "60"])
     try:
         wiring = dataclasses.replace(wire(container, "eth0", A4), netns=f"/proc/{process.pid}/ns/net")
-        machine.do(machine.policy.admit, wiring.host_ifname, wiring.ips)
+        machine.do(machine.policy.admit, admission(wiring))
         deadline = time.monotonic() + 5
         while (
             container.name

@@ -39,6 +39,7 @@ class Agent(ipam_nodes.Node):
         super().__init__(path, store, "n1")
         self.room = room
         self.described = 0
+        self.leaving = False
         self._work: list[asyncio.Task[None]] = []
 
     def compose(self) -> None:
@@ -46,7 +47,14 @@ class Agent(ipam_nodes.Node):
         self.cluster = Cluster(self.store, self.catalogue, on_topology=self._topology_changed)
         self.addresses = NodeAddresses(self.name, VXLAN_DEVICE, self.holder, self.catalogue, self.journal)
         self.fabric = self.room.do(
-            Fabric, self.name, 4789, self.cluster, self.catalogue, self.addresses, self._describe
+            Fabric,
+            self.name,
+            4789,
+            self.cluster,
+            self.catalogue,
+            self.addresses,
+            self._describe,
+            lambda: self.leaving,
         )
         self.fabric.underlay_changed(UNDERLAY)
 
@@ -77,7 +85,7 @@ class Agent(ipam_nodes.Node):
         shown = self.room.sh("ip -4 route show proto 157; ip -6 route show proto 157")
         return "\n".join(line for line in shown.splitlines() if " metric 2048" in line)
 
-    async def until(self, holds: Callable[[], object], within: float = 15.0) -> None:
+    async def until(self, holds: Callable[[], object], within: float = 80.0) -> None:
         """Wait for it; what the kernel holds and the fabric says is shown if it does not come."""
         try:
             async with asyncio.timeout(within):
@@ -312,3 +320,10 @@ async def test_a_node_that_can_take_no_address_says_why(idle: Agent) -> None:
     await idle.until(lambda: "the device has no IPv4 address" in idle.problems())
     assert "node n1 is drained" in idle.problems()
     assert VXLAN_DEVICE in idle.room.sh("ip link")
+
+
+async def test_a_node_that_leaves_gives_up_its_own_addresses(agent: Agent) -> None:
+    await agent.until(lambda: len(agent.fabric.carried) == 2)
+    agent.leaving = True
+    agent.fabric.addresses_changed()
+    await agent.until(lambda: agent.fabric.carried == () and agent.states() == {})

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from isolator.model import IPAddress
-from isolator.netlink import flush_conntrack
+from isolator.netlink import connections_of, flush_conntrack, flush_ports, forget
 from isolator.netlink.codec import NLM_F_CREATE, NLM_F_EXCL, Request, attribute, nested
 from isolator.netlink.codec import attributes as attributes_of
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
@@ -94,6 +94,34 @@ def test_every_role_of_an_address_is_found_and_nothing_else(
     container.do(flush_conntrack, [ip_address("10.0.0.5")])
     container.do(flush_conntrack, [ip_address("10.0.0.6"), ip_address("10.0.0.50")])
     assert flows(netfilter) == 2
+
+
+def test_connections_are_told_by_who_began_them(container: Room, netfilter: NetlinkSocket) -> None:
+    netfilter.execute(
+        [
+            flow("10.0.0.5", "192.0.2.2", 1, masqueraded="192.0.2.1"),
+            flow("10.9.0.1", "192.0.2.1", 2, answers="10.0.0.5"),
+            flow("fd09::1", "fd00::5", 3),
+            flow("10.9.0.1", "10.0.0.6", 4),
+        ]
+    )
+    found = container.do(connections_of, [ip_address("10.0.0.5"), ip_address("fd00::5")])
+    assert {(str(c.source), str(c.target)) for c in found} == {
+        ("10.0.0.5", "192.0.2.2"),
+        ("10.9.0.1", "192.0.2.1"),
+        ("fd09::1", "fd00::5"),
+    }
+    container.do(forget, found[:1])
+    container.do(forget, found)
+    assert flows(netfilter) == 1
+
+
+def test_flows_to_a_port_are_found_by_their_first_packet(container: Room, netfilter: NetlinkSocket) -> None:
+    netfilter.execute([flow("10.0.0.5", "10.9.0.1", 1), flow("fd00::5", "fd09::1", 2)])
+    container.do(flush_ports, [1, 2, 54])
+    assert flows(netfilter) == 2
+    container.do(flush_ports, [53])
+    assert flows(netfilter) == 0
 
 
 def test_an_address_in_another_attribute_is_no_hit(container: Room, netfilter: NetlinkSocket) -> None:

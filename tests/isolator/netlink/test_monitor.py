@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from ipaddress import ip_address, ip_network
 
 import pytest
 
+from isolator.netlink import messages
+from isolator.netlink.inventory import link_by_name
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
+from isolator.netlink.socket import NetlinkSocket
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import Room
 
@@ -180,3 +184,30 @@ async def test_lost_events_count_as_a_change(container: Room) -> None:
     monitor.start(asyncio.get_running_loop())
     assert await seen.told()
     monitor.stop()
+
+
+async def test_the_fabrics_own_changes_are_not_told_and_others_are(container: Room) -> None:
+    container.sh("ip link add d0 type veth peer name d1; ip link set d0 up; ip link set d1 up")
+    ours, other = container.do(NetlinkSocket), container.do(NetlinkSocket)
+    told = asyncio.Event()
+    monitor = container.do(ChangeMonitor, told.set, ours.port)
+    link = link_by_name(ours, "d0")
+    assert link is not None
+    destination = ip_network("10.9.0.0/26")
+    add = messages.add_fabric_route(
+        destination, ip_address("fe80::1"), index=link.index, onlink=True, source=None
+    )
+    delete = messages.delete_fabric_route(destination)
+    monitor.start(asyncio.get_running_loop())
+    try:
+        await asyncio.sleep(0.2)  # the new links have settled
+        told.clear()
+        ours.execute([add, delete])
+        await asyncio.sleep(0.2)
+        assert not told.is_set()
+        other.execute([add, delete])
+        await asyncio.wait_for(told.wait(), 5)
+    finally:
+        monitor.stop()
+        ours.close()
+        other.close()

@@ -1,23 +1,88 @@
-"""The whole table as text: what ``nft list table inet moorage`` shows on a node with two endpoints."""
+"""The whole table as text: what ``nft list table inet moorage`` shows on a node with four endpoints."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from textwrap import dedent
 
 import pytest
 
-from isolator.policy import Policy, ruleset
+from isolator.model import PortMapping
+from isolator.policy import Admission, Isolation, Policy, Surroundings, ruleset
+from isolator.policy.book import Book
 from tests.isolator.rooms import Room
 
-A, B = ip_address("10.0.0.5"), ip_address("fd00::5")
+POOLS = (ip_network("10.0.0.0/16"), ip_network("10.0.1.0/24"), ip_network("fd00::/64"))
+AROUND = Surroundings(
+    pools=POOLS, nat_pools=POOLS[1:], open_pools=(ip_network("10.0.9.0/24"),), tunnelled_pools=POOLS[2:]
+)
+
+WEB = Admission(
+    "mrgaaaaaaaaaaaa",
+    "0a:58:0a:00:00:05",
+    (ip_address("10.0.0.5"), ip_address("fd00::5")),
+    "web",
+    ("web",),
+    ports=(PortMapping("tcp", 8080, 80), PortMapping("sctp", 99, 9, ip_address("192.0.2.1"))),
+)
+WEB_AND_DB = Admission(
+    "mrgbbbbbbbbbbbb",
+    "0a:58:0a:00:00:06",
+    (ip_address("10.0.0.6"),),
+    "prod",
+    ("web", "db"),
+    Isolation(allow_from=(ip_network("192.0.2.0/24"),), nodes=True),
+)
+PUBLIC = Admission(
+    "mrgcccccccccccc", "0a:58:0a:00:00:07", (ip_address("10.0.0.7"),), "web", ("web", "public")
+)
+OPEN = Admission(
+    "mrgdddddddddddd", "0a:58:0a:00:09:08", (ip_address("10.0.9.8"),), "old", ("old",), Isolation(open=True)
+)
+
+OTHERS = [
+    (ip_address("10.0.7.1"), ("web",)),
+    (ip_address("fd00::7:1"), ("db",)),
+    (ip_address("10.0.7.2"), ("public",)),
+    (ip_address("10.0.7.3"), ("nobody-is-in-this-here",)),
+]
+"""What other nodes have: as a set, only what an endpoint of this node shares."""
 
 GOLDEN = """\
 table inet moorage {
+    set senders4 {
+        type ifname . ether_addr . ipv4_addr
+        elements = { "mrgaaaaaaaaaaaa" . 0a:58:0a:00:00:05 . 10.0.0.5,
+                 "mrgbbbbbbbbbbbb" . 0a:58:0a:00:00:06 . 10.0.0.6,
+                 "mrgcccccccccccc" . 0a:58:0a:00:00:07 . 10.0.0.7,
+                 "mrgdddddddddddd" . 0a:58:0a:00:09:08 . 10.0.9.8 }
+    }
+
     set endpoints4 {
         type ifname . ipv4_addr
         elements = { "mrgaaaaaaaaaaaa" . 10.0.0.5,
-                 "mrgbbbbbbbbbbbb" . 10.0.0.6 }
+                 "mrgbbbbbbbbbbbb" . 10.0.0.6,
+                 "mrgcccccccccccc" . 10.0.0.7,
+                 "mrgdddddddddddd" . 10.0.9.8 }
+    }
+
+    map receivers4 {
+        type ifname . ipv4_addr : verdict
+        elements = { "mrgaaaaaaaaaaaa" . 10.0.0.5 : jump callers_web_jti5kxhlzyxk,
+                 "mrgbbbbbbbbbbbb" . 10.0.0.6 : jump callers_db_web_qfsfo3i7knw2,
+                 "mrgcccccccccccc" . 10.0.0.7 : accept,
+                 "mrgdddddddddddd" . 10.0.9.8 : accept }
+    }
+
+    set public4 {
+        type ipv4_addr
+        elements = { 10.0.0.7, 10.0.7.2 }
+    }
+
+    set nodes4 {
+        type ipv4_addr
+        elements = { 192.0.2.9 }
     }
 
     set pools4 {
@@ -26,10 +91,41 @@ table inet moorage {
         elements = { 10.0.0.0/16 }
     }
 
+    set tunnelled4 {
+        type ipv4_addr
+        flags interval
+    }
+
     set nat4 {
         type ipv4_addr
         flags interval
         elements = { 10.0.1.0/24 }
+    }
+
+    set open4 {
+        type ipv4_addr
+        flags interval
+        elements = { 10.0.9.0/24 }
+    }
+
+    map ports4 {
+        type inet_proto . inet_service : ipv4_addr . inet_service
+        elements = { tcp . 8080 : 10.0.0.5 . 80 }
+    }
+
+    map portsat4 {
+        type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+        elements = { 192.0.2.1 . sctp . 99 : 10.0.0.5 . 9 }
+    }
+
+    set hairpin4 {
+        type ipv4_addr . ipv4_addr
+        elements = { 10.0.0.5 . 10.0.0.5 }
+    }
+
+    set senders6 {
+        type ifname . ether_addr . ipv6_addr
+        elements = { "mrgaaaaaaaaaaaa" . 0a:58:0a:00:00:05 . fd00::5 }
     }
 
     set endpoints6 {
@@ -37,7 +133,26 @@ table inet moorage {
         elements = { "mrgaaaaaaaaaaaa" . fd00::5 }
     }
 
+    map receivers6 {
+        type ifname . ipv6_addr : verdict
+        elements = { "mrgaaaaaaaaaaaa" . fd00::5 : jump callers_web_jti5kxhlzyxk }
+    }
+
+    set public6 {
+        type ipv6_addr
+    }
+
+    set nodes6 {
+        type ipv6_addr
+    }
+
     set pools6 {
+        type ipv6_addr
+        flags interval
+        elements = { fd00::/64 }
+    }
+
+    set tunnelled6 {
         type ipv6_addr
         flags interval
         elements = { fd00::/64 }
@@ -49,11 +164,119 @@ table inet moorage {
         elements = { fd00::/64 }
     }
 
+    set open6 {
+        type ipv6_addr
+        flags interval
+    }
+
+    map ports6 {
+        type inet_proto . inet_service : ipv6_addr . inet_service
+        elements = { tcp . 8080 : fd00::5 . 80 }
+    }
+
+    map portsat6 {
+        type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service
+    }
+
+    set hairpin6 {
+        type ipv6_addr . ipv6_addr
+        elements = { fd00::5 . fd00::5 }
+    }
+
+    set netgroup4_web_5avdhfgsnrpw {
+        type ipv4_addr
+        elements = { 10.0.0.5, 10.0.0.6,
+                 10.0.0.7, 10.0.7.1 }
+    }
+
+    set netgroup6_web_5avdhfgsnrpw {
+        type ipv6_addr
+        elements = { fd00::5 }
+    }
+
+    set netgroup4_db_tw3pker47b3d {
+        type ipv4_addr
+        elements = { 10.0.0.6 }
+    }
+
+    set netgroup6_db_tw3pker47b3d {
+        type ipv6_addr
+        elements = { fd00::7:1 }
+    }
+
+    chain claimed {
+        iifname != "mfb*" ip daddr @tunnelled4 drop
+        iifname != "mfb*" ip6 daddr @tunnelled6 drop
+        fib saddr oifname "mrg*" drop
+        fib saddr type blackhole drop
+    }
+
+    chain outside {
+        iifname "lo" accept
+        ip saddr @pools4 goto claimed
+        ip6 saddr @pools6 goto claimed
+    }
+
     chain sources {
         type filter hook prerouting priority raw; policy accept;
-        iifname != "mrg*" accept
-        iifname . ip saddr @endpoints4 accept
-        iifname . ip6 saddr @endpoints6 accept
+        iifname != "mrg*" goto outside
+        ip daddr 127.0.0.0/8 drop
+        iifname . ether saddr . ip saddr @senders4 accept
+        iifname . ether saddr . ip6 saddr @senders6 accept
+        drop
+    }
+
+    chain portmaps {
+        dnat ip to ip daddr . meta l4proto . th dport map @portsat4
+        dnat ip to meta l4proto . th dport map @ports4
+        dnat ip6 to ip6 daddr . meta l4proto . th dport map @portsat6
+        dnat ip6 to meta l4proto . th dport map @ports6
+    }
+
+    chain mapped {
+        type nat hook prerouting priority dstnat; policy accept;
+        fib daddr type local goto portmaps
+    }
+
+    chain mapped_here {
+        type nat hook output priority -100; policy accept;
+        fib daddr type local goto portmaps
+    }
+
+    chain replies {
+        ct status dnat accept
+        ct state != { established, related } drop
+        ip saddr @public4 accept
+        ip6 saddr @public6 accept
+        ip saddr @nodes4 accept
+        ip6 saddr @nodes6 accept
+        ip saddr @open4 accept
+        ip6 saddr @open6 accept
+        ip saddr != @pools4 accept
+        ip6 saddr != @pools6 accept
+        drop
+    }
+
+    chain callers_web_jti5kxhlzyxk {
+        ip saddr @netgroup4_web_5avdhfgsnrpw accept
+        ip6 saddr @netgroup6_web_5avdhfgsnrpw accept
+    }
+
+    chain callers_db_web_qfsfo3i7knw2 {
+        ip saddr @netgroup4_db_tw3pker47b3d accept
+        ip6 saddr @netgroup6_db_tw3pker47b3d accept
+        ip saddr @netgroup4_web_5avdhfgsnrpw accept
+        ip6 saddr @netgroup6_web_5avdhfgsnrpw accept
+        ip saddr 192.0.2.0/24 accept
+        ip saddr @nodes4 accept
+        ip6 saddr @nodes6 accept
+    }
+
+    chain arriving {
+        oifname . ip daddr vmap @receivers4
+        oifname . ip6 daddr vmap @receivers6
+        oifname . ip daddr @endpoints4 goto replies
+        oifname . ip6 daddr @endpoints6 goto replies
         drop
     }
 
@@ -65,7 +288,7 @@ table inet moorage {
 
     chain forward {
         type filter hook forward priority filter; policy accept;
-        oifname "mrg*" goto destinations
+        oifname "mrg*" goto arriving
     }
 
     chain output {
@@ -75,6 +298,9 @@ table inet moorage {
 
     chain leaving {
         type nat hook postrouting priority srcnat; policy accept;
+        ip saddr . ip daddr @hairpin4 masquerade
+        ip6 saddr . ip6 daddr @hairpin6 masquerade
+        oifname "mrg*" ip saddr 127.0.0.0/8 masquerade
         ip saddr @nat4 ip daddr != @pools4 masquerade fully-random
         ip6 saddr @nat6 ip6 daddr != @pools6 masquerade fully-random
     }
@@ -85,24 +311,59 @@ table inet moorage {
 @pytest.mark.kernel
 def test_the_table_as_the_kernel_shows_it(container: Room) -> None:
     policy = container.do(Policy)
-    endpoints = [("mrgaaaaaaaaaaaa", [A, B]), ("mrgbbbbbbbbbbbb", [ip_address("10.0.0.6")])]
-    pools = [ip_network("10.0.0.0/16"), ip_network("10.0.1.0/24"), ip_network("fd00::/64")]
-    container.do(policy.restore, endpoints, pools, pools[1:])
+    container.do(policy.restore, [WEB, WEB_AND_DB, PUBLIC, OPEN], AROUND)
+    container.do(policy.set_others, OTHERS)
+    container.do(policy.set_nodes, [ip_address("192.0.2.9")])
     assert container.sh("nft list table inet moorage").expandtabs(4) == GOLDEN
     container.do(policy.close)
 
 
-def test_a_change_is_elements_only() -> None:
-    assert ruleset.admit([("mrga", [A, B])]) == dedent(
+def test_another_endpoint_with_the_same_callers_is_elements_only() -> None:
+    book = Book()
+    book.admit(WEB)
+    like_it = Admission("mrgx", "02:00:00:00:00:01", (ip_address("10.0.0.9"),), "web", ("web",))
+    assert ruleset.change(book.admit(like_it)) == dedent(
         """\
-        add element inet moorage endpoints4 { "mrga" . 10.0.0.5 }
-        add element inet moorage endpoints6 { "mrga" . fd00::5 }
+        add element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
+        add element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }
+        add element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
+        add element inet moorage receivers4 { "mrgx" . 10.0.0.9 : jump callers_web_jti5kxhlzyxk }
         """
     )
-    assert ruleset.revoke([("mrga", [A])]) == dedent(
+    going = book.revoke(["mrgx"])
+    assert ruleset.change(going) == dedent(
         """\
-        add element inet moorage endpoints4 { "mrga" . 10.0.0.5 }
-        delete element inet moorage endpoints4 { "mrga" . 10.0.0.5 }
+        delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }
+        delete element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
+        delete element inet moorage receivers4 { "mrgx" . 10.0.0.9 : jump callers_web_jti5kxhlzyxk }
+        delete element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
         """
     )
-    assert ruleset.admit([]) == ruleset.revoke([("mrga", [])]) == ""
+    assert ruleset.change(going, whatever_is_there=True).startswith(
+        'add element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
+        'delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
+    )
+    assert ruleset.change(book.revoke(["mrgx"])) == ""
+
+
+def test_the_first_and_the_last_with_its_callers_bring_and_take_a_chain() -> None:
+    book = Book()
+    first = replace(WEB, ips=WEB.ips[:1], ports=())
+    coming = ruleset.change(book.admit(first))
+    assert "chain callers_web_" in coming
+    assert "set netgroup6_web_" in coming
+    going = ruleset.change(book.revoke([first.host_ifname]))
+    assert "delete chain inet moorage callers_web_" in going
+    assert going.endswith("delete set inet moorage netgroup6_web_5avdhfgsnrpw\n")
+
+
+@pytest.mark.kernel
+def test_other_netgroups_are_one_change(container: Room) -> None:
+    """The same key leads to another chain, and in between to none, all at once."""
+    policy = container.do(Policy)
+    container.do(policy.restore, [WEB], AROUND)
+    container.do(policy.admit, replace(WEB, netgroups=("db",)))
+    table = container.sh("nft list table inet moorage")
+    assert "netgroup4_web" not in table
+    assert container.do(policy.wrong_sets) == []
+    container.do(policy.close)

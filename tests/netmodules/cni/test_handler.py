@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import structlog
 
 from ipam.errors import Exhausted, InvalidInput, StoreUnavailable
 from isolator.errors import JournalUnwritable, NamespaceGone
@@ -20,7 +19,6 @@ from tests.netmodules.fakes import (
     cni_request,
     handler_for,
     labels_config,
-    mesos_config,
 )
 
 KEY = EndpointKey("c0ffee", "eth0")
@@ -136,16 +134,6 @@ async def test_status_says_50_and_why_while_add_cannot_work(isolator: FakeIsolat
     for error in (StoreUnavailable("etcd is down"), JournalUnwritable("the disk is full")):
         isolator.failure = error
         assert_cni_error(await call(isolator, "STATUS", config, **env), 50, str(error))
-
-
-async def test_what_has_no_effect_is_warned_of_once_per_network(isolator: FakeIsolator) -> None:
-    mapping = {"host_port": 31001, "container_port": 80, "protocol": "tcp"}
-    handler = handler_for(isolator)
-    with structlog.testing.capture_logs() as logs:
-        for network in ("web", "web", "dual"):
-            config = mesos_config({"name": network, "port_mappings": [mapping]})
-            assert (await handler(cni_request("ADD", config))).exit == 0
-    assert sum("without effect" in entry["event"] for entry in logs) == 2
 
 
 async def test_label_errors_reach_the_user(isolator: FakeIsolator) -> None:

@@ -10,7 +10,7 @@ from ipam.records import Label
 from isolator.model import UNLIMITED, AttachSpec, Bandwidth, Limit, PortMapping
 from netmodules.cni.config import parse_config
 from netmodules.cni.environment import read_environment
-from netmodules.cni.spec import attach_spec, unenforced
+from netmodules.cni.spec import attach_spec
 from tests.netmodules.fakes import cni_env, cni_request, labels_config, mesos_config
 
 
@@ -129,11 +129,6 @@ def test_port_mappings_of_both_sources_become_typed_values() -> None:
         PortMapping("udp", 53, 53, ip_address("::")),
         PortMapping("sctp", 9, 9),
     )
-
-
-def test_port_mappings_are_accepted_and_known_to_have_no_effect() -> None:
-    config = {"name": "web", "runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 8080}]}}
-    assert unenforced(spec_of(config)) == ["port mappings"]
 
 
 def test_a_bandwidth_label_beats_the_runtime_in_its_direction_only() -> None:

@@ -1,0 +1,68 @@
+"""What a network says of its containers' callers: the settings as operators write them, and what they mean.
+
+    isolation   netgroups  only who shares a netgroup may call       open  everybody may
+    allow_from  CIDRs, and ``nodes``: callers that need not be containers
+
+Pure. Settings are text in the store; what cannot be read there, because a newer version wrote it, allows nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from ipaddress import ip_address, ip_network
+
+from ipam.errors import InvalidInput
+from ipam.keys import IPAddress, IPNetwork
+from ipam.records import Network, Node
+
+NETGROUPS, OPEN = ISOLATIONS = ("netgroups", "open")
+NODES = "nodes"
+MOST_SOURCES = 64
+"""Each is a rule that packets of strangers are compared with one after the other."""
+
+
+def check_isolation(network: Network) -> None:
+    """Raises InvalidInput naming the setting that makes no sense."""
+    if network.isolation not in ISOLATIONS:
+        raise InvalidInput(
+            f"the isolation {network.isolation!r} is not known; it is one of {', '.join(ISOLATIONS)}"
+        )
+    if len(network.allow_from) > MOST_SOURCES:
+        raise InvalidInput(
+            f"{len(network.allow_from)} sources to allow calls from are too many; {MOST_SOURCES} are possible, "
+            "take larger CIDRs"
+        )
+    for text in network.allow_from:
+        if text != NODES:
+            parse_source(text)
+
+
+def sources_of(network: Network) -> list[IPNetwork]:
+    """The CIDRs from which the network allows calls."""
+    found = []
+    for text in network.allow_from:
+        if text != NODES:
+            with contextlib.suppress(InvalidInput):
+                found.append(parse_source(text))
+    return found
+
+
+def parse_source(text: str) -> IPNetwork:
+    """A CIDR, or one address. Raises InvalidInput."""
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise InvalidInput(
+            f"{text!r} is neither a CIDR nor {NODES!r} ({error}); write for example 192.0.2.0/24"
+        ) from error
+
+
+def addresses_of_node(node: Node) -> list[IPAddress]:
+    """Addresses that a node calls others from; link-local ones, and what cannot be read, are left out."""
+    found = []
+    for text in (*node.underlay, *node.vtep):
+        with contextlib.suppress(ValueError):
+            ip = ip_address(text)
+            if not ip.is_link_local:
+                found.append(ip)
+    return found

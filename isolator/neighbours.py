@@ -1,0 +1,162 @@
+"""What is around this node's endpoints, told to the policy: the networks, the nodes, and other nodes' endpoints.
+
+    catalogue, cluster  --told-->  here, gathered  --one transaction-->  sets of the table
+                                                   --a moment later--->  connections of who left are forgotten
+
+Sets first, connections afterwards, so that no new entry can appear behind. And connections off everybody's path: one
+look through the kernel's table for all that left meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from ipam.catalogue import Catalogue
+from ipam.cluster import Cluster, Member
+from ipam.errors import MoorageError
+from ipam.isolation import addresses_of_node
+from ipam.keys import IPAddress
+from isolator.kernel import Kernel
+from isolator.policy import Surroundings, isolation_of
+
+log = structlog.get_logger(__name__)
+
+TUNNEL = "vxlan"
+"""The fabric by which packets arrive on a device of its own."""
+
+FORGET_TOGETHER = 0.2
+"""Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many."""
+
+
+def surroundings(catalogue: Catalogue) -> Surroundings:
+    """Pools and networks, as the table needs them."""
+    networks = {network.name: network for network in catalogue.networks()}
+    isolation = {name: isolation_of(network) for name, network in networks.items()}
+    pools = catalogue.pools()
+    return Surroundings(
+        pools=tuple(p.cidr for p in pools),
+        nat_pools=tuple(p.cidr for p in pools if p.network in networks and networks[p.network].nat),
+        open_pools=tuple(p.cidr for p in pools if p.network in isolation and isolation[p.network].open),
+        tunnelled_pools=tuple(
+            p.cidr for p in pools if p.network in networks and networks[p.network].fabric == TUNNEL
+        ),
+        isolation=isolation,
+    )
+
+
+class Neighbours:
+    """See the module's docstring. Its ``on_...`` are for catalogue and cluster to call."""
+
+    def __init__(self, node: str, kernel: Kernel, catalogue: Catalogue) -> None:
+        self._node = node
+        self._kernel = kernel
+        self._catalogue = catalogue
+        self._changed = asyncio.Event()
+        self._networks_changed = False
+        self._nodes_changed = False
+        self._members_changed: dict[IPAddress, Member | None] = {}
+        self._own_of_nodes: set[IPAddress] = set()
+        self._heard = False
+        self._leaving: dict[IPAddress, bool] = {}
+        self._forgetting: asyncio.TimerHandle | None = None
+        self._forget = asyncio.Event()
+
+    # -- being told
+
+    def on_catalogue(self) -> None:
+        """Networks or pools are different."""
+        self._networks_changed = True
+        self._changed.set()
+
+    def on_topology(self, _: set[str]) -> None:
+        """Facts of nodes are different."""
+        self._nodes_changed = True
+        self._changed.set()
+
+    def on_members(self, changes: Sequence[tuple[IPAddress, Member | None]]) -> None:
+        """Addresses were assigned, changed netgroups, or are assigned no more."""
+        for ip, member in changes:
+            if self._heard:  # else all are read at once when all are there
+                self._members_changed[ip] = member
+            is_nodes_own = member is not None and member.own
+            if is_nodes_own != (ip in self._own_of_nodes):
+                (self._own_of_nodes.add if is_nodes_own else self._own_of_nodes.discard)(ip)
+                self._nodes_changed = True
+        self._changed.set()
+
+    # -- telling the kernel
+
+    async def tell(self, cluster: Cluster) -> None:
+        """Tell the kernel of every change of catalogue and cluster, until cancelled.
+
+        Raises KernelRefused. The policy knows all the same what should be, and is restored as that.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._networks_changed:
+                self._networks_changed = False
+                self.left(await self._kernel.set_surroundings(surroundings(self._catalogue)))
+            if self._heard or cluster.listed.is_set():
+                await self._tell_of_others(cluster)
+
+    async def _tell_of_others(self, cluster: Cluster) -> None:
+        if self._nodes_changed:
+            self._nodes_changed = False
+            await self._kernel.set_nodes(self._addresses_of_nodes(cluster))
+        changes, self._members_changed = self._members_changed, {}
+        if not self._heard:
+            # What an earlier agent left in the table may be more than there is now.
+            self._heard = True
+            await self._kernel.replace_others(
+                {ip: groups for ip, member in cluster.members() if (groups := self._netgroups(member))}
+            )
+        elif changes:
+            left = list(changes)
+            try:
+                left = await self._kernel.set_others([(ip, self._netgroups(m)) for ip, m in changes.items()])
+            finally:
+                self._let_go({ip: changes[ip] is None for ip in left})
+
+    def _netgroups(self, member: Member | None) -> tuple[str, ...]:
+        """Of another node's endpoint; this node's own speak for themselves, and nodes are no endpoints."""
+        if member is None or member.own or member.node == self._node:
+            return ()
+        return member.netgroups or (member.network,)
+
+    def _addresses_of_nodes(self, cluster: Cluster) -> set[IPAddress]:
+        found = set(self._own_of_nodes)
+        for node in cluster.nodes().values():
+            found.update(addresses_of_node(node))
+        return found
+
+    # -- connections
+
+    def left(self, ips: Sequence[IPAddress]) -> None:
+        """These may call, or be called by, fewer than before: connections that are forbidden now are forgotten soon."""
+        self._let_go(dict.fromkeys(ips, False))
+
+    def _let_go(self, ips: dict[IPAddress, bool]) -> None:
+        """ips -> whether the address is nobody's any more."""
+        for ip, gone in ips.items():
+            self._leaving[ip] = gone or self._leaving.get(ip, False)
+        if self._leaving and self._forgetting is None:
+            loop = asyncio.get_running_loop()
+            self._forgetting = loop.call_later(FORGET_TOGETHER, self._forget.set)
+
+    async def forget(self) -> None:
+        """Forget the connections of addresses that left, until cancelled. Raises KernelRefused."""
+        while True:
+            await self._forget.wait()
+            self._forget.clear()
+            self._forgetting = None
+            leaving, self._leaving = self._leaving, {}
+            try:
+                await self._kernel.forget_connections([ip for ip, gone in leaving.items() if gone])
+                await self._kernel.forget_forbidden([ip for ip, gone in leaving.items() if not gone])
+            except MoorageError:
+                self._let_go(leaving)
+                raise

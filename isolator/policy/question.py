@@ -1,0 +1,81 @@
+"""Questions about policy, answered from the store's records: may this address call that one, and why.
+
+The answer comes from the same clauses that the rules are made of (callers.py); so it is what the table does, on the
+node of the called one, once that node has heard what the store says. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ipam.isolation import addresses_of_node
+from ipam.keys import IPAddress, IPNetwork
+from ipam.records import Address, AddressState, Network, Node
+from isolator.policy.callers import NETGROUPS, Caller, Callers, Verdict, callers, isolation_of, judge
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the store says. addresses: in any state. nodes: address -> name of its node."""
+
+    addresses: Mapping[IPAddress, Address]
+    networks: Mapping[str, Network]
+    pools: Sequence[IPNetwork]
+    nodes: Mapping[IPAddress, str]
+
+    def endpoint(self, ip: IPAddress) -> Address | None:
+        """The record of a container's address; None for any other address."""
+        record = self.addresses.get(ip)
+        if record is None or record.state is not AddressState.ASSIGNED or record.is_nodes_own:
+            return None
+        return record
+
+    def in_pool(self, ip: IPAddress) -> bool:
+        return any(ip.version == pool.version and ip in pool for pool in self.pools)
+
+
+def addresses_of_nodes(nodes: Iterable[Node], addresses: Mapping[IPAddress, Address]) -> dict[IPAddress, str]:
+    """Address -> node, of everything that is a node's own."""
+    found = {ip: record.node for ip, record in addresses.items() if record.is_nodes_own}
+    for node in nodes:
+        found |= dict.fromkeys(addresses_of_node(node), node.name)
+    return found
+
+
+def netgroups_of(record: Address) -> tuple[str, ...]:
+    """A container's netgroups; the network's own name if none are recorded."""
+    return tuple(record.netgroups) or (record.network,)
+
+
+def callers_of(known: Known, record: Address) -> Callers:
+    """Who may call a container's address."""
+    network = known.networks.get(record.network)
+    return callers(netgroups_of(record), isolation_of(network) if network is not None else NETGROUPS)
+
+
+def may_call(known: Known, source: IPAddress, target: IPAddress) -> Verdict:
+    """Whether ``source`` may begin a connection to ``target``, on any port."""
+    if source.version != target.version:
+        return Verdict(False, f"{source} and {target} are of different families")
+    called = known.endpoint(target)
+    if called is None:
+        return _no_container(known, target)
+    caller = known.endpoint(source)
+    if caller is None and known.nodes.get(source) == called.node:
+        return Verdict(True, f"node {called.node} reaches all its own containers")
+    if caller is None and source not in known.nodes and known.in_pool(source):
+        return Verdict(False, f"{source} is of our pools and no container has it; nobody can send from it")
+    groups = netgroups_of(caller) if caller is not None else ()
+    return judge(Caller(source, groups, source in known.nodes), callers_of(known, called))
+
+
+def _no_container(known: Known, target: IPAddress) -> Verdict:
+    if target in known.nodes:
+        why = f"{target} is node {known.nodes[target]}'s own; what a node serves is its firewall's to judge"
+        return Verdict(True, why)
+    if known.in_pool(target):
+        return Verdict(False, f"no container has {target}")
+    return Verdict(
+        True, f"{target} is outside of all pools; moorage does not keep containers from calling there"
+    )

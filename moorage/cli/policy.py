@@ -1,0 +1,201 @@
+"""``moorage policy``: who may call whom, and why."""
+
+from __future__ import annotations
+
+import contextlib
+from ipaddress import ip_address
+from typing import Any
+
+import click
+
+from ipam import keys
+from ipam.errors import InvalidInput, TryAgain
+from ipam.keys import IPAddress
+from ipam.networks import list_networks
+from ipam.pools import geometry
+from ipam.records import Address, Node
+from ipam.store.base import Store, read_prefix
+from isolator.model import PROTOCOLS
+from isolator.policy.callers import Clause, Nodes, Sharing
+from isolator.policy.question import Known, addresses_of_nodes, callers_of, may_call, netgroups_of
+from moorage.cli.containers import Stored, addresses_named, all_addresses, ips_named
+from moorage.cli.output import Column
+from moorage.cli.session import Session, pass_session
+
+
+@click.group(short_help="Who may call whom, and why.")
+def policy() -> None:
+    """Policy: which containers may call which, and why.
+
+    \b
+    Example:
+      moorage policy test 10.64.0.5 10.64.0.9
+    """
+
+
+async def known_of(store: Store, stored: dict[IPAddress, Stored]) -> Known:
+    """All that decides about calls."""
+    networks = await list_networks(store)
+    nodes, _ = await read_prefix(store, keys.NODES)
+    addresses = {ip: found.record for ip, found in stored.items()}
+    return Known(
+        addresses=addresses,
+        networks={network.name: network for network, _ in networks},
+        pools=[geometry(pool).cidr for _, pools in networks for pool in pools],
+        nodes=addresses_of_nodes((Node.decode(kv.key, kv.value) for kv in nodes), addresses),
+    )
+
+
+@policy.command(short_help="Say whether one may call another, and why.")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option(
+    "--port", metavar="P", type=click.IntRange(1, 65535), help="The port that is called.  [default: any]"
+)
+@click.option("--proto", metavar="T", type=click.Choice(PROTOCOLS), default="tcp", help="Its protocol.")
+@pass_session
+def test(session: Session, source: str, target: str, port: int | None, proto: str) -> None:
+    """Say whether SRC may begin a connection to DST, and why.
+
+    SRC and DST are IP addresses or CONTAINER[/IFNAME], of any node. Netgroups hold for every port; a port
+    matters where DST is this machine's own address and the port is mapped to a container. Exit 1 if anything
+    is denied.
+
+    \b
+    Examples:
+      moorage policy test 4f7a 9c02/eth0
+      moorage policy test 192.0.2.7 10.64.0.5
+      moorage policy test 192.0.2.7 192.0.2.1 --port 31080
+    """
+
+    async def act(store: Store) -> list[dict[str, Any]]:
+        stored = await all_addresses(store)
+        known = await known_of(store, stored)
+        return [
+            {"source": str(one), "target": str(other), "allowed": verdict.allowed, "why": verdict.why}
+            for one in ips_named(stored, source)
+            for other in ips_named(stored, target)
+            if one.version == other.version
+            for verdict in [may_call(known, one, other)]
+        ]
+
+    rows = session.run(act)
+    if not rows:
+        raise InvalidInput(f"{source} and {target} have no address of the same family; name others")
+    if port is not None:
+        for row in rows:
+            with contextlib.suppress(TryAgain):  # without an agent here there is no mapping here either
+                row["why"] = mapped(session, row["target"], port, proto) or row["why"]
+    if session.out.as_json:
+        session.out.rows(rows, [], none="")
+    else:
+        for row in rows:
+            verdict = "allowed" if row["allowed"] else "denied"
+            click.echo(f"{row['source']} -> {row['target']}: {verdict}: {row['why']}")
+    click.get_current_context().exit(0 if all(row["allowed"] for row in rows) else 1)
+
+
+def mapped(session: Session, target: str, port: int, proto: str) -> str:
+    """Where a port of this machine leads; "" if it is not mapped. ``target`` is not known to be this machine's."""
+    status = session.ask_agent("status")
+    if target not in status["own_addresses"]:
+        return ""
+    for endpoint in session.ask_agent("endpoints"):
+        for mapping in endpoint["port_mappings"]:
+            at = ip_address(mapping["host_ip"] or target)
+            here = at == ip_address(target) or at.is_unspecified
+            if here and (mapping["protocol"], mapping["host_port"]) == (proto, port):
+                return (
+                    f"{proto} port {port} is mapped to {endpoint['container_id']}/{endpoint['ifname']}, "
+                    "and everybody may call a mapped port"
+                )
+    return ""
+
+
+@policy.command(short_help="Show who may call an endpoint.")
+@click.argument("name", metavar="ENDPOINT")
+@pass_session
+def show(session: Session, name: str) -> None:
+    """Show who may call an endpoint, of any node: CONTAINER[/IFNAME] or its IP address.
+
+    \b
+    Examples:
+      moorage policy show 4f7a/eth0
+      moorage policy show 10.64.0.5 -o json
+    """
+
+    async def act(store: Store) -> list[dict[str, Any]]:
+        stored = await all_addresses(store)
+        known = await known_of(store, stored)
+        found = [stored[ip] for ip in ips_named(stored, name) if known.endpoint(ip) is not None]
+        if not found:
+            found = addresses_named(stored, name)
+        return [_row(known, one) for one in found]
+
+    rows = session.run(act)
+    if session.out.as_json:
+        session.out.rows(rows, [], none="")
+        return
+    for number, row in enumerate(rows):
+        if number:
+            click.echo()
+        session.out.record({key: value for key, value in row.items() if key != "callers"})
+        click.echo()
+        session.out.rows(row["callers"], [Column("who"), Column("addresses")], none="Nobody may call it.")
+
+
+def _row(known: Known, one: Stored) -> dict[str, Any]:
+    record = one.record
+    return {
+        "address": str(one.ip),
+        "container_id": record.container_id,
+        "ifname": record.ifname,
+        "node": record.node,
+        "network": record.network,
+        "netgroups": list(netgroups_of(record)),
+        "callers": [
+            {
+                "who": "its own node",
+                "addresses": [str(ip) for ip in _nodes(known, one) if known.nodes[ip] == record.node],
+            },
+            *(
+                {"who": _who(clause), "addresses": _covered(known, one, clause)}
+                for clause in callers_of(known, record)
+            ),
+        ],
+    }
+
+
+def _who(clause: Clause) -> str:
+    match clause:
+        case Sharing(netgroup):
+            return f"members of the netgroup {netgroup}"
+        case Nodes():
+            return "every node"
+        case _:
+            return str(clause)
+
+
+def _covered(known: Known, one: Stored, clause: Clause) -> list[str]:
+    """The addresses that a clause stands for, of the same family; [] where they cannot be listed."""
+    match clause:
+        case Sharing(netgroup):
+            return [
+                str(ip)
+                for ip, record in sorted(
+                    known.addresses.items(), key=lambda item: (item[0].version, item[0].packed)
+                )
+                if ip.version == one.ip.version and ip != one.ip and _is_in(known, ip, record, netgroup)
+            ]
+        case Nodes():
+            return [str(ip) for ip in _nodes(known, one)]
+        case _:
+            return []
+
+
+def _is_in(known: Known, ip: IPAddress, record: Address, netgroup: str) -> bool:
+    return known.endpoint(ip) is not None and netgroup in netgroups_of(record)
+
+
+def _nodes(known: Known, one: Stored) -> list[IPAddress]:
+    return sorted((ip for ip in known.nodes if ip.version == one.ip.version), key=lambda ip: ip.packed)

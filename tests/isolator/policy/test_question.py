@@ -1,0 +1,98 @@
+"""What `moorage policy test` answers, from the store's records."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipam.keys import IPAddress
+from ipam.records import NODE_ENGINE, Address, AddressState, Network, Node
+from isolator.policy.question import Known, addresses_of_nodes, callers_of, may_call
+
+
+def assigned(node: str, network: str, *netgroups: str, engine: str = "mesos") -> Address:
+    return Address(
+        pool="p",
+        state=AddressState.ASSIGNED,
+        node=node,
+        container_id="c",
+        network=network,
+        netgroups=list(netgroups),
+        engine=engine,
+    )
+
+
+ADDRESSES: dict[IPAddress, Address] = {
+    ip_address("10.0.0.1"): assigned("n1", "web", "red"),
+    ip_address("10.0.0.2"): assigned("n2", "web", "red", "blue"),
+    ip_address("10.0.0.3"): assigned("n1", "web"),
+    ip_address("10.0.0.4"): assigned("n1", "open", "open"),
+    ip_address("10.0.0.5"): assigned("n1", "web", "public"),
+    ip_address("10.0.0.6"): assigned("n2", "web", "red").with_(state=AddressState.COOLING),
+    ip_address("10.0.0.7"): assigned("n2", "away", "green"),
+    ip_address("10.0.0.8"): assigned("n1", "web", engine=NODE_ENGINE),
+    ip_address("10.0.0.9"): assigned("n1", "nodes", "green"),
+    ip_address("fd00::1"): assigned("n1", "web", "red"),
+}
+NODES = (
+    Node(name="n1", version="1", underlay=["192.0.2.1", "fe80::1"], vtep=["10.0.0.8"]),
+    Node(name="n2", version="1", underlay=["192.0.2.2", "what is this"]),
+)
+KNOWN = Known(
+    addresses=ADDRESSES,
+    networks={
+        "web": Network(name="web", pools=[], allow_from=["198.51.100.0/24"]),
+        "open": Network(name="open", pools=[], isolation="open"),
+        "nodes": Network(name="nodes", pools=[], allow_from=["nodes"]),
+    },
+    pools=[ip_network("10.0.0.0/24"), ip_network("fd00::/64")],
+    nodes=addresses_of_nodes(NODES, ADDRESSES),
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "allowed", "why"),
+    [
+        ("10.0.0.1", "10.0.0.2", True, "both are in the netgroup red"),
+        ("10.0.0.2", "10.0.0.1", True, "both are in the netgroup red"),
+        ("10.0.0.1", "10.0.0.3", False, "the caller is in red, the called in web"),
+        ("10.0.0.3", "10.0.0.1", False, "the caller is in web, the called in red"),
+        ("10.0.0.1", "10.0.0.4", True, "its network is open"),
+        ("10.0.0.4", "10.0.0.1", False, "share no netgroup"),
+        ("203.0.113.9", "10.0.0.4", True, "its network is open"),
+        ("10.0.0.1", "10.0.0.5", True, "in the netgroup public"),
+        ("10.0.0.5", "10.0.0.1", False, "the caller is in public"),
+        ("198.51.100.7", "10.0.0.1", True, "allows callers from 198.51.100.0/24"),
+        ("203.0.113.9", "10.0.0.1", False, "does not allow it by --allow-from"),
+        ("192.0.2.1", "10.0.0.1", True, "node n1 reaches all its own containers"),
+        ("192.0.2.2", "10.0.0.1", False, "does not allow it by --allow-from"),
+        ("192.0.2.2", "10.0.0.9", True, "allows callers on nodes"),
+        ("10.0.0.8", "10.0.0.1", True, "node n1 reaches all its own containers"),
+        ("10.0.0.1", "10.0.0.8", True, "is node n1's own"),
+        ("10.0.0.1", "10.0.0.6", False, "no container has 10.0.0.6"),
+        ("10.0.0.1", "10.0.0.77", False, "no container has 10.0.0.77"),
+        ("10.0.0.77", "10.0.0.1", False, "nobody can send from it"),
+        ("10.0.0.1", "203.0.113.9", True, "outside of all pools"),
+        ("10.0.0.1", "fd00::1", False, "different families"),
+        ("10.0.0.1", "10.0.0.7", False, "the called in green"),
+    ],
+)
+def test_what_is_allowed_and_why(source: str, target: str, allowed: bool, why: str) -> None:
+    verdict = may_call(KNOWN, ip_address(source), ip_address(target))
+    assert verdict.allowed == allowed
+    assert why in verdict.why
+
+
+def test_a_network_that_nobody_knows_allows_netgroups_only() -> None:
+    assert [str(clause) for clause in callers_of(KNOWN, ADDRESSES[ip_address("10.0.0.7")])] == [
+        "both are in the netgroup green"
+    ]
+
+
+def test_link_local_and_unreadable_addresses_are_no_nodes() -> None:
+    assert {str(ip): node for ip, node in KNOWN.nodes.items()} == {
+        "10.0.0.8": "n1",
+        "192.0.2.1": "n1",
+        "192.0.2.2": "n2",
+    }

@@ -1,0 +1,164 @@
+"""What the kernel is told of other nodes' endpoints, and of whose connections are forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from typing import Any, cast
+
+import pytest
+
+from ipam.catalogue import Catalogue
+from ipam.cluster import Cluster, Member
+from ipam.errors import MoorageError
+from ipam.keys import IPAddress
+from ipam.records import Node
+from isolator.errors import KernelRefused
+from isolator.kernel import Kernel
+from isolator.neighbours import Neighbours
+
+A, B, C = (ip_address(f"10.0.0.{n}") for n in (1, 2, 3))
+POOL = ip_network("10.0.0.0/24")
+
+
+@dataclass
+class StubKernel:
+    """Remembers what it was told; a real one is in tests/cluster."""
+
+    others: dict[IPAddress, tuple[str, ...]] = field(default_factory=dict)
+    nodes: set[IPAddress] = field(default_factory=set)
+    replaced: int = 0
+    # (addresses, whether only what is forbidden now)
+    forgotten: list[tuple[set[IPAddress], bool]] = field(default_factory=list)
+    refuses: bool = False
+
+    async def set_surroundings(self, _: object) -> list[IPAddress]:
+        return []
+
+    async def set_nodes(self, ips: Iterable[IPAddress]) -> None:
+        self.nodes = set(ips)
+
+    async def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> None:
+        self.replaced += 1
+        self.others = dict(known)
+
+    async def set_others(self, changes: Sequence[tuple[IPAddress, tuple[str, ...]]]) -> list[IPAddress]:
+        left = [ip for ip, groups in changes if not set(self.others.get(ip, ())) <= set(groups)]
+        self.others |= dict(changes)
+        if self.refuses:
+            raise KernelRefused("no")
+        return left
+
+    async def forget_connections(self, ips: Iterable[IPAddress]) -> None:
+        if wanted := set(ips):
+            self.forgotten.append((wanted, False))
+
+    async def forget_forbidden(self, ips: Iterable[IPAddress]) -> None:
+        if wanted := set(ips):
+            self.forgotten.append((wanted, True))
+
+
+@dataclass
+class StubCluster:
+    """What the store is said to hold."""
+
+    known: dict[IPAddress, Member] = field(default_factory=dict)
+    listed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def members(self) -> Iterable[tuple[IPAddress, Member]]:
+        return self.known.items()
+
+    def nodes(self) -> dict[str, Node]:
+        return {"n2": Node(name="n2", version="1", underlay=["192.0.2.2", "fe80::2"], vtep=["10.0.0.64"])}
+
+
+class StubCatalogue:
+    def networks(self) -> list[Any]:
+        return []
+
+    def pools(self) -> list[Any]:
+        return [type("Pool", (), {"cidr": POOL, "network": "web"})]
+
+
+@dataclass
+class Stage:
+    neighbours: Neighbours
+    kernel: StubKernel
+    cluster: StubCluster
+
+    def say(self, changes: Mapping[IPAddress, Member | None]) -> None:
+        self.cluster.known.update({ip: member for ip, member in changes.items() if member is not None})
+        self.neighbours.on_members(list(changes.items()))
+
+    async def settled(self) -> None:
+        await asyncio.sleep(0.35)
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    kernel, cluster = StubKernel(), StubCluster()
+    neighbours = Neighbours("n1", cast("Kernel", kernel), cast("Catalogue", StubCatalogue()))
+
+    async def tell() -> None:
+        while True:
+            try:
+                await neighbours.tell(cast("Cluster", cluster))
+            except MoorageError:
+                continue
+
+    tasks = [asyncio.create_task(tell()), asyncio.create_task(neighbours.forget())]
+    yield Stage(neighbours, kernel, cluster)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def member(*netgroups: str, node: str = "n2", own: bool = False) -> Member:
+    return Member(node, "web", netgroups, own)
+
+
+async def test_nothing_is_told_before_all_was_listed_and_then_all_at_once(stage: Stage) -> None:
+    stage.say({A: member("red"), B: member()})
+    await stage.settled()
+    assert (stage.kernel.replaced, stage.kernel.nodes) == (0, set())
+    stage.cluster.listed.set()
+    stage.neighbours.on_topology({"n2"})
+    await stage.settled()
+    assert stage.kernel.replaced == 1
+    assert stage.kernel.others == {A: ("red",), B: ("web",)}, "none recorded is the network's own"
+    assert stage.kernel.nodes == {ip_address("192.0.2.2"), ip_address("10.0.0.64")}
+
+
+async def test_this_nodes_own_endpoints_speak_for_themselves_and_nodes_are_no_endpoints(stage: Stage) -> None:
+    stage.cluster.listed.set()
+    stage.say({A: member("red", node="n1"), B: member(own=True), C: member("red")})
+    await stage.settled()
+    assert {ip: groups for ip, groups in stage.kernel.others.items() if groups} == {C: ("red",)}
+    assert B in stage.kernel.nodes
+    stage.say({B: None})
+    await stage.settled()
+    assert B not in stage.kernel.nodes
+
+
+async def test_connections_of_who_left_are_forgotten_and_only_forbidden_ones_if_the_address_stays(
+    stage: Stage,
+) -> None:
+    stage.cluster.listed.set()
+    stage.say({A: member("red"), B: member("red", "blue"), C: member("red")})
+    await stage.settled()
+    stage.say({A: None, B: member("blue"), C: member("red", "blue")})
+    await stage.settled()
+    assert stage.kernel.forgotten == [({A}, False), ({B}, True)]
+
+
+async def test_a_kernel_that_refuses_still_forgets(stage: Stage) -> None:
+    """The table will be restored from what the policy knows; connections have to be forgotten all the same."""
+    stage.cluster.listed.set()
+    stage.say({A: member("red")})
+    await stage.settled()
+    stage.kernel.refuses = True
+    stage.say({A: None})
+    await stage.settled()
+    assert stage.kernel.forgotten == [({A}, False)]

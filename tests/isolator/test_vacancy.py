@@ -1,0 +1,103 @@
+"""When a namespace is vacant: real ones, with processes, threads and handles."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from isolator.drivers.naming import mac_for
+from isolator.identity import boottime
+from isolator.model import Asked, Endpoint, EndpointKey, EndpointState
+from isolator.netlink import Node
+from isolator.vacancy import SETTLED, is_vacant, may_be_vacant
+from tests.isolator.rooms import sh
+
+pytestmark = pytest.mark.kernel
+
+IP = ip_address("10.64.0.5")
+MAC = mac_for([IP])
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A namespace that a handle holds, with an interface of ours and no process."""
+    name = f"mrg-vacant-{os.urandom(4).hex()}"
+    sh(f"ip netns add {name} && ip -n {name} link add eth0 address {MAC} type bridge")
+    yield name
+    sh(f"ip netns delete {name} || true")
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    with Node() as node:
+        yield node
+
+
+def endpoint(name: str, **changes: object) -> Endpoint:
+    made = Endpoint(
+        key=EndpointKey("c", "eth0"),
+        state=EndpointState.ATTACHED,
+        request_id="r",
+        asked=Asked("boot", boottime()),
+        engine="mesos",
+        network="web",
+        driver="routed",
+        netns=f"/run/netns/{name}",
+        ips=(IP,),
+        host_ifname="mrg0",
+        mac=MAC,
+        mtu=1500,
+    )
+    return replace(made, **changes)
+
+
+def test_a_namespace_is_vacant_when_its_last_process_has_ended(node: Node, name: str) -> None:
+    assert is_vacant(node, endpoint(name))
+    living = subprocess.Popen(["ip", "netns", "exec", name, "sleep", "1000"])
+    try:
+        while os.path.samefile(f"/proc/{living.pid}/ns/net", "/proc/self/ns/net"):
+            pass  # ip has not stepped in yet
+        assert not is_vacant(node, endpoint(name))
+    finally:
+        living.kill()
+        living.wait()
+    assert is_vacant(node, endpoint(name))
+
+
+def test_one_thread_inside_is_enough_to_live_there(node: Node, name: str) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def step_in() -> None:
+        with open(f"/run/netns/{name}", "rb") as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), 0x40000000) == 0
+        inside.set()
+        leave.wait()
+
+    thread = threading.Thread(target=step_in)
+    thread.start()
+    inside.wait()
+    occupied = not is_vacant(node, endpoint(name))
+    leave.set()
+    thread.join()
+    assert occupied
+
+
+def test_a_path_that_leads_elsewhere_by_now_tells_nothing(node: Node, name: str) -> None:
+    assert not is_vacant(node, endpoint(name, mac="02:00:00:00:00:01"))
+    assert not is_vacant(node, endpoint(name, key=EndpointKey("c", "eth1")))
+    assert not is_vacant(node, endpoint(name, netns="/run/netns/mrg-not-there"))
+    assert not is_vacant(node, endpoint(name, netns="/proc/self/ns/net"))
+    assert not is_vacant(node, endpoint(name, netns=""))
+
+
+def test_another_engines_container_may_have_no_process_yet() -> None:
+    assert may_be_vacant(endpoint("x"))
+    assert not may_be_vacant(endpoint("x", engine="cni"))
+    assert may_be_vacant(endpoint("x", engine="cni", asked=Asked("boot", boottime() - SETTLED - 1)))

@@ -1,0 +1,96 @@
+"""Whatever somebody takes of what the agent put in place comes back within seconds, and the log says what it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from moorage.lab import Container, LabNode
+from tests.system.conftest import eventually
+
+pytestmark = pytest.mark.kernel
+
+WITHIN = 5.0
+SLACK = 3.0
+"""Seconds more for a machine under load."""
+
+
+@dataclass
+class Pair:
+    """Two containers that talk."""
+
+    node: LabNode
+    one: Container
+    other: Container
+    ips: dict[int, str]
+    link: str
+
+    def talk(self) -> bool:
+        return all(self.other.namespace.pings(ip, wait=1) for ip in self.ips.values())
+
+
+@pytest.fixture
+def pair(node: LabNode) -> Iterator[Pair]:
+    with node.container("one") as one, node.container("other") as other:
+        ips = one.add("web").ips
+        other.add("web")
+        (link,) = [e["host_ifname"] for e in node.ask("endpoint", "list") if e["container_id"] == one.id]
+        pair = Pair(node, one, other, ips, link)
+        assert pair.talk()
+        yield pair
+
+
+def on_node(*command: str) -> Callable[[Pair], object]:
+    return lambda pair: pair.node.namespace.run(*(_filled(pair, word) for word in command))
+
+
+def inside(*command: str) -> Callable[[Pair], object]:
+    return lambda pair: pair.one.namespace.run(*(_filled(pair, word) for word in command))
+
+
+def _filled(pair: Pair, word: str) -> str:
+    return word.replace("IP4", pair.ips[4]).replace("IP6", pair.ips[6]).replace("LINK", pair.link)
+
+
+DAMAGE = {
+    "the whole ruleset": (on_node("nft", "flush", "ruleset"), "table inet moorage was missing"),
+    "our table": (on_node("nft", "delete", "table", "inet", "moorage"), "table inet moorage was missing"),
+    "who may be called": (on_node("nft", "flush", "map", "inet", "moorage", "receivers4"), "receivers4"),
+    "MACs": (on_node("nft", "flush", "set", "inet", "moorage", "senders4"), "senders4"),
+    "the route": (on_node("ip", "route", "del", "IP4"), "the route to IP4"),
+    "the IPv6 route": (on_node("ip", "-6", "route", "del", "IP6"), "the route to IP6"),
+    "the neighbour": (on_node("ip", "neigh", "del", "IP4", "dev", "LINK"), "the permanent neighbour IP4"),
+    "the link's state": (on_node("ip", "link", "set", "LINK", "down"), "LINK is down"),
+    "the address": (inside("ip", "addr", "del", "IP4/32", "dev", "eth0"), "the address IP4"),
+    "all addresses": (inside("ip", "addr", "flush", "dev", "eth0"), "the address IP6"),
+    "the rule": (inside("ip", "rule", "del", "from", "IP4"), "the rule that packets from IP4"),
+    "the default route": (inside("ip", "route", "del", "default"), "the default route via 169.254.1.1"),
+    "the inner link's state": (inside("ip", "link", "set", "eth0", "down"), "eth0 is down"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_is_taken_away_comes_back_and_the_log_says_what_it_was(pair: Pair, what: str) -> None:
+    damage, words = DAMAGE[what]
+    begun = time.monotonic()
+    damage(pair)
+    eventually(lambda: _filled(pair, words) in pair.node.log.read_text(), within=WITHIN + SLACK)
+    assert time.monotonic() - begun < WITHIN + SLACK
+    eventually(pair.talk)
+
+
+def test_nothing_is_mended_where_nothing_was_damaged(pair: Pair) -> None:
+    """Neither the endpoints that come and go, nor what a container adds of its own, are taken for damage."""
+    pair.one.namespace.run("ip", "link", "add", "br0", "type", "bridge")
+    pair.one.namespace.run("ip", "addr", "add", "192.168.7.1/24", "dev", "br0")
+    pair.one.namespace.run("ip", "link", "del", "br0")
+    with pair.node.container() as third:
+        third.add("web")
+        third.delete("web")
+    time.sleep(2.5)
+    log = pair.node.log.read_text()
+    assert "repaired" not in log
+    assert "restored" not in log
