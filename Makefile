@@ -1,6 +1,6 @@
 # moorage. The two commands of the README: sudo make demo, sudo make test.
 
-.PHONY: help setup tools check test demo lab-demo bench clean
+.PHONY: help setup tools check test demo lab-demo marathon-demo bench clean
 .DEFAULT_GOAL := help
 
 PACKAGES := moorage netmodules marathon isolator ipam
@@ -12,6 +12,7 @@ PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup
 help:
 	@echo "make demo      see it work: three containers on a node of their own   (root)"
 	@echo "make lab-demo  see a cluster work: three nodes, each fabric          (root)"
+	@echo "make marathon-demo  see a stale address found and released           (root)"
 	@echo "make test      everything is tested, with real namespaces             (root)"
 	@echo "make check     ruff, mypy and the unit tests, in a minute"
 	@echo "make bench     against the reference CNI plugins                      (root)"
@@ -43,6 +44,9 @@ demo: root setup
 
 lab-demo: root tools
 	scripts/lab-demo
+
+marathon-demo: root tools
+	scripts/marathon-demo
 
 bench: root tools
 	$(PYTHON) -m benchmarks

@@ -35,7 +35,11 @@ SLOW_END = (0.5, 4.0)
 
 @dataclass(eq=False)
 class Life:
-    """A container as it really is. ended: monotonic; None while a process is inside. ips: carried from ADD on."""
+    """A container as it really is.
+
+    ips: carried from ADD on. is_secret: the moorage agent never learns whose it is. ended: monotonic; None while a
+    process is inside.
+    """
 
     id: str
     task: str
@@ -44,6 +48,7 @@ class Life:
     ips: tuple[IPAddress, ...] = ()
     boot: str = ""
     begun: bool = False
+    is_secret: bool = False
     ended: float | None = None
 
     @property
@@ -104,6 +109,7 @@ class Host(Agent):
         self._truth = truth
         self._chance = chance
         self._boots = 0
+        self.dead_id = ""
         self.node = SimulatedNode(directory, store, name, cooldown=0.5)
         self._membership: Membership | None = None
         self._spool: list[Life] = []
@@ -127,7 +133,10 @@ class Host(Agent):
             self._unsent.clear()
         dead = list(self.containers.values())
         self.containers.clear()
-        self.start()
+        self.start()  # one that was marked gone meanwhile is told so, and has to begin anew
+        if not self.id:
+            dead.clear()
+            self._connect()
         for container in dead if keeps_state else ():
             self.report(container, "TASK_GONE", "Executor terminated", "REASON_EXECUTOR_TERMINATED")
         await self.start_agent()
@@ -135,6 +144,7 @@ class Host(Agent):
     async def power_off(self) -> None:
         """All that ran is dead, and nobody is told."""
         self.is_on = False
+        self.dead_id = self.id
         self.stop()
         await self.kill_agent()
         for container in self.containers.values():
@@ -155,19 +165,23 @@ class Host(Agent):
                 await asyncio.sleep(0.1)
         record = NodeRecord(name=self.name, version="1", mesos_agent=self.id)
         node = self.node
-        self._membership = Membership(
-            self._store, record, node.instance, node.boot_id, lambda error: node.holder.fenced(error)
-        )
+        self._membership = Membership(self._store, record, node.instance, node.boot_id, node.holder.fenced)
         intents = IntentServer(self._store, self.name, self._answer)
         node.run_beside(self._membership.keep, intents.run)
         for ip, held in node.holder.assigned().items():
             life = self._truth.lives.get(held.record.container_id) if held.record else None
-            if life is None or life.host != self.name or (life.ended is not None and self._rebooted_since(life)):
+            if (
+                life is None
+                or life.host != self.name
+                or (life.ended is not None and self._rebooted_since(life))
+            ):
                 self._release([ip])
         self.up_since = time.monotonic()
         spooled, self._spool = self._spool, []
         for life in spooled:
             self._delete(life)
+        for container in self.containers.values():
+            self._tell_whose(container, self._truth.lives[container.id])
 
     def _rebooted_since(self, life: Life) -> bool:
         return life.id not in self.containers and life.boot != self.node.boot_id
@@ -234,13 +248,13 @@ class Host(Agent):
         given = [{"protocol": "IPv4", "ip_address": str(ip)} for ip in life.ips]
         container.network_infos = ({"name": self._network.name, "ip_addresses": given},)
         self.report(container, "TASK_RUNNING")
-        if self._chance.random() >= self.forgets:
-            await asyncio.sleep(self._chance.uniform(0, 0.3))
-            self._tell_whose(container, life)
+        life.is_secret = self._chance.random() < self.forgets
+        await asyncio.sleep(self._chance.uniform(0, 0.3))
+        self._tell_whose(container, life)
 
     def _tell_whose(self, container: Contained, life: Life) -> None:
-        """The moorage agent has asked the Mesos agent which task it is; as moorage/agent.py does, off the ADD's path."""
-        if not self.serves:
+        """The moorage agent has asked the Mesos agent which task it is, off the ADD path."""
+        if not self.serves or life.is_secret:
             return
         task = container.tasks[0]
         rows = []
@@ -285,7 +299,7 @@ class Host(Agent):
             self._unseen.append(container)
 
     def report_gone(self, container: Contained) -> None:
-        """TASK_GONE for one task of an agent that lives, as after an error of its containerizer; the process goes on."""
+        """TASK_GONE for one task of an agent that lives; the process goes on for a while."""
         self.report(container, "TASK_GONE", "Executor terminated", "REASON_EXECUTOR_TERMINATED")
         self._spawn(self._end_slowly(container))
 
@@ -326,10 +340,11 @@ class Host(Agent):
         if held is None or held.record is None or held.record.state is not AddressState.ASSIGNED:
             return {"done": True, "why": f"{ip} is not assigned here any more"}
         if held.record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision):
-            return {"done": False, "why": f"{ip} changed since it was looked at; look again"}
+            return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
         life = self._truth.carried.get(ip)
         if life is not None:
             self._truth.suspected.add((intent.ip, intent.id))
-            return {"done": False, "why": f"{ip} is carried by the live container {life.id} ({IFNAME})"}
+            why = f"{ip} is carried by the live container {life.id} ({IFNAME})"
+            return {"done": False, "live": True, "why": why}
         self._release([ip])
         return {"done": True, "why": f"{ip} is released"}

@@ -291,6 +291,12 @@ class Marathon:
             self._instance_changed(known, "Killed")
         self.converge(known.app)
 
+    def forget(self, task: str) -> None:
+        """A task is not known any more and nobody is told, as when an old state was restored."""
+        with self._lock:
+            if self.tasks.pop(task, None) is not None:
+                self._changed()
+
     # -- what it tells
 
     def _changed(self) -> None:

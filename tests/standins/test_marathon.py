@@ -5,9 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import random
+import ssl
+import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +195,22 @@ def test_only_who_may_ask_is_answered(agent: Instant) -> None:
         basic = "Basic " + base64.b64encode(b"me:secret").decode()
         for login in (basic, "token=t0k", "Bearer t0k"):
             assert ask(marathon, "GET", "/v2/info", authorization=login).status == 200
+
+
+def test_it_speaks_tls(agent: Instant, tmp_path: Path) -> None:
+    files = ("-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert"))
+    names = ("-subj", "/CN=marathon", "-addext", "subjectAltName=IP:127.0.0.1")
+    new = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    subprocess.run([*new, *files, *names], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "cert"))
+    with Marathon(agent.master).instance(tls=tls) as marathon:
+        assert marathon.url.startswith("https://")
+        with urllib.request.urlopen(marathon.url + "/ping", context=trusting, timeout=10) as answer:
+            assert answer.read() == b"pong"
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(marathon.url + "/ping", timeout=10)
 
 
 def test_it_goes_away_refuses_and_breaks_off(marathon: Instance) -> None:

@@ -197,3 +197,15 @@ def test_subscribe(master: Instance, agent: Lazy) -> None:
     for agent_row in wanted["subscribed"]["get_state"]["get_agents"]["agents"]:
         del agent_row["allocated_resources"]
     assert_like(subscribed, wanted)
+
+
+def test_a_pods_containers_are_nested_in_its_executors(agent: Lazy) -> None:
+    tasks = [TaskInfo(f"pod.{name}", name, Plain.framework, executor="pod") for name in ("one", "two")]
+    agent.master.launch(agent.id, tasks)
+    (container,) = agent.containers.values()
+    agent.run(container)
+    listed = [row["container_id"] for row in containers(agent)["get_containers"]["containers"]]
+    assert listed[0] == {"value": container.id}
+    assert [id_["parent"] for id_ in listed[1:]] == [{"value": container.id}] * 2
+    (executor,) = ask(agent, "GET", "/state").json["frameworks"][0]["executors"]
+    assert (executor["id"], [task["id"] for task in executor["tasks"]]) == ("pod", ["pod.one", "pod.two"])

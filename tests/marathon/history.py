@@ -1,0 +1,426 @@
+"""A random history of a cluster: apps come and go, hooks' DELs are lost, and everything fails that can.
+
+Steps are drawn from a seeded generator. What fails comes back after a while by itself, so that there is always
+something to judge. Two frameworks share the hosts and the pools; only one of them has listeners.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ipam import keys
+from ipam.store import Store, open_store
+from tests.ipam.nodes import network
+from tests.marathon.hosts import Host, Truth
+from tests.marathon.listening import Listening
+from tests.marathon.oracle import Oracle, WatchedStore
+from tests.standins.marathon import Instance, Marathon
+from tests.standins.mesos_agent import Contained
+from tests.standins.mesos_master import Instance as MasterInstance
+from tests.standins.mesos_master import Master
+
+NETWORK = "prod"
+MOST_INSTANCES = 8
+
+BACK_AFTER = (0.5, 5.0)
+"""Seconds until something that failed is back, shortest and longest."""
+
+
+@dataclass
+class World:
+    """Everything there is. done: steps by name."""
+
+    store: Store
+    watched: WatchedStore
+    truth: Truth
+    master: Master
+    masters: list[MasterInstance]
+    marathon: Marathon
+    marathons: list[Instance]
+    other: Marathon
+    hosts: list[Host]
+    listeners: list[Listening]
+    oracle: Oracle
+    chance: random.Random
+    done: Counter[str] = field(default_factory=Counter)
+    _coming_back: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def later(self, *back: Callable[[], Any]) -> None:
+        """Undo something after a while."""
+
+        async def work() -> None:
+            await asyncio.sleep(self.chance.uniform(*BACK_AFTER))
+            for one in back:
+                undone = one()
+                if isinstance(undone, Awaitable):
+                    await undone
+
+        task = asyncio.create_task(work())
+        self._coming_back.add(task)
+        task.add_done_callback(self._coming_back.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.result())
+
+    async def everything_is_back(self) -> None:
+        """Returns when nothing is away any more."""
+        while self._coming_back:
+            await asyncio.wait(set(self._coming_back))
+
+    @property
+    def disturbances(self) -> int:
+        return len(self._coming_back)
+
+    def containers(self) -> list[tuple[Host, Contained]]:
+        return [
+            (host, container)
+            for host in self.hosts
+            if host.is_on
+            for container in host.containers.values()
+            if self.truth.lives[container.id].is_live
+        ]
+
+
+@contextlib.asynccontextmanager
+async def world(directory: Path, chance: random.Random, *, hosts: int, grace: float) -> AsyncIterator[World]:
+    """A cluster where everything runs."""
+    async with contextlib.AsyncExitStack() as stack:
+        url = f"sqlite://{directory}/store.db"
+        store = await open_store(url)
+        stack.push_async_callback(store.close)
+        prod = await network(store, "10.64.0.0/21", name=NETWORK, block_size=26, warm=8)
+        truth = Truth()
+        watched = WatchedStore(store, truth)
+        master = Master()
+        masters = [stack.enter_context(master.instance()) for _ in range(2)]
+        marathon = Marathon(master, keepalive=1.0, chance=random.Random(chance.random()))
+        other = Marathon(master, name="other", chance=random.Random(chance.random()))
+        marathons = [stack.enter_context(marathon.instance(redirect=redirect)) for redirect in (False, True)]
+        made = [
+            Host(
+                master,
+                f"n{number}",
+                store=watched,
+                network=prod,
+                directory=directory,
+                truth=truth,
+                chance=random.Random(chance.random()),
+            )
+            for number in range(1, hosts + 1)
+        ]
+        for host in made:
+            stack.push_async_callback(host.power_off)
+            await host.power_on()
+        listeners = [
+            Listening(
+                url,
+                [one.url for one in marathons],
+                [one.url for one in masters],
+                directory / f"listener-{number}.log",
+                grace=grace,
+                interval=1.0,
+                keep_alive=1.0,
+            )
+            for number in range(2)
+        ]
+        for listener in listeners:
+            stack.callback(listener.kill)
+            listener.start()
+        leading = Leading(store, marathon.framework, listeners)
+        oracle = Oracle(
+            store, truth, {host.name: host for host in made}, marathon, master, grace, lambda: leading.pid
+        )
+        tasks = [asyncio.create_task(oracle.run()), asyncio.create_task(leading.follow())]
+        try:
+            yield World(
+                store,
+                watched,
+                truth,
+                master,
+                masters,
+                marathon,
+                marathons,
+                other,
+                made,
+                listeners,
+                oracle,
+                chance,
+            )
+            for task in tasks:
+                assert not task.done(), task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass
+class Leading:
+    """Which listener leads, as the store says. pid: None if none does that also works."""
+
+    store: Store
+    framework: str
+    listeners: list[Listening]
+    pid: int | None = None
+
+    async def follow(self) -> None:
+        """Until cancelled."""
+        while True:
+            kv = await self.store.get(keys.LEADERS + self.framework)
+            working = [listener.pid for listener in self.listeners if listener.works]
+            named = [pid for pid in working if kv is not None and f"pid {pid}".encode() in kv.value]
+            self.pid = named[0] if named else None
+            await asyncio.sleep(0.1)
+
+
+# -- steps; each does one thing, and has what failed come back
+
+
+async def _deploy(world: World) -> None:
+    marathon = world.chance.choice([world.marathon, world.marathon, world.other])
+    app = f"/app-{world.chance.randrange(15)}"
+    networks = [{"mode": "container", "name": NETWORK}]
+    marathon.deploy(
+        {"id": app, "instances": world.chance.randrange(MOST_INSTANCES), "networks": networks, "cmd": "x"}
+    )
+
+
+async def _scale(world: World) -> None:
+    marathon = world.chance.choice([world.marathon, world.marathon, world.other])
+    if marathon.apps:
+        marathon.scale(world.chance.choice(sorted(marathon.apps)), world.chance.randrange(MOST_INSTANCES))
+
+
+async def _destroy(world: World) -> None:
+    apps = sorted(set(world.marathon.apps) - {"/keeper"})
+    if apps:
+        world.marathon.destroy(world.chance.choice(apps))
+
+
+async def _kill(world: World) -> None:
+    tasks = sorted(task for task, known in world.marathon.tasks.items() if known.state == "TASK_RUNNING")
+    if tasks:
+        world.marathon.kill(world.chance.choice(tasks))
+
+
+async def _die(world: World) -> None:
+    if found := world.containers():
+        host, container = world.chance.choice(found)
+        host.die(container)
+
+
+async def _gone_alone(world: World) -> None:
+    """TASK_GONE of one task on a host that is well."""
+    found = [(host, c) for host, c in world.containers() if host.is_running and host.reaches_master]
+    if found:
+        host, container = world.chance.choice(found)
+        host.report_gone(container)
+
+
+async def _amnesia(world: World) -> None:
+    """Marathon forgets a task that runs, as when its state is restored from a backup; later it is killed."""
+    known = {task for task, it in world.marathon.tasks.items() if it.state == "TASK_RUNNING"}
+    found = [(h, c) for h, c in world.containers() if c.tasks[0].id in known and c.tasks[0].name != "keeper"]
+    if found:
+        host, container = world.chance.choice(found)
+        world.marathon.forget(container.tasks[0].id)
+        world.later(lambda: host.die(container))
+
+
+async def _cut_off(world: World) -> None:
+    """A host's Mesos agent cannot be reached; sometimes for so long that Marathon replaces or forgets its tasks."""
+    host = world.chance.choice(world.hosts)
+    if not (host.is_on and host.is_running and host.reaches_master):
+        return
+    host.reaches_master = False
+    world.master.lose(host.id)
+    for task in [t for t, known in world.marathon.tasks.items() if known.agent == host.id]:
+        if world.chance.random() < 0.4:
+            world.marathon.expunge(task)
+        else:
+            world.marathon.replace(task)
+
+    def back() -> None:
+        host.reaches_master = True
+        host.describe()
+
+    world.later(back)
+
+
+async def _mesos_crash(world: World) -> None:
+    host = world.chance.choice(world.hosts)
+    if host.is_on and host.is_running:
+        host.crash()
+        world.later(lambda: host.is_on and not host.is_running and host.restart())
+
+
+async def _agent_crash(world: World) -> None:
+    host = world.chance.choice(world.hosts)
+    if host.serves:
+        await host.kill_agent()
+
+        async def back() -> None:
+            if host.is_on and not host.serves:
+                await host.start_agent()
+
+        world.later(back)
+
+
+async def _power_cut(world: World) -> None:
+    """A host dies. It comes back, with or without its state, or is declared gone first."""
+    host = world.chance.choice(world.hosts)
+    if not host.is_on or sum(one.is_on for one in world.hosts) <= len(world.hosts) // 2:
+        return
+    agent = host.id
+    await host.power_off()
+    keeps, gone = world.chance.random() < 0.5, world.chance.random() < 0.6
+
+    async def back() -> None:
+        known = world.master.agents.get(agent)
+        if known is not None and known.state != "unreachable" and not gone:
+            world.master.lose(agent)
+        if gone:
+            world.master.mark_gone(agent)
+            await asyncio.sleep(world.chance.uniform(3.0, 12.0))
+        await host.power_on(keeps_state=keeps and not gone)
+
+    if agent in world.master.agents and world.chance.random() < 0.7:
+        world.master.lose(agent)
+    world.later(back)
+
+
+async def _marathon_stops(world: World) -> None:
+    running = [one for one in world.marathons if one.is_running]
+    if running:
+        one = world.chance.choice(running)
+        one.stop()
+        world.later(lambda: one.is_running or one.start())
+
+
+async def _marathon_fails_over(world: World) -> None:
+    world.marathon.fail_over()
+
+
+async def _marathon_misbehaves(world: World) -> None:
+    one = world.chance.choice(world.marathons)
+    match world.chance.randrange(3):
+        case 0:
+            one.faults.status = 503
+        case 1:
+            one.faults.truncate = True
+        case _:
+            one.faults.delay = 1.0
+    world.later(one.faults.none)
+
+
+async def _stream_misbehaves(world: World) -> None:
+    faults = world.marathon.streams.faults
+    match world.chance.randrange(7):
+        case 0:
+            faults.lose = 0.5
+        case 1:
+            faults.duplicate = 0.5
+        case 2:
+            faults.delay, faults.late = 0.7, 3.0
+        case 3:
+            faults.garble = 0.3
+        case 4:
+            faults.cut = 0.1
+        case 5:
+            world.marathon.streams.silence.on = True
+        case _:
+            faults.lose = 1.0
+    world.later(faults.none, lambda: setattr(world.marathon.streams.silence, "on", False))
+
+
+async def _master_fails_over(world: World) -> None:
+    world.master.fail_over()
+    world.later(world.master.recover)
+
+
+async def _listener_pauses(world: World) -> None:
+    one = world.chance.choice(world.listeners)
+    if one.works:
+        one.pause()
+        world.later(one.resume)
+
+
+async def _listener_dies(world: World) -> None:
+    one = world.chance.choice(world.listeners)
+    if one.is_running:
+        one.kill()
+        world.later(lambda: one.is_running or one.start())
+
+
+STEPS: dict[Callable[[World], Awaitable[None]], int] = {
+    _deploy: 200,
+    _scale: 200,
+    _destroy: 40,
+    _kill: 250,
+    _die: 200,
+    _gone_alone: 30,
+    _amnesia: 90,
+    _cut_off: 25,
+    _mesos_crash: 12,
+    _agent_crash: 12,
+    _power_cut: 10,
+    _marathon_stops: 3,
+    _marathon_fails_over: 5,
+    _marathon_misbehaves: 3,
+    _stream_misbehaves: 15,
+    _master_fails_over: 3,
+    _listener_pauses: 2,
+    _listener_dies: 2,
+}
+"""Steps and how often each is done."""
+
+MOST_DISTURBANCES = 60
+"""Things that may be away at a time."""
+
+
+async def live_on(world: World, steps: int, pause: float) -> None:
+    """So many steps."""
+    keeper = {
+        "id": "/keeper",
+        "instances": 3,
+        "networks": [{"mode": "container", "name": NETWORK}],
+        "cmd": "x",
+    }
+    world.marathon.deploy(keeper)
+    names, weights = list(STEPS), list(STEPS.values())
+    for _ in range(steps):
+        step = world.chance.choices(names, weights)[0]
+        if world.disturbances < MOST_DISTURBANCES:
+            await step(world)
+            world.done[step.__name__.strip("_")] += 1
+        await asyncio.sleep(world.chance.uniform(0, 2 * pause))
+
+
+def summary(world: World) -> dict[str, float]:
+    """How much of what happened."""
+    oracle, truth = world.oracle, world.truth
+    return {
+        "steps": sum(world.done.values()),
+        "stale": len(oracle.stale),
+        "of gone nodes": len(oracle.gone),
+        "unreachable": len(oracle.unreachable),
+        "falsely suspected": len(truth.suspected),
+        "released in time": oracle.in_time,
+        "slowest": round(oracle.slowest, 1),
+        "lost DELs": truth.lost_dels,
+        "looks": oracle.looks,
+    }
+
+
+async def settle(world: World, within: float) -> set[tuple[str, str]]:
+    """Everything is back and behaves; returns what is provably stale after ``within`` seconds all the same."""
+    await world.everything_is_back()
+    deadline = asyncio.get_running_loop().time() + within
+    while (left := await world.oracle.look()) and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.2)
+    return left
