@@ -343,6 +343,8 @@ class Passes:
         return {verdict.value: found[verdict] for verdict in Verdict}
 
     def _standing(self) -> list[Finding]:
+        if not self._book.listed.is_set():
+            return list(self._findings.values())
         return [f for f in self._findings.values() if self._book.get(*f.address.key) is not None]
 
     def report(self) -> dict[str, Any]:
