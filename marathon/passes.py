@@ -153,8 +153,8 @@ class Passes:
         info = await self._ask("info", self._marathon.info)
         if info is not None and info.framework_id != self._facts.framework:
             raise Overtaken(
-                f"Marathon at {self._marathon.url} is framework {info.framework_id} now, no longer {self._facts.framework}"
-                "; what the old one had is kept until the Mesos agents call it over"
+                f"Marathon at {self._marathon.url} is framework {info.framework_id} now, no longer "
+                f"{self._facts.framework}; what the old one had is kept until the Mesos agents call it over"
             )
 
     def _settle_ended(
