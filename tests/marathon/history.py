@@ -252,6 +252,28 @@ async def _cut_off(world: World) -> None:
     world.later(back)
 
 
+async def _expelled(world: World) -> None:
+    """An operator marks an agent gone that is only cut off: its containers live on until it is back and shut down.
+
+    Its moorage agent lives, so nothing of the node is freed.
+    """
+    host = world.chance.choice(world.hosts)
+    if not (host.serves and host.is_running and host.reaches_master):
+        return
+    host.has_to_serve = True
+    host.reaches_master = False
+    world.master.mark_gone(host.id)
+
+    def back() -> None:
+        host.reaches_master = True
+        if not host.id:
+            host.reaches_master = True  # started anew, as another agent
+        host.describe()
+        host.has_to_serve = False
+
+    world.later(back)
+
+
 async def _mesos_crash(world: World) -> None:
     host = world.chance.choice(world.hosts)
     if host.is_on and host.is_running:
@@ -261,7 +283,7 @@ async def _mesos_crash(world: World) -> None:
 
 async def _agent_crash(world: World) -> None:
     host = world.chance.choice(world.hosts)
-    if host.serves:
+    if host.serves and not host.has_to_serve:
         await host.kill_agent()
 
         async def back() -> None:
@@ -274,7 +296,7 @@ async def _agent_crash(world: World) -> None:
 async def _power_cut(world: World) -> None:
     """A host dies. It comes back, with or without its state, or is declared gone first."""
     host = world.chance.choice(world.hosts)
-    if not host.is_on or sum(one.is_on for one in world.hosts) <= len(world.hosts) // 2:
+    if not host.is_on or host.has_to_serve or sum(one.is_on for one in world.hosts) <= len(world.hosts) // 2:
         return
     agent = host.id
     await host.power_off()
@@ -286,7 +308,7 @@ async def _power_cut(world: World) -> None:
             world.master.lose(agent)
         if gone:
             world.master.mark_gone(agent)
-            await asyncio.sleep(world.chance.uniform(3.0, 12.0))
+            await asyncio.sleep(world.chance.uniform(4.0, 16.0))
         await host.power_on(keeps_state=keeps and not gone)
 
     if agent in world.master.agents and world.chance.random() < 0.7:
@@ -366,6 +388,7 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
     _gone_alone: 30,
     _amnesia: 90,
     _cut_off: 25,
+    _expelled: 4,
     _mesos_crash: 12,
     _agent_crash: 12,
     _power_cut: 10,
@@ -383,8 +406,9 @@ MOST_DISTURBANCES = 60
 """Things that may be away at a time."""
 
 
-async def live_on(world: World, steps: int, pause: float) -> None:
-    """So many steps."""
+async def live_on(world: World, steps: int, pause: float, within: float) -> None:
+    """So many steps, ``pause`` seconds apart on the average; fewer if they take longer than ``within`` seconds."""
+    deadline = asyncio.get_running_loop().time() + within
     keeper = {
         "id": "/keeper",
         "instances": 3,
@@ -393,7 +417,7 @@ async def live_on(world: World, steps: int, pause: float) -> None:
     }
     world.marathon.deploy(keeper)
     names, weights = list(STEPS), list(STEPS.values())
-    for _ in range(steps):
+    while world.done.total() < steps and asyncio.get_running_loop().time() < deadline:
         step = world.chance.choices(names, weights)[0]
         if world.disturbances < MOST_DISTURBANCES:
             await step(world)

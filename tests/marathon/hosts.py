@@ -82,8 +82,11 @@ class Truth:
 
 
 class Host(Agent):
-    """See the module's docstring. loses: share of its DELs that never happen. forgets: share of its containers of
-    which the agent never learns whose they are.
+    """See the module's docstring.
+
+    loses: share of its DELs that never happen. forgets: share of its containers of which the moorage agent never
+    learns whose they are. slow: share that live on after their end was reported. dead_id: the Mesos agent's, when the
+    power was last cut. has_to_serve: its moorage agent is not to be killed now.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Host(Agent):
         self._chance = chance
         self._boots = 0
         self.dead_id = ""
+        self.has_to_serve = False
         self.node = SimulatedNode(directory, store, name, cooldown=0.5)
         self._membership: Membership | None = None
         self._spool: list[Life] = []

@@ -106,8 +106,8 @@ class Clock:
 class Oracle:
     """See the module's docstring. leads: the pid of the listener that leads and works, None if none does.
 
-    stale, unreachable: (ip, id) of all that ever were so. late: sentences. in_time: releases while
-    the clock ran. slowest: seconds, of those.
+    stale, unreachable, gone: (ip, id) of all that ever were so, unreachable ones while they lived. late: sentences.
+    in_time: releases while the clock ran. slowest: seconds, of those.
     """
 
     store: Store
@@ -186,7 +186,7 @@ class Oracle:
         for ip, record in assigned:
             key = (str(ip), record.id)
             task = known.get(record.task)
-            if task is not None and task.state == "TASK_UNREACHABLE":
+            if task is not None and task.state == "TASK_UNREACHABLE" and ip in self.truth.carried:
                 self.unreachable.add(key)
             if why := self._why_stale(ip, record, alive, answers):
                 found[key] = why
