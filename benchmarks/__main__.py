@@ -26,6 +26,7 @@ from benchmarks import (
     large,
     outage,
     policy,
+    reconcile,
     scale,
     throughput,
 )
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "fabric-throughput": throughput.rows,
     "follow": follow.rows,
     "policy": policy.rows,
+    "reconcile": reconcile.rows,
 }
 
 

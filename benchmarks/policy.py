@@ -17,7 +17,7 @@ from benchmarks.figures import Budget, Row, Sample
 from isolator.drivers import Wiring
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.drivers.routed import Routed
-from isolator.model import EndpointKey
+from isolator.model import EndpointKey, IPAddress
 from isolator.netlink import Node
 from isolator.policy import Admission, Policy, Surroundings
 from isolator.sysctl import enable_forwarding
@@ -66,7 +66,9 @@ class Stage:
     def knows(self, here: int, elsewhere: int) -> None:
         """A table with that many endpoints of this node, and of others, all in one netgroup."""
         self.policy.restore([*self._ends, *map(endpoint, range(here))], AROUND)
-        known = {IPv4Address("10.64.64.0") + n: ("web",) for n in range(elsewhere)}
+        known: dict[IPAddress, tuple[str, ...]] = {
+            IPv4Address("10.64.64.0") + n: ("web",) for n in range(elsewhere)
+        }
         self.policy.replace_others(known)
 
     def no_table(self) -> None:

@@ -17,6 +17,7 @@ one that had landed unseen are read back.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,9 @@ left (store/rules.py), compares two keys at most: its own and a guard."""
 
 RETRY_AT_MOST = 1.0
 """Seconds between two tries of a transaction whose outcome is unknown: several fit outage.GRACE."""
+
+SHOWS_WITHIN = 15.0
+"""Seconds that who took the fence from this agent has to show a sign of life: it registers only after that."""
 
 CLAIM_RETRY = 0.05
 """Seconds before a claim whose outcome is unknown is looked for."""
@@ -111,6 +115,7 @@ class Writer:
         self._revision = 0
         self._claimed = False
         self._had_fence = False
+        self._usurper = "", 0.0
         self._lock = asyncio.Lock()
         self.seq = 0
         self.transactions = 0
@@ -144,6 +149,8 @@ class Writer:
                         f"node {self._node} was taken from this agent by `moorage node adopt`: the next agent that "
                         "starts under this name has it; restart this one to have it back, or give it another --node"
                     )
+                if stood is not None:
+                    self._leave_time_to(stood)
                 if (
                     found is not None
                     and stood is not None
@@ -165,6 +172,20 @@ class Writer:
                     continue
                 if result.succeeded:
                     return self._hold(result.revision, seq, fresh)
+
+    def _leave_time_to(self, stood: Fence) -> None:
+        """Raises Fenced while somebody who took the fence from this agent may be about to say that it lives."""
+        # A fence that is behind what was confirmed is no usurper's: the store went back in time.
+        if not self._had_fence or stood.instance == self._instance or stood.seq <= self.seq:
+            return
+        now = time.monotonic()
+        if self._usurper[0] != stood.instance:
+            self._usurper = stood.instance, now
+        if now < self._usurper[1] + SHOWS_WITHIN:
+            raise Fenced(
+                f"another agent (instance {stood.instance}) took over node {self._node}; stop one of the two, "
+                "or give this one another --node name"
+            )
 
     def _hold(self, revision: int, seq: int, fresh: bool) -> bool:
         self._revision, self.seq = revision, seq

@@ -385,6 +385,9 @@ class Isolator:
                     addresses=[str(ip) for ip in found.addresses],
                     mtu=found.mtu,
                 )
+                if set(self._underlay.addresses) - set(found.addresses):
+                    # Waiting for the old connections to fail would take longer than others may be told later.
+                    self._store.reconnect()
                 self._underlay = found
                 self._fabric.underlay_changed(found)
                 self._describe()

@@ -27,8 +27,12 @@ log = structlog.get_logger(__name__)
 TUNNEL = "vxlan"
 """The fabric by which packets arrive on a device of its own."""
 
-FORGET_TOGETHER = 0.2
-"""Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many."""
+TELL_TOGETHER = 0.05
+"""Seconds in which changes gather before the kernel is told: each transaction costs more than an element in it."""
+
+FORGET_TOGETHER = 1.0
+"""Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many.
+Members of a netgroup are judged without connections, so nothing between them waits for this."""
 
 
 def surroundings(catalogue: Catalogue) -> Surroundings:
@@ -60,6 +64,7 @@ class Neighbours:
         self._members_changed: dict[IPAddress, Member | None] = {}
         self._own_of_nodes: set[IPAddress] = set()
         self._heard = False
+        self._defaults: dict[str, tuple[str, ...]] = {}
         self._leaving: dict[IPAddress, bool] = {}
         self._forgetting: asyncio.TimerHandle | None = None
         self._forget = asyncio.Event()
@@ -96,6 +101,7 @@ class Neighbours:
         """
         while True:
             await self._changed.wait()
+            await asyncio.sleep(TELL_TOGETHER)
             self._changed.clear()
             if self._networks_changed:
                 self._networks_changed = False
@@ -125,7 +131,8 @@ class Neighbours:
         """Of another node's endpoint; this node's own speak for themselves, and nodes are no endpoints."""
         if member is None or member.own or member.node == self._node:
             return ()
-        return member.netgroups or (member.network,)
+        # One tuple for all that are equal: there may be a hundred thousand.
+        return member.netgroups or self._defaults.setdefault(member.network, (member.network,))
 
     def _addresses_of_nodes(self, cluster: Cluster) -> set[IPAddress]:
         found = set(self._own_of_nodes)

@@ -103,7 +103,7 @@ class Marathon:
 
     def tasks(self) -> dict[str, Task]:
         """All tasks of apps and all pods' instances, by instance. Raises as Http.get."""
-        found = {instance_of(task.id): task for task in self._decoded("/v2/tasks", _Tasks).tasks}
+        found = self._parsed("/v2/tasks", decode_tasks)
         found.update(self._pods())
         return found
 
@@ -143,13 +143,21 @@ class Marathon:
         raise NotAnswered("Marathon ended the event stream; it is asked for again")
 
     def _decoded(self, path: str, kind: type[T]) -> T:
+        return self._parsed(path, msgspec.json.Decoder(kind).decode)
+
+    def _parsed(self, path: str, parse: Callable[[bytes], T]) -> T:
         body = self._http.get(path)
         try:
-            return msgspec.json.decode(body, type=kind)
+            return parse(body)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise NotAnswered(
                 f"Marathon at {self.url} answered {path} with something else ({error})"
             ) from error
+
+
+def decode_tasks(body: bytes) -> dict[str, Task]:
+    """What /v2/tasks answers, by instance. Raises MsgspecError."""
+    return {instance_of(task.id): task for task in msgspec.json.decode(body, type=_Tasks).tasks}
 
 
 def _ours(labels: dict[str, str] | None) -> dict[str, str]:

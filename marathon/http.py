@@ -169,8 +169,7 @@ class Http:
             except NotAnswered as error:
                 failures.append(str(error))
                 continue
-            self._urls.remove(url)
-            self._urls.insert(0, url)
+            self._urls = [url, *(other for other in self._urls if other != url)]
             with contextlib.closing(response):
                 yield response
             return

@@ -73,18 +73,16 @@ class Listener:
     async def run(self) -> None:
         """Listen until cancelled; whatever fails is logged and tried again. Raises InvalidInput for a framework id
         that is none."""
-        leadership = Leadership(self._store, await self._introduced(), self._instance, whereabouts())
-        try:
-            while True:
-                try:
-                    await leadership.campaign()
-                    await self._lead(leadership)
-                except (Overtaken, StoreError) as error:
-                    log.warning("this listener does not lead now", why=str(error))
+        while True:
+            leadership = Leadership(self._store, await self._introduced(), self._instance, whereabouts())
+            try:
+                await leadership.campaign()
+                await self._lead(leadership)
+            except (Overtaken, StoreError) as error:
+                log.warning("this listener does not lead now", why=str(error))
+            finally:
                 await leadership.resign()
-                await asyncio.sleep(STAND_DOWN)
-        finally:
-            await leadership.resign()
+            await asyncio.sleep(STAND_DOWN)
 
     async def _introduced(self) -> str:
         """The framework id, once Marathon tells it."""

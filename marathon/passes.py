@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from ipam.errors import MoorageError
+from ipam.errors import MoorageError, Overtaken
 from ipam.networks import list_networks
 from ipam.store.base import Store
 from marathon import labels as app_labels
@@ -112,11 +112,15 @@ class Passes:
     # -- passes
 
     async def full_pass(self, *, act: bool = True) -> Judgement:
-        """Judge everything by fresh facts. Addresses first, then tasks: see the module's docstring."""
+        """Judge everything by fresh facts. Addresses first, then tasks: see the module's docstring.
+
+        Raises Overtaken when Marathon is another framework by now, StoreError.
+        """
         begun = time.monotonic()
         assigned = self._book.all()
         nodes = self._book.nodes()
         told_before = dict(self._ended)
+        await self._check_framework()
         tasks = await self._ask("tasks", self._marathon.tasks)
         labels = await self._ask("apps", self._marathon.labels)
         agents = None if self._master is None else await self._ask("master", self._master.agents)
@@ -143,6 +147,15 @@ class Passes:
             self._act(found)
             await self._relabel(assigned)
         return found
+
+    async def _check_framework(self) -> None:
+        """A Marathon that was set up anew, or another one at the same address, knows nothing of our tasks."""
+        info = await self._ask("info", self._marathon.info)
+        if info is not None and info.framework_id != self._facts.framework:
+            raise Overtaken(
+                f"Marathon at {self._marathon.url} is framework {info.framework_id} now, no longer "
+                f"{self._facts.framework}; what the old one had is kept until the Mesos agents call it over"
+            )
 
     def _settle_ended(
         self, assigned: Iterable[Assigned], tasks: dict[str, Task] | None, told_before: dict[str, Condition]
@@ -252,7 +265,8 @@ class Passes:
     def _schedule(self) -> None:
         """When to look again. What is due by then waits for its node's agent to run."""
         soonest = min((sighting.due for sighting in self._sightings.values()), default=None)
-        self.next_due = None if soonest is None else max(soonest, time.monotonic() + LOOK_AGAIN)
+        now = time.monotonic()
+        self.next_due = soonest if soonest is None or soonest > now else now + LOOK_AGAIN
 
     async def _ask(self, what: str, question: Callable[[], T]) -> T | None:
         """An answer from outside, None if there is none: facts are missing then, and that is shown."""
@@ -343,6 +357,8 @@ class Passes:
         return {verdict.value: found[verdict] for verdict in Verdict}
 
     def _standing(self) -> list[Finding]:
+        if not self._book.listed.is_set():
+            return list(self._findings.values())
         return [f for f in self._findings.values() if self._book.get(*f.address.key) is not None]
 
     def report(self) -> dict[str, Any]:

@@ -216,6 +216,11 @@ class Store(Protocol):
         """A lease that expires ``ttl`` seconds after its last renewal."""
         ...
 
+    def reconnect(self) -> None:
+        """Calls made from now on go over new connections: this machine's address changed, and what comes to the
+        old one is lost. What is in flight ends as it would have."""
+        ...
+
     async def close(self) -> None:
         """Release connections and files; running watches end."""
         ...

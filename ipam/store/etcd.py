@@ -84,6 +84,9 @@ class EtcdStore:
             raise ValueError(f"a lease of {ttl} s is over before it began")
         return await EtcdLease.grant(self._calls, ttl, self._leases)
 
+    def reconnect(self) -> None:
+        self._calls.renew()
+
     async def close(self) -> None:
         for watch in list(self._watches):
             watch.end()

@@ -83,6 +83,10 @@ class Calls:
         self._login_lock = asyncio.Lock()
         self._closed = False
 
+    def renew(self) -> None:
+        """See Store.reconnect."""
+        self._link.renew()
+
     async def close(self) -> None:
         """Calls in flight fail."""
         self._closed = True

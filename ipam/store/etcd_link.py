@@ -142,9 +142,14 @@ class Endpoint:
             return
         self._suspect_until = time.monotonic() + SUSPECT
         if failure.deadline:
+            self.renew()
+
+    def renew(self) -> None:
+        """What is called from now on goes over a new connection; the old one ends with what is on it."""
+        if self._connection is not None:
+            self._connection.retire()
+            self._retired = [*(one for one in self._retired if not one.closing), self._connection]
             self._connection = None
-            connection.retire()
-            self._retired = [*(one for one in self._retired if not one.closing), connection]
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -176,6 +181,11 @@ class Link:
         for endpoint in self._endpoints:
             if endpoint.address == connection.address:
                 endpoint.failed(connection, failure)
+
+    def renew(self) -> None:
+        """See Store.reconnect."""
+        for endpoint in self._endpoints:
+            endpoint.renew()
 
     async def close(self) -> None:
         if self._finding is not None:

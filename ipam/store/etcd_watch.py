@@ -44,7 +44,7 @@ thousand agents do not come back to a restarted etcd in the same moment."""
 CONFIRM = 5.0
 """Seconds etcd may take to confirm a watch; afterwards silence is normal, and pings notice a dead member."""
 
-TORRENT = (10, 0.1)
+TORRENT = (5, 0.05)
 """So many replies within so many seconds, and the watch rests."""
 
 REST = 0.2

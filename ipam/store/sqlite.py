@@ -101,6 +101,9 @@ class SqliteStore:
         lease, deadline = await self._write(lambda db: mvcc.grant(db, ttl, self._clock))
         return SqliteLease(self, lease, ttl, deadline)
 
+    def reconnect(self) -> None:
+        """A file is where it is."""
+
     async def close(self) -> None:
         if self._closed:
             return

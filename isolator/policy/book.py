@@ -1,7 +1,7 @@
 """What the table should hold: this node's endpoints, and which addresses of the cluster are in which netgroups.
 
     admissions      own endpoints      -> elements by interface and address, and a chain for who may call them
-    members         netgroup -> ips    -> a set for each netgroup that an own endpoint is in, and none for others
+    others          ip -> netgroups    -> a set for each netgroup that an own endpoint is in, and none for others
 
 Every method changes the book and returns the ``Change`` that makes the table like it again: elements only, but for
 the first and last endpoint with certain callers. So a change costs the same however many endpoints there are.
@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from itertools import chain
 from typing import TypeVar
 
 from ipam.keys import IPNetwork
@@ -94,7 +95,6 @@ class Book:
         self.admissions: dict[str, Admission] = {}
         self._others: dict[IPAddress, tuple[str, ...]] = {}
         self._here: dict[IPAddress, dict[str, tuple[str, ...]]] = {}
-        self._members: defaultdict[str, set[IPAddress]] = defaultdict(set)
         self._endpoints_with: Counter[Callers] = Counter()
         self._chains_with: Counter[str] = Counter()
 
@@ -111,6 +111,12 @@ class Book:
         """Other nodes' endpoints that are in netgroups."""
         return self._others
 
+    def _members(self, netgroup: str) -> Iterator[IPAddress]:
+        """Everybody in a netgroup. By a look at all, some ms per 10,000: an index would be as large as what it is of,
+        and this is only asked when a netgroup comes into use here, or all of the table is made."""
+        yield from (ip for ip, groups in self._others.items() if netgroup in groups and ip not in self._here)
+        yield from (ip for ip in self._here if netgroup in self.netgroups(ip))
+
     def netgroups_used(self) -> list[str]:
         """Netgroups that an own endpoint is in."""
         return list(self._chains_with)
@@ -125,7 +131,7 @@ class Book:
             new_netgroups=dict.fromkeys(self._chains_with), new_chains=dict.fromkeys(self._endpoints_with)
         )
         for netgroup in (PUBLIC, *self._chains_with):
-            change.put(_in_netgroup(netgroup, self._members.get(netgroup, ())), present=True)
+            change.put(_in_netgroup(netgroup, self._members(netgroup)), present=True)
         for admission in self.admissions.values():
             change.put(elements_of(admission), present=True)
         change.put(_nodes(self.nodes), present=True)
@@ -188,7 +194,7 @@ class Book:
                 self._chains_with[netgroup] += 1
                 if self._chains_with[netgroup] == 1:
                     _turn(netgroup, change.old_netgroups, change.new_netgroups)
-                    change.put(_in_netgroup(netgroup, self._members.get(netgroup, ())), present=True)
+                    change.put(_in_netgroup(netgroup, self._members(netgroup)), present=True)
 
     def _stop_using(self, may_call: Callers, change: Change) -> None:
         if not has_chain(may_call):
@@ -221,24 +227,21 @@ class Book:
 
     def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> Change:
         """All there is to know of other nodes' endpoints."""
-        return self.set_others([*((ip, ()) for ip in self._others if ip not in known), *known.items()])
+        gone = [ip for ip in self._others if ip not in known]
+        return self.set_others(chain(((ip, ()) for ip in gone), known.items()))
 
     def knows(self, ip: IPAddress) -> bool:
         """Whether an address is an endpoint's, here or elsewhere."""
         return ip in self._here or ip in self._others
 
     def _regroup(self, ip: IPAddress, before: tuple[str, ...], change: Change) -> None:
-        """The members' index and the sets of netgroups, after an address may have got other netgroups."""
+        """The sets of netgroups, after an address may have got other netgroups."""
         after = self.netgroups(ip)
         for netgroup in before:
             if netgroup not in after:
-                self._members[netgroup].discard(ip)
-                if not self._members[netgroup]:
-                    del self._members[netgroup]
                 self._show(netgroup, ip, change, present=False)
         for netgroup in after:
             if netgroup not in before:
-                self._members[netgroup].add(ip)
                 self._show(netgroup, ip, change, present=True)
 
     def _show(self, netgroup: str, ip: IPAddress, change: Change, *, present: bool) -> None:

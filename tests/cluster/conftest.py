@@ -45,6 +45,7 @@ def story(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
             lab.nodes[0].cli(
                 "network", "create", NETWORK,
                 "--pool", "10.64.0.0/22", "--block-size", "28", "--no-nat", "--allow-static", "all",
+                "--allow-from", "nodes",
             )  # fmt: skip
             load = Load(lab.nodes[quiet:], seed)
             try:

@@ -114,7 +114,7 @@ def test_a_node_joins_leaves_and_is_forgotten(lab: Lab, guests: list[Guest], tel
         late.start()
         with guest(late) as new:
             tell.append(
-                f"reached {took(lambda: unanswered(between([new, guests[0]]), 1) == []):.1f} s after it started"
+                f"reached {took(lambda: unanswered(between([new, guests[0]]), 1) == []):.1f} s after its first ADD"
             )
             all_answer(between([new, *guests]) + from_nodes([late, *lab.nodes], [new, *guests]))
             late.kill()

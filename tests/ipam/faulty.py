@@ -77,6 +77,9 @@ class FaultyStore:
         self._check()
         return await self.store.lease(ttl)
 
+    def reconnect(self) -> None:
+        self.store.reconnect()
+
     async def close(self) -> None:
         await self.store.close()
 

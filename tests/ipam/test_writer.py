@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import ipam.writer
 from ipam import keys
 from ipam.errors import Fenced, StoreError, StoreUnavailable
 from ipam.records import Alive, Fence
@@ -148,6 +149,21 @@ async def test_a_node_that_was_removed_is_fenced_and_has_to_assert_anew(store: S
     with pytest.raises(Fenced, match="removed from the store"):
         await w.commit([put("b", "1")])
     assert not await w.claim(w.seq)
+
+
+async def test_who_lost_the_fence_leaves_the_new_agent_time_to_say_that_it_lives(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = writer(store, "old"), writer(store, "new")
+    await old.claim(0)
+    await new.claim(0)
+    with pytest.raises(Fenced, match="instance new"):
+        await old.claim(old.seq)
+    assert [outcome.done for outcome in await new.commit([put("a", "1")])] == [True]
+    # It never did: it is dead, and the old one goes on.
+    monkeypatch.setattr(ipam.writer, "SHOWS_WITHIN", 0.0)
+    await old.claim(old.seq)
+    assert [outcome.done for outcome in await old.commit([put("b", "1")])] == [True]
 
 
 async def test_an_agent_alive_on_another_boot_keeps_the_fence(store: Store) -> None:

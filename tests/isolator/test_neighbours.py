@@ -15,6 +15,7 @@ from ipam.cluster import Cluster, Member
 from ipam.errors import MoorageError
 from ipam.keys import IPAddress
 from ipam.records import Node
+from isolator import neighbours as neighbours_module
 from isolator.errors import KernelRefused
 from isolator.kernel import Kernel
 from isolator.neighbours import Neighbours
@@ -93,11 +94,12 @@ class Stage:
         self.neighbours.on_members(list(changes.items()))
 
     async def settled(self) -> None:
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(0.3)
 
 
 @pytest.fixture
-async def stage() -> AsyncIterator[Stage]:
+async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    monkeypatch.setattr(neighbours_module, "FORGET_TOGETHER", 0.05)
     kernel, cluster = StubKernel(), StubCluster()
     neighbours = Neighbours("n1", cast("Kernel", kernel), cast("Catalogue", StubCatalogue()))
 

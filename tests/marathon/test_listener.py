@@ -271,6 +271,26 @@ async def test_an_operators_word_that_an_agent_is_gone_comes_by_event_too(
     await scene.left(1)
 
 
+async def test_a_marathon_that_is_another_framework_by_now_judges_nothing_of_the_old_one(
+    scene: Scene, one: Instance
+) -> None:
+    scene.listed(1)
+    await scene.assigned(1)
+    listen(scene, one)
+    await scene.counts(live=1)
+    scene.marathon.framework = "another"
+    scene.marathon.tasks.clear()
+    scene.listed(7)
+    await scene.until(lambda: _present(scene.store, keys.LISTENERS + "another"))
+    await scene.assigned(7, framework="another")
+    await asyncio.sleep(3 * GRACE)
+    assert (await scene.addresses(), scene.asked) == ({ip_of(1), ip_of(7)}, [])
+
+
+async def _present(store: Store, key: str) -> bool:
+    return await store.get(key) is not None
+
+
 # -- two listeners
 
 
