@@ -35,7 +35,7 @@ BACK_AFTER = (0.5, 5.0)
 
 @dataclass
 class World:
-    """Everything there is. done: steps by name."""
+    """Everything there is. done: steps by name. broken: what bringing something back failed on, a bug of the test's."""
 
     store: Store
     watched: WatchedStore
@@ -50,6 +50,7 @@ class World:
     oracle: Oracle
     chance: random.Random
     done: Counter[str] = field(default_factory=Counter)
+    broken: list[Exception] = field(default_factory=list)
     _coming_back: set[asyncio.Task[None]] = field(default_factory=set)
 
     def later(self, *back: Callable[[], Any]) -> None:
@@ -57,20 +58,26 @@ class World:
 
         async def work() -> None:
             await asyncio.sleep(self.chance.uniform(*BACK_AFTER))
-            for one in back:
-                undone = one()
-                if isinstance(undone, Awaitable):
-                    await undone
+            try:
+                for one in back:
+                    undone = one()
+                    if isinstance(undone, Awaitable):
+                        await undone
+            except Exception as error:
+                self.broken.append(error)
 
         task = asyncio.create_task(work())
         self._coming_back.add(task)
         task.add_done_callback(self._coming_back.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.result())
 
     async def everything_is_back(self) -> None:
-        """Returns when nothing is away any more."""
-        while self._coming_back:
-            await asyncio.wait(set(self._coming_back))
+        """Returns when nothing is away any more. Fails with what does not come back."""
+        missing = set(self._coming_back)
+        if missing:
+            _, missing = await asyncio.wait(missing, timeout=ALL_BACK_WITHIN)
+        for task in missing:
+            task.print_stack()
+        assert not missing, f"{len(missing)} that failed are not back; their stacks are above"
 
     @property
     def disturbances(self) -> int:
@@ -245,11 +252,7 @@ async def _cut_off(world: World) -> None:
         else:
             world.marathon.replace(task)
 
-    def back() -> None:
-        host.reaches_master = True
-        host.describe()
-
-    world.later(back)
+    world.later(lambda: setattr(host, "reaches_master", True))
 
 
 async def _expelled(world: World) -> None:
@@ -266,9 +269,6 @@ async def _expelled(world: World) -> None:
 
     def back() -> None:
         host.reaches_master = True
-        if not host.id:
-            host.reaches_master = True  # started anew, as another agent
-        host.describe()
         host.has_to_serve = False
 
     world.later(back)
@@ -385,9 +385,9 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
     _destroy: 40,
     _kill: 250,
     _die: 200,
-    _gone_alone: 30,
-    _amnesia: 90,
-    _cut_off: 25,
+    _gone_alone: 45,
+    _amnesia: 120,
+    _cut_off: 45,
     _expelled: 4,
     _mesos_crash: 12,
     _agent_crash: 12,
@@ -401,6 +401,9 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
     _listener_dies: 2,
 }
 """Steps and how often each is done."""
+
+ALL_BACK_WITHIN = 60.0
+"""Seconds until everything that failed is back."""
 
 MOST_DISTURBANCES = 60
 """Things that may be away at a time."""

@@ -104,7 +104,7 @@ class Host(Agent):
         self.name = name
         self.loses = 0.3
         self.forgets = 0.02
-        self.slow = 0.1
+        self.slow = 0.15
         self.is_on = False
         self.up_since: float | None = None
         self._store = store
@@ -137,11 +137,9 @@ class Host(Agent):
             self._unsent.clear()
         dead = list(self.containers.values())
         self.containers.clear()
-        self.start()  # one that was marked gone meanwhile is told so, and has to begin anew
-        if not self.id:
-            dead.clear()
-            self._connect()
-        for container in dead if keeps_state else ():
+        before = self.id
+        self.start()
+        for container in dead if self.id == before else ():
             self.report(container, "TASK_GONE", "Executor terminated", "REASON_EXECUTOR_TERMINATED")
         await self.start_agent()
 
@@ -199,6 +197,13 @@ class Host(Agent):
         membership, self._membership = self._membership, None
         if membership is not None and membership._lease is not None:
             await membership._lease.abandon()
+
+    def _connect(self) -> None:
+        """One that was marked gone is told so, ends, and is started as another agent."""
+        super()._connect()
+        if not self.id:
+            super()._connect()
+        self.describe()
 
     def describe(self) -> None:
         """The Mesos agent's id may be another by now."""

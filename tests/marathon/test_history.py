@@ -56,6 +56,7 @@ async def test_in_a_long_random_history_live_addresses_are_kept_and_stale_ones_r
             with capsys.disabled():
                 print(f"\n  HISTORY_SEED={seed}, {time.monotonic() - begun:.0f} s: {history.summary(world)}")
                 print(f"  {dict(world.done)}")
+        assert world.broken == []
         assert world.watched.released_live == []
         assert world.oracle.released_live == []
         assert world.truth.carried_twice == []

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tests.standins.events import Streams
-from tests.standins.service import Asked, Reply, Service, reply
+from tests.standins.service import Asked, Replica, Reply, reply
 from tests.standins.tasks import Status, TaskInfo
 
 CONDITIONS = {
@@ -418,24 +418,14 @@ def _pod_instance(name: str, tasks: list[Task]) -> dict[str, Any]:
     }
 
 
-class Instance(Service):
+class Instance(Replica):
     """One process of a Marathon. redirect: send callers to the leader, instead of asking it for them."""
 
     def __init__(self, marathon: Marathon, *, redirect: bool = False, **place: Any) -> None:
-        super().__init__(**place)
+        super().__init__(marathon, **place)
         self.marathon = marathon
         self.redirect = redirect
         marathon.instances.append(self)
-
-    def start(self) -> None:
-        super().start()
-        self.marathon.elect()
-
-    def stop(self) -> None:
-        led = self.marathon.elected is self
-        super().stop()
-        if led:
-            self.marathon.elect()
 
     def answer(self, asked: Asked) -> Reply:
         leader = self.marathon.elected

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tests.standins import mesos_shapes as shapes
-from tests.standins.service import Asked, Reply, Service, reply
+from tests.standins.service import Asked, Replica, Reply, reply
 from tests.standins.tasks import Status, TaskInfo
 
 HEARTBEAT = 15.0
@@ -343,23 +343,13 @@ class Master:
         }
 
 
-class Instance(Service):
+class Instance(Replica):
     """One process of a master."""
 
     def __init__(self, master: Master, **place: Any) -> None:
-        super().__init__(**place)
+        super().__init__(master, **place)
         self.master = master
         master.instances.append(self)
-
-    def start(self) -> None:
-        super().start()
-        self.master.elect()
-
-    def stop(self) -> None:
-        led = self.master.elected is self
-        super().stop()
-        if led:
-            self.master.elect()
 
     def answer(self, asked: Asked) -> Reply:
         leader = self.master.elected

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -181,6 +181,33 @@ class Service:
             return self.answer(asked)
         except msgspec.MsgspecError as error:
             return reply({"message": f"Invalid JSON: {error}"}, 400)
+
+
+class Electing(Protocol):
+    """What several processes of the same service share."""
+
+    elected: Any
+
+    def elect(self) -> None:
+        """If nobody leads who runs, the first that does is elected."""
+
+
+class Replica(Service):
+    """One of several processes of the same service, of which one leads."""
+
+    def __init__(self, whole: Electing, **place: Any) -> None:
+        super().__init__(**place)
+        self._whole = whole
+
+    def start(self) -> None:
+        super().start()
+        self._whole.elect()
+
+    def stop(self) -> None:
+        led = self._whole.elected is self
+        super().stop()
+        if led:
+            self._whole.elect()
 
 
 class _Server(ThreadingHTTPServer):
