@@ -17,7 +17,6 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,11 @@ from ipam.holdings import Conflict
 from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
-from ipam.netgroups import MOST_NETGROUPS, parse_netgroup
 from ipam.node_addresses import NodeAddresses
-from ipam.records import Address, AddressState, Fence, Intent, IntentKind, Node
+from ipam.records import Address, AddressState, Fence, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
-from ipam.shelf import Held
 from ipam.store.base import Store
-from isolator.audit import audit
+from isolator.answers import Answers
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
@@ -50,7 +47,6 @@ from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
-from isolator.trace import Tracer
 from isolator.underlay import DEFAULT_MTU, Underlay
 
 log = structlog.get_logger(__name__)
@@ -72,9 +68,6 @@ HEAL_EVERY = 1.0
 
 LIMITS_EVERY = 2.0
 """Seconds between looks at the limits on endpoints' traffic."""
-
-DRAIN_WITHIN = 2.0
-"""Seconds a drain has before it is answered with what is left; who asked asks again."""
 
 UNDERLAY_EVERY = 10.0
 """Seconds between looks at the underlay; the kernel tells of changes sooner."""
@@ -145,7 +138,15 @@ class Isolator:
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
         )
-        self._tracer = Tracer(settings.node, self._kernel, self._endpoints, self._fabric)
+        self._answers = Answers(
+            settings.node,
+            self._kernel,
+            self._endpoints,
+            self._holder,
+            self._fabric,
+            self._neighbours,
+            self._tell,
+        )
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
@@ -202,7 +203,7 @@ class Isolator:
     async def run(self) -> None:
         """Everything that goes on beside the calls, until cancelled."""
         assert self._membership is not None, "start() comes first"
-        intents = IntentServer(self._store, self._settings.node, self._answer)
+        intents = IntentServer(self._store, self._settings.node, self._answers.answer)
         monitor = LinkMonitor(
             lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
         )
@@ -360,6 +361,10 @@ class Isolator:
         if self._membership is not None:
             self._membership.describe(self._facts())
 
+    async def _tell(self) -> None:
+        assert self._membership is not None, "start() comes first"
+        await self._membership.tell()
+
     async def _follow_underlay(self) -> None:
         """Other nodes and the fabric are told when the node's own network changes."""
         while True:
@@ -491,106 +496,6 @@ class Isolator:
         for endpoint in begun:
             await self._endpoints.undo_unfinished(endpoint.key, endpoint.request_id)
         await asyncio.Event().wait()
-
-    # -- intents
-
-    async def _answer(self, intent: Intent) -> dict[str, Any]:
-        match intent.kind:
-            case IntentKind.CHECK:
-                return await audit(
-                    self._kernel,
-                    self._endpoints,
-                    self._holder,
-                    dict.fromkeys(self._fabric.carried, VXLAN_DEVICE),
-                    repair=bool(intent.evidence.get("repair")),
-                )
-            case IntentKind.VERIFY | IntentKind.RELEASE:
-                return await self._answer_release(intent)
-            case IntentKind.GIVE_BACK:
-                return await self._holder.give_back(intent)
-            case IntentKind.RETURN_BLOCK:
-                return await self._holder.return_block(intent, self._fabric.addresses_changed)
-            case IntentKind.LABELS:
-                return await self._answer_labels(intent)
-            case IntentKind.TRACE:
-                return await self._tracer.answer(intent.evidence)
-            case IntentKind.DRAIN:
-                return await self._answer_drain(undo=bool(intent.evidence.get("undo")))
-            case _:
-                return {"done": False, "why": f"this agent does not know the request {intent.kind.value!r}"}
-
-    async def _answer_drain(self, *, undo: bool) -> dict[str, Any]:
-        assert self._membership is not None, "start() comes first"
-        drain = self._holder.drain
-        if undo and drain.is_on:
-            drain.withdraw()
-            await self._membership.tell()
-            drain.end()
-        elif not undo:
-            drain.begin()
-            await drain.settle(DRAIN_WITHIN)
-            await self._membership.tell()
-        self._fabric.addresses_changed()
-        return drain.report()
-
-    async def _answer_labels(self, intent: Intent) -> dict[str, Any]:
-        """Gives the endpoint that has an address other netgroups."""
-        ip = ip_address(intent.ip)
-        held = self._holder.held(ip)
-        endpoint = self._endpoints.of_ip(ip)
-        if held is None or held.record is None or endpoint is None:
-            return {
-                "done": False,
-                "changed": True,
-                "why": f"{ip} is not held by an endpoint of this node any more; look again",
-            }
-        if self._has_changed(held, held.record, intent):
-            return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
-        asked = intent.evidence.get("netgroups")
-        if not isinstance(asked, list) or len(asked) > MOST_NETGROUPS:
-            return {"done": False, "why": f"the request names no list of at most {MOST_NETGROUPS} netgroups"}
-        netgroups = [parse_netgroup("a netgroup", str(name)) for name in dict.fromkeys(asked)]
-        if await self._endpoints.set_netgroups(endpoint.key, netgroups):
-            self._neighbours.left(endpoint.ips)
-        return {"done": True, "why": ""}
-
-    @staticmethod
-    def _has_changed(held: Held, record: Address, intent: Intent) -> bool:
-        """Whether an address is not what the asker saw."""
-        return record.id != intent.id or (not held.dirty and held.revision != intent.mod_revision)
-
-    async def _answer_release(self, intent: Intent) -> dict[str, Any]:
-        """VERIFY releases what nobody uses; RELEASE ends the endpoint that uses it."""
-        ip = ip_address(intent.ip)
-        held = self._holder.held(ip)
-        if held is None or held.record is None:
-            return {"done": True, "why": f"{ip} is not held by this node any more"}
-        if held.record.state is not AddressState.ASSIGNED:
-            return {"done": True, "why": f"{ip} is {held.record.state.value} already"}
-        if held.record.is_nodes_own:
-            why = f"{ip} is node {self.node}'s own, on its device {VXLAN_DEVICE}; it goes with the last vxlan network"
-            return {"done": False, "why": why}
-        if self._has_changed(held, held.record, intent):
-            return {"done": False, "changed": True, "why": f"{ip} changed since it was looked at; look again"}
-        endpoint = self._endpoints.of_ip(ip)
-        if endpoint is None:
-            self._holder.accept(self._holder.plan_release([ip]))
-            return {"done": True, "why": f"{ip} had no endpoint and is released"}
-        try:
-            ended = await self._endpoints.end(endpoint.key, only_if_gone=intent.kind is IntentKind.VERIFY)
-        except TimeoutError:
-            return {
-                "done": False,
-                "why": f"{endpoint.key} is cut off, but its interface is not removed yet; look again",
-            }
-        if not ended:
-            return {
-                "done": False,
-                "live": True,
-                "why": f"{ip} is carried by the live container {endpoint.key.container_id} ({endpoint.key.ifname}); "
-                "end the container, or use --force to cut it off",
-            }
-        return {"done": True, "why": f"{endpoint.key} is gone and {ip} is released"}
 
 
 async def _supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
