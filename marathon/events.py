@@ -27,7 +27,6 @@ KINDS = (
     "unknown_instance_terminated_event",
     "app_terminated_event",
     "api_post_event",
-    "deployment_success",
     "pod_created_event",
     "pod_updated_event",
     "pod_deleted_event",

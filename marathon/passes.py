@@ -120,6 +120,7 @@ class Passes:
         assigned = self._book.all()
         nodes = self._book.nodes()
         told_before = dict(self._ended)
+        self.problems.clear()
         await self._check_framework()
         tasks = await self._ask("tasks", self._marathon.tasks)
         labels = await self._ask("apps", self._marathon.labels)
@@ -178,7 +179,7 @@ class Passes:
             asked = await self._ask(f"app {app}", functools.partial(self._marathon.app, app))
             if asked is None:
                 return True
-            self._replace_app(app, *asked)
+            self._replace_app(app, [a for a in suspects if a.app == app], *asked)
         if look and self._master is not None:
             agents = await self._ask("master", self._master.agents)
             self._facts = replace(self._facts, agents=agents)
@@ -233,10 +234,13 @@ class Passes:
         )
         return touched, apps, bool(gone or expelled)
 
-    def _replace_app(self, app: str, tasks: dict[str, Task], labels: dict[str, str]) -> None:
+    def _replace_app(
+        self, app: str, assigned: list[Assigned], tasks: dict[str, Task], labels: dict[str, str]
+    ) -> None:
+        """assigned: the app's addresses, as they stood before its tasks were asked for."""
         known = self._facts.tasks
         if isinstance(known, dict):
-            for address in self._book.of_apps({app}):
+            for address in assigned:
                 known.pop(address.instance, None)
             known.update(tasks)
         self._labels.pop(app, None)
@@ -307,7 +311,7 @@ class Passes:
         if sighting is None:
             return
         match outcome.kind:
-            case Outcome.RELEASED | Outcome.CHANGED:
+            case Outcome.RELEASED:
                 del self._sightings[key]
                 self._findings.pop(key, None)
             case Outcome.LIVE:
@@ -317,6 +321,7 @@ class Passes:
                 )
                 log.warning("orphan kept", ip=key[0], node=finding.address.node, why=outcome.why)
             case _:
+                # Also when it changed: the same assignment, looked at as it is by then.
                 self._sightings[key] = put_off(sighting, now, RETRY)
                 self._schedule()
 

@@ -24,6 +24,7 @@ from ipam.store import Store, open_store
 from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.errors import JournalUnwritable, KernelRefused, Refused, Superseded
+from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.model import (
@@ -49,6 +50,7 @@ class StubKernel:
     fail: dict[str, Callable[[Endpoint], Exception | None]] = field(default_factory=dict)
     intact: bool = True
     limited: set[str] = field(default_factory=set)
+    vacant: set[str] = field(default_factory=set)
 
     def _told(self, what: str, endpoint: Endpoint) -> None:
         self.calls.append(f"{what} {endpoint.key.container_id}")
@@ -80,6 +82,9 @@ class StubKernel:
     async def links(self) -> dict[str, object]:
         await asyncio.sleep(0)
         return dict.fromkeys(self.there)
+
+    async def is_vacant(self, endpoint: Endpoint) -> bool:
+        return endpoint.host_ifname in self.vacant
 
     async def shapers(self) -> set[str]:
         return {name for name in self.there if name.startswith("mrg-")}
@@ -283,6 +288,17 @@ async def test_what_is_there_is_not_ended_by_who_only_wants_what_is_gone(node: N
     node.kernel.there.clear()
     assert await node.endpoints.end(endpoint.key, only_if_gone=True)
     assert node.endpoints.all() == []
+
+
+async def test_what_no_process_is_left_on_is_gone_for_an_engine_whose_processes_come_first(
+    node: Node,
+) -> None:
+    mesos = await node.endpoints.attach(replace(node.spec(), engine="mesos"))
+    node.kernel.vacant.add(mesos.host_ifname)
+    assert await node.endpoints.end(mesos.key, only_if_gone=True)
+    cni = await node.endpoints.attach(node.spec("later", at=boottime()))
+    node.kernel.vacant.add(cni.host_ifname)
+    assert not await node.endpoints.end(cni.key, only_if_gone=True)
 
 
 def conflict(endpoint: Endpoint) -> Conflict:

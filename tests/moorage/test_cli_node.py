@@ -56,6 +56,7 @@ def test_show_has_facts_fence_blocks_and_addresses(with_node: CommandLine) -> No
         "underlay": ["192.0.2.1"],
         "mtu": 1500,
         "features": ["routed"],
+        "mesos_agent": "",
         "instance": "",
         "boot_id": "",
         "fence": 7,

@@ -224,8 +224,9 @@ class _Server(ThreadingHTTPServer):
         # The base class asks the resolver for our name, which may take seconds.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        host, port = self.socket.getsockname()[:2]
+        self.server_address = (host, port)
+        self.server_name, self.server_port = host, port
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
