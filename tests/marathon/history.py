@@ -75,9 +75,7 @@ class World:
         missing = set(self._coming_back)
         if missing:
             _, missing = await asyncio.wait(missing, timeout=ALL_BACK_WITHIN)
-        for task in missing:
-            task.print_stack()
-        assert not missing, f"{len(missing)} that failed are not back; their stacks are above"
+        assert not missing, f"not back: {[_where(task) for task in missing]}"
 
     @property
     def disturbances(self) -> int:
@@ -164,6 +162,17 @@ async def world(directory: Path, chance: random.Random, *, hosts: int, grace: fl
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _where(task: asyncio.Task[None]) -> list[str]:
+    """What a task waits in, the innermost last."""
+    found = []
+    waiting: Any = task.get_coro()
+    while waiting is not None:
+        if (frame := getattr(waiting, "cr_frame", None) or getattr(waiting, "gi_frame", None)) is not None:
+            found.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}")
+        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
+    return found
 
 
 @dataclass
@@ -402,7 +411,7 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
 }
 """Steps and how often each is done."""
 
-ALL_BACK_WITHIN = 60.0
+ALL_BACK_WITHIN = 40.0
 """Seconds until everything that failed is back."""
 
 MOST_DISTURBANCES = 60

@@ -116,6 +116,7 @@ class Host(Agent):
         self.has_to_serve = False
         self.node = SimulatedNode(directory, store, name, cooldown=0.5)
         self._membership: Membership | None = None
+        self._changing = asyncio.Lock()
         self._spool: list[Life] = []
         self._unseen: list[Contained] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -158,6 +159,12 @@ class Host(Agent):
 
     async def start_agent(self) -> None:
         """The moorage agent: what is of another boot is released, what was spooled is carried out."""
+        # One at a time: an agent that is started twice leaves a sign of life that nobody ends.
+        async with self._changing:
+            if self.is_on and not self.serves:
+                await self._start_agent()
+
+    async def _start_agent(self) -> None:
         while True:
             try:
                 await self.node.start()
@@ -190,13 +197,14 @@ class Host(Agent):
 
     async def kill_agent(self) -> None:
         """kill -9 of the moorage agent; its sign of life stays until its lease is over."""
-        if self.up_since is None:
-            return
-        self.up_since = None
-        await self.node.crash()
-        membership, self._membership = self._membership, None
-        if membership is not None and membership._lease is not None:
-            await membership._lease.abandon()
+        async with self._changing:
+            if self.up_since is None:
+                return
+            self.up_since = None
+            await self.node.crash()
+            membership, self._membership = self._membership, None
+            if membership is not None and membership._lease is not None:
+                await membership._lease.abandon()
 
     def _connect(self) -> None:
         """One that was marked gone is told so, ends, and is started as another agent."""
