@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class World:
     oracle: Oracle
     chance: random.Random
     done: Counter[str] = field(default_factory=Counter)
-    broken: list[Exception] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     _coming_back: set[asyncio.Task[None]] = field(default_factory=set)
 
     def later(self, *back: Callable[[], Any]) -> None:
@@ -63,8 +64,8 @@ class World:
                     undone = one()
                     if isinstance(undone, Awaitable):
                         await undone
-            except Exception as error:
-                self.broken.append(error)
+            except Exception:
+                self.broken.append(traceback.format_exc())
 
         task = asyncio.create_task(work())
         self._coming_back.add(task)
@@ -394,8 +395,8 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
     _destroy: 40,
     _kill: 250,
     _die: 200,
-    _gone_alone: 45,
-    _amnesia: 120,
+    _gone_alone: 70,
+    _amnesia: 200,
     _cut_off: 45,
     _expelled: 4,
     _mesos_crash: 12,

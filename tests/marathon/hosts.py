@@ -29,7 +29,7 @@ from tests.standins.mesos_master import Master
 
 IFNAME = "eth0"
 
-SLOW_END = (0.5, 4.0)
+SLOW_END = (0.5, 5.0)
 """Seconds a container may live on after its task's end was reported: it is still being destroyed."""
 
 
@@ -104,7 +104,7 @@ class Host(Agent):
         self.name = name
         self.loses = 0.3
         self.forgets = 0.02
-        self.slow = 0.15
+        self.slow = 0.25
         self.is_on = False
         self.up_since: float | None = None
         self._store = store
