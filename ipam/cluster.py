@@ -33,6 +33,7 @@ from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
 from ipam.store.base import IN_A_ROW, KeyValue, Store, WatchBatch, pages, prefix_end
+from ipam.sync import REWIND_GRACE
 
 log = structlog.get_logger(__name__)
 
@@ -125,6 +126,7 @@ class Cluster:
         self._changed_nodes: set[str] = set()
         self._changed_members: dict[_Place, Member | None] = {}
         self._rewound = asyncio.Event()
+        self._forgets_nothing_until = 0.0
         self.listed = asyncio.Event()
 
     # -- looking in
@@ -181,10 +183,14 @@ class Cluster:
             listed = {prefix: await self._list(prefix) for prefix in FOLLOWED}
             self.listed.set()
             self._tell()
+            if self._forgets_nothing:
+                asyncio.get_running_loop().call_at(self._forgets_nothing_until, self._rewound.set)
             await follow(self._store, listed, self._deliver, self._rewound)
 
     def start_over(self) -> None:
-        """The store went back in time: it is to be listed anew."""
+        """The store went back in time: it is to be listed anew. For REWIND_GRACE seconds nothing is forgotten: those
+        who hold what the store does not know any more assert it anew."""
+        self._forgets_nothing_until = asyncio.get_running_loop().time() + REWIND_GRACE
         self.listed.clear()
         self._rewound.set()
 
@@ -227,9 +233,13 @@ class Cluster:
             # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
             self._tell_members()
             revision = page.revision
-        for key in gone:
+        for key in () if self._forgets_nothing else gone:
             self._apply(key, None)
         return revision
+
+    @property
+    def _forgets_nothing(self) -> bool:
+        return asyncio.get_running_loop().time() < self._forgets_nothing_until
 
     def _known(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix that something is known of."""

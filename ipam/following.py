@@ -2,7 +2,7 @@
 
 while True:
     revisions = list everything, prefix by prefix
-    await follow(store, revisions, deliver, rewound)      # returns when the picture has to be made anew
+    await follow(store, revisions, deliver, again)      # returns when the picture has to be made anew
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ async def follow(
     store: Store,
     listed: Mapping[str, int],
     deliver: Callable[[str, WatchBatch], None],
-    rewound: asyncio.Event,
+    again: asyncio.Event,
 ) -> None:
     """Deliver every change below the prefixes from behind the revision at which each was listed.
 
-    deliver: told the prefix and the batch. rewound: set by whoever learns that the store went back in time,
-    which no watch notices. Returns when that happened, or when the store has compacted what comes next:
-    list again. Raises StoreError.
+    deliver: told the prefix and the batch. again: set by whoever wants everything listed anew, because the
+    store went back in time, say, which no watch notices. Returns then, and when the store has compacted what comes
+    next: list again. Raises StoreError.
     """
     tasks = [asyncio.create_task(_follow(store, prefix, at + 1, deliver)) for prefix, at in listed.items()]
     # No task group: one whose parent is cancelled in the moment in which a child fails forgets the cancellation.
-    tasks.append(asyncio.create_task(_until(rewound)))
+    tasks.append(asyncio.create_task(_until(again)))
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -54,6 +54,5 @@ async def _follow(
     raise StoreError(f"the store closed while {prefix} was followed; restart the agent")
 
 
-async def _until(rewound: asyncio.Event) -> None:
-    await rewound.wait()
-    log.info("store is listed anew", why="it went back in time")
+async def _until(again: asyncio.Event) -> None:
+    await again.wait()

@@ -165,7 +165,9 @@ def test_it_shows_what_the_records_say_whatever_happened(steps: list[Any], tmp_p
         finally:
             await store.close()
 
-    asyncio.run(run())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_module, "REWIND_GRACE", 0.0)
+        asyncio.run(run())
 
 
 @pytest.fixture
@@ -237,3 +239,20 @@ async def test_holdings_that_no_address_has_any_more_are_forgotten(
             await put(store, keys.address_key(IPS[0]), address("a", netgroups=[f"g{number}"]))
         await eventually(lambda: told.members.get(IPS[0]) == Member("a", "web", ("g19",)))
         assert len(cluster._interned) <= 8
+
+
+async def test_what_a_restored_store_does_not_know_is_believed_for_a_while(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "REWIND_GRACE", 1.0)
+    async with following(store) as (cluster, told):
+        await put(store, keys.address_key(IPS[0]), address("a"))
+        await until_seen(cluster, store)
+    await put(store, keys.address_key(IPS[0]), None)
+    cluster.start_over()
+    task = asyncio.create_task(cluster.follow())
+    await asyncio.wait_for(cluster.listed.wait(), 10)
+    assert set(told.members) == {IPS[0]}
+    await eventually(lambda: told.members == {})
+    task.cancel()
+    await asyncio.wait([task])

@@ -12,7 +12,7 @@ import isolator.errors
 import netmodules.cni.errors
 from ipam.errors import MoorageError
 from moorage.cli import cli
-from moorage.config import KEYS
+from moorage.config import KEYS, TABLES
 from netmodules.labels import KNOWN
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -33,7 +33,9 @@ def test_every_error_code_is_explained() -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_every_setting_is_explained(key: str) -> None:
     flag = "--" + key.replace("_", "-")
-    assert f"| `{flag}` | `MOORAGE_{key.upper()}` | `{key}` |" in (DOCS / "operator.md").read_text("utf-8")
+    table, _, rest = key.partition("_")
+    name = f"[{table}] {rest}" if table in TABLES else key
+    assert f"| `{flag}` | `MOORAGE_{key.upper()}` | `{name}` |" in (DOCS / "operator.md").read_text("utf-8")
 
 
 def test_every_command_is_explained() -> None:

@@ -20,7 +20,7 @@ from isolator.model import UNLIMITED, Bandwidth, EndpointKey, Limit
 from isolator.netlink import shaper_links
 from isolator.netlink.traffic import Bucket
 from tests.isolator.conftest import MakeRoom
-from tests.isolator.rooms import NOTHING, Machine, Room, heard, lines, wire
+from tests.isolator.rooms import NOTHING, Machine, Room, admission, heard, lines, wire
 
 A4, A6 = "10.0.0.5", "fd00::5"
 B4, B6 = "10.0.0.6", "fd00::6"
@@ -61,7 +61,7 @@ def limit(
 ) -> Wiring:
     """Admit and wire an interface with limits."""
     wiring = dataclasses.replace(wire(container, ifname, *ips), bandwidth=bandwidth)
-    machine.do(machine.policy.admit, wiring.host_ifname, wiring.ips)
+    machine.do(machine.policy.admit, admission(wiring))
     machine.do(machine.driver.setup, wiring)
     return wiring
 
