@@ -1,6 +1,6 @@
 # moorage. The two commands of the README: sudo make demo, sudo make test.
 
-.PHONY: help setup tools check test demo lab-demo marathon-demo bench clean
+.PHONY: help setup tools check test demo lab-demo marathon-demo histories bench clean
 .DEFAULT_GOAL := help
 
 PACKAGES := moorage netmodules marathon isolator ipam
@@ -14,6 +14,7 @@ help:
 	@echo "make lab-demo  see a cluster work: three nodes, each fabric          (root)"
 	@echo "make marathon-demo  see a stale address found and released           (root)"
 	@echo "make test      everything is tested, with real namespaces             (root)"
+	@echo "make histories minutes of random disturbances, judged by an oracle    (root)"
 	@echo "make check     ruff, mypy and the unit tests, in a minute"
 	@echo "make bench     against the reference CNI plugins                      (root)"
 	@echo "make setup     system packages and .venv only"
@@ -37,7 +38,10 @@ check: tools
 	$(PYTEST) -m "not kernel and not etcd and not slow"
 
 test: root tools
-	$(PYTEST)
+	$(PYTEST) -m "not history"
+
+histories: root tools
+	$(PYTEST) -m history
 
 demo: root setup
 	scripts/demo

@@ -43,6 +43,7 @@ def quick_to_see_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ipam.membership.LEASE", 5.0)
 
 
+@pytest.mark.history
 async def test_in_a_long_random_history_live_addresses_are_kept_and_stale_ones_released_in_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,6 +176,7 @@ def heal(cluster: MesosLab) -> None:
         agent.reaches_master = True
 
 
+@pytest.mark.history
 def test_with_real_containers_too_live_addresses_are_kept_and_stale_ones_released(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
