@@ -18,7 +18,6 @@ from ipam.errors import InvalidInput, Overtaken
 from ipam.store import Delete, Put, Store, Txn, open_store
 from marathon import leader
 from marathon.leader import Leadership
-from tests.ipam.conftest import etcd_member, store_url  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +50,7 @@ asyncio.run(main(sys.argv[1]))
 
 
 @pytest.fixture
-def url(store_url: Callable[[Path], str], tmp_path: Path) -> str:  # noqa: F811
+def url(store_url: Callable[[Path], str], tmp_path: Path) -> str:
     return store_url(tmp_path)
 
 

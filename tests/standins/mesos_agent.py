@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,11 +151,13 @@ class Agent(Service):
             self._end(container)
         self.id = ""
 
+    @abstractmethod
     def _begin(self, container: Contained) -> None:
-        raise NotImplementedError
+        """Start what runs in it."""
 
+    @abstractmethod
     def _end(self, container: Contained) -> None:
-        raise NotImplementedError
+        """End it, whatever runs in it."""
 
     def of_task(self, task: str) -> Contained | None:
         with self._lock:

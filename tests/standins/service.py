@@ -19,6 +19,7 @@ import socket
 import ssl
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,7 +89,7 @@ class Faults:
         self.status, self.delay, self.truncate, self.hang = 0, 0.0, False, False
 
 
-class Service:
+class Service(ABC):
     """See the module's docstring. Subclasses say what is answered, in ``answer``.
 
     place: path of a network namespace. host: address to listen at. user: "name:password" for HTTP basic; token: for an
@@ -114,9 +115,9 @@ class Service:
         self._tls = tls
         self._server: _Server | None = None
 
+    @abstractmethod
     def answer(self, asked: Asked) -> Reply:
         """What is said to a request that may ask. Called in the connection's own thread."""
-        raise NotImplementedError
 
     # -- being there
 
