@@ -129,7 +129,7 @@ class Http:
         retry = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(NotAnswered),
             stop=tenacity.stop_after_attempt(TRIES),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
+            wait=tenacity.wait_exponential(multiplier=0.2, max=2) + tenacity.wait_random(0, 0.2),
             reraise=True,
         )
         return retry(self._from_any, method, path, body, largest)

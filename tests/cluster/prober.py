@@ -22,6 +22,8 @@ from typing import Any, Self
 
 PORT = 7
 FLOW = "a flow begins"
+PATIENCE = 30.0
+"""Seconds to wait for what is allowed. What is forbidden is waited for as long as a test thinks it worth."""
 ETH_P_IP = 0x800
 
 
@@ -71,7 +73,7 @@ class Prober:
         return dict(self._ask(do="stop_sending"))
 
     def flow(self, ip: str) -> bool:
-        """Begin a UDP flow with another prober, which answers it and remembers it; whether the answer came."""
+        """Begin a UDP flow with another prober, which answers it and remembers it; whether an answer came."""
         return bool(self._ask(do="flow", ip=ip))
 
     def answer_flows(self, mark: str) -> None:
@@ -88,13 +90,14 @@ class Prober:
         """See Ear."""
         return list(self._ask(do="packets"))
 
-    def connect(self, ip: str) -> bool:
-        """Begin a TCP connection to another prober; whether it came about."""
-        return bool(self._ask(do="connect", ip=ip))
+    def connect(self, ip: str, within: float = PATIENCE) -> bool:
+        """Begin a TCP connection to another prober; whether it came about. Tried anew every second, since other
+        nodes hear of an address only after its ADD was answered."""
+        return bool(self._ask(do="connect", ip=ip, within=within))
 
-    def echoes(self, text: str) -> bool:
-        """Whether what is sent on that connection comes back within a second."""
-        return bool(self._ask(do="echo", text=text))
+    def echoes(self, text: str, within: float = PATIENCE) -> bool:
+        """Whether what is sent on that connection comes back."""
+        return bool(self._ask(do="echo", text=text, within=within))
 
 
 class Ear:
@@ -181,17 +184,24 @@ class _Inside:
             case "packets":
                 return self._packets()
             case "connect":
-                try:
-                    self.connection = socket.create_connection((request["ip"], PORT), timeout=1)
-                except OSError:
-                    return False
-                return True
+                return self._connect(**request)
             case _:
-                return self._echoes(request["text"].encode())
+                return self._echoes(request["text"].encode(), request["within"])
+
+    def _connect(self, ip: str, within: float) -> bool:
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline:
+            try:
+                self.connection = socket.create_connection((ip, PORT), timeout=1)
+            except OSError:
+                time.sleep(0.05)
+            else:
+                return True
+        return False
 
     def _flow(self, ip: str) -> bool:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.settimeout(1)
+        sock.settimeout(PATIENCE)
         self.calling.append(sock)
         sock.sendto(FLOW.encode(), (ip, PORT))
         try:
@@ -216,14 +226,17 @@ class _Inside:
             number += 1
         self.sent[mark] = number
 
-    def _echoes(self, text: bytes) -> bool:
+    def _echoes(self, text: bytes, within: float) -> bool:
         assert self.connection is not None
-        deadline = time.monotonic() + 1
+        deadline = time.monotonic() + within
         got = b""
         try:
+            self.connection.settimeout(within)
             self.connection.sendall(text)
             while text not in got and time.monotonic() < deadline:
-                got += self.connection.recv(4096)
+                if not (data := self.connection.recv(4096)):
+                    return False
+                got += data
         except OSError:
             return False
         return text in got

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from moorage.lab import Container, Lab, LabNode
-from tests.cluster.prober import Prober
+from tests.cluster.prober import PATIENCE, Prober
 from tests.system.conftest import eventually
 
 pytestmark = [
@@ -117,7 +117,7 @@ def defined(peers: list[Peer]) -> set[tuple[str, str, int]]:
 
 def as_defined(peers: list[Peer]) -> None:
     """What gets through becomes what is defined, and stays it."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while (found := arrived(peers)) != (wanted := defined(peers)):
         assert time.monotonic() < deadline, {"forbidden": found - wanted, "missing": wanted - found}
     assert arrived(peers) == wanted
@@ -193,8 +193,8 @@ def test_leaving_a_netgroup_cuts_what_is_established_on_every_node(lab: Lab, joi
     lab.nodes[1].cli("endpoint", "set-netgroups", one.container.id, "blue")
     one.netgroups = ("blue",)
     as_defined([one, near, far, blue])
-    assert not near.prober.echoes("after")
-    assert not far.prober.echoes("after")
+    assert not near.prober.echoes("after", within=SETTLED)
+    assert not far.prober.echoes("after", within=SETTLED)
     assert blue.prober.echoes("after"), "what is still allowed goes on"
 
 
@@ -208,12 +208,12 @@ def test_the_follower_outlives_an_agents_restart_and_the_store_being_away(lab: L
     try:
         lab.nodes[0].kill()
         lab.nodes[0].launch()
-        eventually(lab.nodes[0].answers, within=20)
+        eventually(lab.nodes[0].answers, within=PATIENCE)
         assert arrived(everyone) == defined(everyone), "what the table knew is kept while the store is away"
         assert far.prober.echoes("still there")
     finally:
         lab.heal()
-    eventually(lambda: lab.nodes[0].ask("status")["problem"] == "", within=20)
+    eventually(lambda: lab.nodes[0].ask("status")["problem"] == "", within=PATIENCE)
     as_defined(everyone)
     assert far.prober.echoes("still there")
 
@@ -265,4 +265,4 @@ def test_an_address_released_while_the_store_is_away_is_nobodys_until_it_is_back
             new.delete("web")
     finally:
         lab.heal()
-    eventually(lambda: node.ask("status")["problem"] == "", within=20)
+    eventually(lambda: node.ask("status")["problem"] == "", within=PATIENCE)

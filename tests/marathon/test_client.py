@@ -219,9 +219,9 @@ def test_trouble_is_told_apart(cluster: stand_in.Marathon) -> None:
 
 def test_what_cannot_be_now_is_tried_again(cluster: stand_in.Marathon) -> None:
     with cluster.instance() as one:
-        one.faults.status = 503
-        threading.Timer(0.05, one.faults.none).start()
+        one.faults.status, one.faults.refusals = 503, 2
         assert Marathon([one.url]).info().framework_id == "F"
+        assert one.asked == ["GET /v2/info"] * 3
 
 
 def test_an_answer_has_an_end() -> None:

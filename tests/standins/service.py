@@ -75,18 +75,29 @@ def reply(value: Any, status: int = 200, **headers: str) -> Reply:
 class Faults:
     """How a service misbehaves now. Everything is off at first.
 
-    status: answers every request with it, 0 for none. delay: seconds before each answer. truncate: bodies break off in
-    the middle, behind a promise of their whole length. hang: requests are read and never answered.
+    status: answers every request with it, 0 for none; only the next ``refusals`` if that is not 0. delay: seconds
+    before each answer. truncate: bodies break off in the middle, behind a promise of their whole length. hang: requests
+    are read and never answered.
     """
 
     status: int = 0
+    refusals: int = 0
     delay: float = 0.0
     truncate: bool = False
     hang: bool = False
 
     def none(self) -> None:
         """Behave again."""
-        self.status, self.delay, self.truncate, self.hang = 0, 0.0, False, False
+        self.status, self.refusals, self.delay, self.truncate, self.hang = 0, 0, 0.0, False, False
+
+    def refusal(self) -> int:
+        """The status that the request at hand is refused with, 0 if it is not."""
+        status = self.status
+        if self.refusals:
+            self.refusals -= 1
+            if not self.refusals:
+                self.status = 0
+        return status
 
 
 class Service(ABC):
@@ -173,8 +184,8 @@ class Service(ABC):
         self.asked.append(f"{asked.method} {asked.path}")
         if self.faults.delay:
             time.sleep(self.faults.delay)
-        if self.faults.status:
-            return reply({"message": "this stand-in was told to refuse"}, self.faults.status)
+        if refused := self.faults.refusal():
+            return reply({"message": "this stand-in was told to refuse"}, refused)
         if self._accepted and asked.headers.get("authorization") not in self._accepted:
             refusal = {"www-authenticate": 'Basic realm="Mesosphere"'}
             return Reply(401, b'{"message":"Invalid username or password."}', headers=refusal)
