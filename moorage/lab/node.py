@@ -27,7 +27,7 @@ MOORAGE = (sys.executable, "-m", "moorage")
 ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
 """What a node of its own, without an underlay, calls itself (benchmarking range, RFC 2544)."""
 
-READY_WITHIN = 20.0
+READY_WITHIN = 60.0
 """Seconds an agent has to serve."""
 
 STOPS_WITHIN = 60.0

@@ -172,13 +172,17 @@ def test_churn_lets_nothing_forbidden_through_and_breaks_nothing_allowed(lab: La
             calls = [c.start_call("DEL", c.config("web", labels=labels)) for c in both]
             assert [c.finish_call(call).exit for c, call in zip(both, calls, strict=True)] == [0, 0]
     sent = {mark: count for peer in everyone for mark, count in peer.prober.stop_sending().items()}
-    time.sleep(SETTLED)
-    heard = Counter(mark.rpartition(" ")[0] for peer in everyone for mark in peer.prober.heard())
     allowed = {f"{source} {target} {family}" for source, target, family in defined(everyone)}
+    due = {mark: count for mark, count in sent.items() if mark in allowed}
+    heard: Counter[str] = Counter()
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        time.sleep(SETTLED)
+        heard.update(mark.rpartition(" ")[0] for peer in everyone for mark in peer.prober.heard())
+        if heard.total() >= sum(due.values()) or time.monotonic() > deadline:
+            break
     assert heard.keys() <= allowed, "forbidden packets passed"
-    assert heard == {mark: count for mark, count in sent.items() if mark in allowed}, (
-        "allowed packets were lost"
-    )
+    assert heard == due, "allowed packets were lost"
     assert red[0].prober.echoes("still there")
     assert green[1].prober.echoes("still there")
 

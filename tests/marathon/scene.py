@@ -18,6 +18,7 @@ from ipam.intents import IntentServer
 from ipam.networks import PoolSpec, create_network
 from ipam.records import Address, AddressState, Alive, Block, Fence, Intent, IntentKind, Network, Node
 from ipam.store import Delete, Put, Store, Txn, read_prefix
+from tests.patience import PATIENCE
 from tests.standins.marathon import Marathon, Task
 from tests.standins.tasks import TaskInfo
 
@@ -132,7 +133,7 @@ class Scene:
         kv = await self.store.get(keys.LISTENERS + FRAMEWORK)
         return {} if kv is None else msgspec.json.decode(kv.value, type=dict[str, Any])
 
-    async def until(self, holds: Callable[[], Any], within: float = 15.0) -> None:
+    async def until(self, holds: Callable[[], Any], within: float = PATIENCE) -> None:
         """Wait for something, which may be asked of the store."""
         async with asyncio.timeout(within):
             while True:
@@ -141,7 +142,7 @@ class Scene:
                     return
                 await asyncio.sleep(0.02)
 
-    async def left(self, *numbers: int, within: float = 15.0) -> None:
+    async def left(self, *numbers: int, within: float = PATIENCE) -> None:
         """Wait until these addresses are assigned and no others."""
         wanted = {ip_of(number) for number in numbers}
         found: set[str] = set()

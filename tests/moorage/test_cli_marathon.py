@@ -16,6 +16,7 @@ import pytest
 from ipam.store import Store
 from tests.marathon.scene import FRAMEWORK, Scene, ip_of
 from tests.moorage.conftest import CommandLine
+from tests.patience import PATIENCE
 from tests.standins.marathon import Instance, Marathon
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def test_a_listener_leads_tells_how_it_is_and_ends_on_sigterm(
         assert "steady" in shown
         assert "1 live, 1 unreachable" in shown
         process.send_signal(signal.SIGTERM)
-        _, logs = process.communicate(timeout=20)
+        _, logs = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, logs
         assert "u:p" not in logs
         moorage.fails("marathon", "status")
@@ -109,7 +110,7 @@ def test_a_listener_leads_tells_how_it_is_and_ends_on_sigterm(
 
 
 def steady(moorage: CommandLine) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         said = moorage.run("-o", "json", "marathon", "status")
         if said.exit_code == 0:
