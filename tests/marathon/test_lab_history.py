@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -199,7 +198,7 @@ def test_with_real_containers_too_live_addresses_are_kept_and_stale_ones_release
             heal(cluster)
             deadline = time.monotonic() + 2 * RELEASED_WITHIN
             while left := looks.look():
-                assert time.monotonic() < deadline, f"still stale: {describe(cluster, left)}"
+                assert time.monotonic() < deadline, f"still stale:\n{describe(cluster, left)}"
         finally:
             with capsys.disabled():
                 print(
@@ -212,7 +211,13 @@ def test_with_real_containers_too_live_addresses_are_kept_and_stale_ones_release
         assert looks.stale, "no address was stale"
 
 
-def describe(cluster: MesosLab, left: set[tuple[str, str]]) -> list[Any]:
-    """What the listener says of these addresses."""
-    ips = {ip for ip, _ in left}
-    return [row for row in cluster.status().get("findings", []) if row["address"] in ips] or sorted(left)
+def describe(cluster: MesosLab, left: set[tuple[str, str]]) -> str:
+    """What the listener says of these addresses, and what is left of their containers."""
+    said = {row["address"]: f"{row['verdict']}: {row['why']}" for row in cluster.status().get("findings", [])}
+    rows = []
+    for ip, container in sorted(left):
+        found = [
+            f"{name}: {it}" for name, agent in cluster.agents.items() if (it := agent.whereabouts(container))
+        ]
+        rows.append(f"{ip} of {container}: {said.get(ip, 'no finding')}; {found or 'no agent ever had it'}")
+    return "\n".join(rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -21,6 +22,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -604,6 +606,30 @@ class HookAgent(Agent):
                 for link in msgspec.json.decode(shown or "[]"):
                     found |= {a["local"]: running.container.id for a in link.get("addr_info", ())}
         return found
+
+    def whereabouts(self, container: str) -> str:
+        """What is left of a container, for people who ask why its address is kept: "" if it never was one here."""
+        kept = {"running": list(self._running.values()), "DEL lost": self.lost, "DEL failed": self._undeleted}
+        for how, some in kept.items():
+            for running in some:
+                if running.container.id == container:
+                    return f"{how}, launched: {running.launched}; {_occupants(running.hooked.namespace)}"
+        calls = [(command, exit_) for command, id_, _, exit_ in self.calls if id_ == container]
+        return f"ended; its hook's calls: {calls}" if calls else ""
+
+
+def _occupants(namespace: Namespace) -> str:
+    """Who is in a namespace, and who started them."""
+    if not namespace.exists:
+        return f"{namespace.name} has no handle any more"
+    rows = []
+    for pid in namespace.processes():
+        with contextlib.suppress(OSError):
+            process = Path(f"/proc/{pid}")
+            command = process.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            parent = re.search(r"^PPid:\s*(\d+)", process.joinpath("status").read_text(), re.MULTILINE)
+            rows.append(f"{pid} ({command.strip()}) of parent {parent and parent[1]}")
+    return f"in {namespace.name}: {', '.join(rows) or 'no process'}"
 
 
 def _start(namespace: Namespace, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
