@@ -74,6 +74,14 @@ class Scene:
             self.run(IntentServer(self.store, name, self._answer).run())
         await self.store.txn(Txn(then=tuple(puts)))
 
+    async def lose_sight_of(self, node: str) -> None:
+        """Its sign of life is gone, whether its agent runs or not."""
+        await self.store.txn(Txn(then=(Delete(keys.ALIVE + node),)))
+
+    async def show_life_of(self, node: str) -> None:
+        """Its agent is registered again."""
+        await self.store.txn(Txn(then=(Put(keys.ALIVE + node, Alive(instance="i", boot_id="b").encode()),)))
+
     def run(self, work: Any) -> asyncio.Task[None]:
         """Beside the test, until its end."""
         running = asyncio.create_task(work)

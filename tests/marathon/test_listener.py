@@ -16,14 +16,14 @@ from marathon import feed, http, listener, once, passes
 from marathon.client import Marathon
 from marathon.listener import Listener
 from marathon.mesos import Master
-from marathon.passes import Timing
+from marathon.reconcile import Timing
 from tests.marathon.scene import FRAMEWORK, Scene, ip_of, task, task_id
 from tests.standins.marathon import Instance
 from tests.standins.mesos_master import Master as MasterStandIn
 
 GRACE = 0.5
-SOON = Timing(grace=GRACE, interval=1.0)
-RARELY = Timing(grace=GRACE, interval=3600.0)
+SOON = Timing(grace=GRACE, interval=1.0, gone_after=GRACE)
+RARELY = Timing(grace=GRACE, interval=3600.0, gone_after=GRACE)
 """So that what happens is by events alone."""
 
 
@@ -224,6 +224,39 @@ async def test_a_node_that_its_master_calls_gone_is_freed_wholly(scene: Scene, o
         for prefix in (keys.NODES, keys.WRITERS):
             await scene.until(lambda prefix=prefix: _absent(scene.store, prefix + "n2"))
         assert await scene.store.get(keys.NODES + "n1") is not None
+
+
+async def test_a_node_that_is_called_gone_is_kept_while_its_agent_is_only_away_for_a_moment(
+    scene: Scene, one: Instance
+) -> None:
+    master = MasterStandIn()
+    await scene.node("n2", mesos_agent="S2")
+    scene.listed(1)
+    await scene.assigned(1)
+    await scene.assigned(2, 3, node="n2", framework="another")
+    with master.instance() as leading:
+        for agent in ("S1", "S2"):
+            master.register(Workers(), agent)
+        master.mark_gone("S2")
+        patient = Timing(grace=0.0, interval=1.0, gone_after=2.5)
+        listen(scene, one, patient, Master([leading.url]))
+        await scene.counts(live=1, other_framework=2)
+        for _ in range(3):
+            await scene.lose_sight_of("n2")
+            await scene.until(lambda: _shows(scene, "n2", "doubted"))
+            await scene.show_life_of("n2")
+            await scene.until(lambda: _shows(scene, "n2", ""))
+        assert await scene.addresses() == {ip_of(1), ip_of(2), ip_of(3)}
+        begun = time.monotonic()
+        await scene.lose_sight_of("n2")
+        await scene.left(1)
+        assert time.monotonic() - begun >= patient.gone_after
+
+
+async def _shows(scene: Scene, node: str, state: str) -> bool:
+    """Whether the leader tells that of a node that Mesos calls gone; "": nothing."""
+    told = {row["name"]: row["state"] for row in (await scene.told()).get("gone", [])}
+    return told.get(node, "") == state
 
 
 class Workers:
