@@ -206,6 +206,14 @@ class Host(Agent):
             if membership is not None and membership._lease is not None:
                 await membership._lease.abandon()
 
+    async def lapse(self, seconds: float) -> None:
+        """Its moorage agent's sign of life is gone for so long; the agent lives on."""
+        membership = self._membership
+        if membership is not None and membership._lease is not None:
+            async with membership._telling:
+                await membership._lease.revoke()
+                await asyncio.sleep(seconds)
+
     def _connect(self) -> None:
         """One that was marked gone is told so, ends, and is started as another agent."""
         super()._connect()
