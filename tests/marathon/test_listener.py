@@ -11,8 +11,9 @@ import pytest
 
 from ipam import keys
 from ipam.errors import TryAgain
+from ipam.records import Node
 from ipam.store import Delete, Store, Txn, open_store
-from marathon import feed, http, listener, once, passes
+from marathon import actions, feed, http, listener, once, passes
 from marathon.client import Marathon
 from marathon.listener import Listener
 from marathon.mesos import Master
@@ -117,7 +118,10 @@ async def test_a_live_container_is_kept_and_shown_as_an_orphan(scene: Scene, one
     await scene.counts(live=1, orphan=1)
     [row] = (await scene.told())["findings"]
     assert (row["address"], row["verdict"]) == (ip_of(2), "orphan")
-    assert "is carried by a live container" in row["why"]
+    await scene.until(lambda: len(scene.asked) >= 3)
+    [row] = (await scene.told())["findings"]
+    assert row["why"].count("is carried by a live container") == 1
+    assert row["why"].count("Marathon does not know its task") == 1
     scene.living.clear()
     await scene.left(1)
 
@@ -253,6 +257,36 @@ async def test_a_node_that_is_called_gone_is_kept_while_its_agent_is_only_away_f
         assert time.monotonic() - begun >= patient.gone_after
 
 
+async def test_an_agent_that_registers_in_the_last_moment_keeps_what_its_node_holds(
+    scene: Scene, one: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = MasterStandIn()
+    await scene.node("n2", alive=False, mesos_agent="S2")
+    scene.listed(1)
+    await scene.assigned(1)
+    await scene.assigned(2, node="n2", framework="another")
+
+    async def late(store: Store, name: str, **options: object) -> object:
+        await scene.node(name, alive=False, mesos_agent="S7")  # it was there, and is away again
+        return await remove_node(store, name, **options)  # type: ignore[arg-type]  # passed on as they are
+
+    remove_node = actions.remove_node
+    monkeypatch.setattr(actions, "remove_node", late)
+    with master.instance() as leading:
+        for agent in ("S1", "S2"):
+            master.register(Workers(), agent)
+        master.mark_gone("S2")
+        listen(scene, one, master=Master([leading.url]))
+        await scene.until(lambda: _knows_as(scene, "n2", "S7"))
+        await asyncio.sleep(3 * GRACE)
+        assert await scene.addresses() == {ip_of(1), ip_of(2)}
+
+
+async def _knows_as(scene: Scene, node: str, mesos_agent: str) -> bool:
+    kv = await scene.store.get(keys.NODES + node)
+    return kv is not None and Node.decode(kv.key, kv.value).mesos_agent == mesos_agent
+
+
 async def _shows(scene: Scene, node: str, state: str) -> bool:
     """Whether the leader tells that of a node that Mesos calls gone; "": nothing."""
     told = {row["name"]: row["state"] for row in (await scene.told()).get("gone", [])}
@@ -322,6 +356,25 @@ async def test_a_marathon_that_is_another_framework_by_now_judges_nothing_of_the
 
 async def _present(store: Store, key: str) -> bool:
     return await store.get(key) is not None
+
+
+async def test_a_cluster_that_takes_long_to_look_at_is_looked_at_less_often(
+    scene: Scene, one: Instance
+) -> None:
+    scene.listed(1)
+    await scene.assigned(1)
+    one.faults.delay = 0.3
+    listen(scene, one, Timing(grace=GRACE, interval=0.1))
+    await scene.counts(live=1)
+    first = (await scene.told())["last_pass"]
+    one.faults.none()
+    await scene.until(lambda: _looked_after(scene, first["at"]), within=60.0)
+    again = (await scene.told())["last_pass"]
+    assert again["at"] - first["at"] >= listener.REST * first["asking_seconds"]
+
+
+async def _looked_after(scene: Scene, at: float) -> bool:
+    return bool((await scene.told())["last_pass"]["at"] > at)
 
 
 # -- two listeners
@@ -412,6 +465,23 @@ async def test_one_reconciliation_waits_for_the_grace_and_acts(scene: Scene, one
     assert told["done"] == {"released": 1}
     assert await scene.addresses() == {ip_of(1)}
     assert await scene.store.get(keys.LEADERS + FRAMEWORK) is None
+
+
+async def test_one_reconciliation_waits_for_a_node_that_is_called_gone(scene: Scene, one: Instance) -> None:
+    master = MasterStandIn()
+    await scene.node("n2", alive=False, mesos_agent="S2")
+    scene.listed(1)
+    await scene.assigned(1)
+    await scene.assigned(2, node="n2")
+    with master.instance() as leading:
+        master.register(Workers(), "S2")
+        master.mark_gone("S2")
+        patient = Timing(grace=GRACE, interval=1.0, gone_after=2.0)
+        looked = await once.look(scene.store, client(one), Master([leading.url]), patient)
+        assert [(row["name"], row["state"]) for row in looked["gone"]] == [("n2", "doubted")]
+        told = await once.reconcile(scene.store, client(one), Master([leading.url]), patient)
+    assert (told["done"], told["gone"]) == ({"nodes removed": 1}, [])
+    assert await scene.addresses() == {ip_of(1)}
 
 
 async def test_nobody_reconciles_beside_a_listener(scene: Scene, one: Instance) -> None:
