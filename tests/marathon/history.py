@@ -493,6 +493,8 @@ def summary(world: World) -> dict[str, float]:
         "falsely suspected": len(truth.suspected),
         "released in time": oracle.in_time,
         "slowest": round(oracle.slowest, 1),
+        "by the wall": round(oracle.slowest_by_the_wall, 1),
+        "speed of the machine": round(oracle.witness.speed(), 2),
         "lost DELs": truth.lost_dels,
         "looks": oracle.looks,
     }

@@ -125,7 +125,7 @@ class Oracle:
     """See the module's docstring. frameworks: by id; the first one's leader sees to what is no framework's.
 
     stale, unreachable, gone: (ip, id) of all that ever were so, unreachable ones while they lived. late: sentences.
-    in_time: releases while the clock ran. slowest: seconds, of those.
+    in_time: releases while the clock ran. slowest, slowest_by_the_wall: seconds, of those.
     """
 
     store: Store
@@ -143,6 +143,7 @@ class Oracle:
     late: list[str] = field(default_factory=list)
     in_time: int = 0
     slowest: float = 0.0
+    slowest_by_the_wall: float = 0.0
     looks: int = 0
     _clocks: dict[tuple[str, str], Clock] = field(default_factory=dict)
     _away_since: dict[str, float] = field(default_factory=dict)
@@ -175,6 +176,7 @@ class Oracle:
         if clock is not None:
             self.in_time += 1
             self.slowest = max(self.slowest, self.witness.now() - clock.since)
+            self.slowest_by_the_wall = max(self.slowest_by_the_wall, time.monotonic() - clock.begun)
 
     # -- 2
 
