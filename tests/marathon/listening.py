@@ -81,3 +81,4 @@ class Listening:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._is_paused = False

@@ -109,7 +109,9 @@ def _omit(cluster: MesosLab, chance: random.Random) -> None:
 
 def _cut_off(cluster: MesosLab, chance: random.Random) -> None:
     """From its master; Marathon forgets its tasks, or has them back."""
-    agent = chance.choice(_up(cluster))
+    if not (found := _connected(cluster)):
+        return
+    agent = chance.choice(found)
     agent.reaches_master = False
     cluster.master.lose(agent.id)
     for task in [t for t, known in list(cluster.marathon.tasks.items()) if known.agent == agent.id]:
@@ -124,7 +126,9 @@ def _rejoin(cluster: MesosLab, chance: random.Random) -> None:
 
 
 def _reboot(cluster: MesosLab, chance: random.Random) -> None:
-    agent = chance.choice(_up(cluster))
+    if not (found := _connected(cluster)):
+        return
+    agent = chance.choice(found)
     before, keeps = agent.id, chance.random() < 0.5
     cluster.power_off(agent.hostname)
     cluster.master.lose(before)
@@ -164,6 +168,10 @@ STEPS_AND_WEIGHTS: dict[Step, int] = {
 
 def _up(cluster: MesosLab) -> list[HookAgent]:
     return [agent for agent in cluster.agents.values() if agent.is_running]
+
+
+def _connected(cluster: MesosLab) -> list[HookAgent]:
+    return [agent for agent in _up(cluster) if agent.reaches_master]
 
 
 def heal(cluster: MesosLab) -> None:

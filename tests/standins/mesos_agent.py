@@ -393,14 +393,16 @@ class Hooked(Container):
 class Running:
     """What really is there of a container.
 
-    launched: all networks were joined, so that its command runs. kept: ifname -> the configuration of its ADD, byte for
-    byte.
+    launched: all networks were joined, so that its command runs. destroyed: nothing is to be started any more. kept:
+    ifname -> the configuration of its ADD, byte for byte. starting: held by who starts or destroys it.
     """
 
     container: Contained
     hooked: Hooked
     process: subprocess.Popen[bytes] | None = None
     launched: bool = False
+    destroyed: bool = False
+    starting: threading.Lock = field(default_factory=threading.Lock)
     kept: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -435,26 +437,31 @@ class HookAgent(Agent):
             thread.join()
 
     def _begin(self, container: Contained) -> None:
-        self._start_thread(self._live, container)
+        hooked = Hooked(self.node.socket, id=container.id, namespace=Namespace(unique("task")))
+        self._running[container.id] = running = Running(container, hooked)
+        self._start_thread(self._live, running)
 
     def _start_thread(self, work: Any, *arguments: Any) -> None:
         thread = threading.Thread(target=work, args=arguments, daemon=True)
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
 
-    def _live(self, container: Contained) -> None:
+    def _live(self, running: Running) -> None:
         """A container's whole life."""
-        hooked = Hooked(self.node.socket, id=container.id, namespace=Namespace(unique("task")))
-        running = Running(container, hooked)
-        self._running[container.id] = running
-        hooked.namespace.create()
-        running.process = _start(hooked.namespace, container.tasks[0].command)
-        container.pid = running.process.pid
+        container = running.container
+        with running.starting:
+            if running.destroyed:
+                return
+            running.hooked.namespace.create()
+            running.process = _start(running.hooked.namespace, container.tasks[0].command)
+            container.pid = running.process.pid
+            if container.killed:
+                _kill(running)
         failed = self._add(running)
         if failed is not None:
             message = f"Failed to launch container: {failed.stdout}{failed.stderr}"
             self.report(container, "TASK_FAILED", message, "REASON_CONTAINER_LAUNCH_FAILED")
-        elif not self._down:
+        elif not self._down and not running.destroyed:
             _go(running.process)
             running.launched = True
             self.report(container, "TASK_STARTING")
@@ -485,14 +492,18 @@ class HookAgent(Agent):
 
     def _end(self, container: Contained) -> None:
         running = self._running.get(container.id)
-        if running is not None and running.process is not None:
-            _kill(running)
+        if running is not None:
+            with running.starting:
+                if running.process is not None:
+                    _kill(running)
 
     def _destroy(self, running: Running) -> None:
         """Its process has ended: DEL, the handle away, and the task's end reported. Nothing the second time."""
         container = running.container
         if self._running.pop(container.id, None) is None:
             return
+        with running.starting:
+            running.destroyed = True
         if running.process is not None:
             _kill(running)
             running.hooked.namespace.end_processes()
@@ -591,6 +602,8 @@ class HookAgent(Agent):
 
     def _cut_off(self, running: Running) -> None:
         """Its processes and its namespace are gone."""
+        with running.starting:
+            running.destroyed = True
         if running.process is not None:
             _kill(running)
         running.hooked.namespace.end_processes()
