@@ -47,8 +47,8 @@ OPEN_WITHIN = 5.0
 TELL_EVERY = 2.0
 """Seconds between writes of the listener's state; three times that when nothing happens."""
 
-REST = 9.0
-"""A full pass is followed by a pause of at least so many times what it took: big clusters are looked at less often."""
+ROWS_A_SECOND = 4000
+"""Addresses and tasks that full passes read, on the average; big clusters are looked at less often."""
 
 STAND_DOWN = 1.0
 """Seconds until one that lost leadership stands for it again."""
@@ -168,14 +168,13 @@ class Term:
     async def _look_at_all(self) -> None:
         self._phase = Phase.SNAPSHOT
         self._opened = self._feed.opened
-        begun = time.monotonic()
         await self._book.refresh()
         await self._passes.full_pass()
-        now = time.monotonic()
-        pause = max(self._timing.interval, REST * (now - begun))
+        rows = self._passes.last_pass["addresses"] + (self._passes.last_pass["tasks"] or 0)
+        pause = max(self._timing.interval, rows / ROWS_A_SECOND)
         if self._passes.problems:
             pause = min(pause, RETRY)
-        self._full_at = now + pause
+        self._full_at = time.monotonic() + pause
         self._phase = Phase.CONNECT if self._feed.problem else Phase.STEADY
 
     async def _wait(self) -> None:

@@ -127,7 +127,7 @@ def asking(command: F) -> F:
                 metavar="SECONDS",
                 type=click.FloatRange(1),
                 default=INTERVAL,
-                help="Between looks at everything; longer where a look takes more than a tenth of that.",
+                help="Between looks at everything; longer in clusters of more than 10,000 containers.",
             ),
             click.option(
                 "--gone-after",

@@ -503,7 +503,8 @@ def summary(world: World) -> dict[str, float]:
 async def settle(world: World, within: float) -> set[tuple[str, str]]:
     """Everything is back and behaves; returns what is provably stale after ``within`` seconds all the same."""
     await world.everything_is_back()
-    deadline = asyncio.get_running_loop().time() + within
-    while (left := await world.oracle.look()) and asyncio.get_running_loop().time() < deadline:
+    witness = world.oracle.witness
+    deadline = witness.now() + within
+    while (left := await world.oracle.look()) and witness.now() < deadline:
         await asyncio.sleep(0.2)
     return left

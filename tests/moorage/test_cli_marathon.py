@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from ipam.store import Store
 from tests.marathon.scene import FRAMEWORK, Scene, ip_of
 from tests.moorage.conftest import CommandLine
 from tests.standins.marathon import Instance, Marathon
+from tests.standins.mesos_master import Master
+from tests.standins.tasks import TaskInfo
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +60,41 @@ def test_a_dry_run_says_what_and_why(moorage: CommandLine, marathon: Instance, u
     assert "1 live" in said.output
     told = moorage.json("marathon", "reconcile", "--url", marathon.url, "--user", user, "--dry-run")
     assert (told["dry_run"], told["counts"]["live"], told["counts"]["unreachable"]) == (True, 1, 1)
+
+
+def test_a_node_that_mesos_calls_gone_is_told_with_how_long_it_is_kept(
+    moorage: CommandLine, marathon: Instance, user: str
+) -> None:
+    one_is_stale_in(moorage, marathon)
+    master = Master()
+    with master.instance() as leading:
+        master.register(Workers(), "S1")
+        master.mark_gone("S1")
+        asked = ["--url", marathon.url, "--user", user, "--mesos-master", leading.url, "--gone-after", "900"]
+        said = moorage.ok("marathon", "reconcile", *asked, "--dry-run")
+    assert re.search(
+        r"^node n1 is kept until its agent has been away for another \d{3} s: .*registry says",
+        said,
+        re.MULTILINE,
+    )
+
+
+class Workers:
+    """A Mesos agent as its master knows it."""
+
+    hostname, port = "h", 5051
+
+    def has(self, task: str) -> bool:
+        return False
+
+    def kill(self, task: str) -> None:
+        """Nothing runs there."""
+
+    def launch(self, tasks: list[TaskInfo]) -> None:
+        """Nothing is launched there."""
+
+    def shut_down(self) -> None:
+        """Nothing runs there."""
 
 
 def test_nobody_leads_is_said_with_what_to_do(moorage: CommandLine) -> None:
