@@ -47,6 +47,7 @@ class Book:
         self._nodes: dict[str, tuple[str, int]] = {}
         self._alive: set[str] = set()
         self._away: dict[str, float] = {}
+        self._passed_over: dict[str, int] = {}
         self._rewound = asyncio.Event()
         self.listed = asyncio.Event()
 
@@ -156,12 +157,18 @@ class Book:
             try:
                 node = Node.decode(kv.key, kv.value)
             except StoreError as error:
-                log.warning("node passed over", why=str(error))
+                self._pass_over(kv, error)
                 return
             self._note_node(kv.key.removeprefix(prefix), node.mesos_agent, kv.mod_revision)
         else:
             self._alive.add(kv.key.removeprefix(prefix))
             self._away.pop(kv.key.removeprefix(prefix), None)
+
+    def _pass_over(self, kv: KeyValue, error: Exception) -> None:
+        """Told once, and not in every listing."""
+        if self._passed_over.get(kv.key) != kv.mod_revision:
+            self._passed_over[kv.key] = kv.mod_revision
+            log.warning("record passed over", key=kv.key, why=str(error))
 
     def _note_node(self, name: str, mesos_agent: str, revision: int) -> None:
         _, known = self._nodes.get(name, ("", 0))
@@ -175,7 +182,7 @@ class Book:
             ip = _ip_text(kv.key)
         except (msgspec.MsgspecError, UnicodeDecodeError, StoreError) as error:
             # Kept as it stands, like everything that cannot be judged; `moorage ip check` shows it.
-            log.warning("address passed over", key=kv.key, why=str(error))
+            self._pass_over(kv, error)
             return
         if ip in self._addresses:
             self._drop(ip)

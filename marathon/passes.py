@@ -330,7 +330,16 @@ class Passes:
         if not self._labels:
             self.refused = {}
             return
-        mine = [a for a in assigned if a.framework == framework and a.key not in self._findings]
+        nodes = self._facts.nodes
+        mine = [
+            a
+            for a in assigned
+            if a.framework == framework
+            and a.key not in self._findings
+            # The others are asked when their agents are back.
+            and (node := nodes.get(a.node)) is not None
+            and node.alive
+        ]
         networks = {network.name: network for network, _ in await list_networks(self._store)}
         plan = app_labels.plan(mine, self._labels, networks)
         for app, why in plan.refused.items():

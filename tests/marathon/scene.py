@@ -37,6 +37,24 @@ def ip_of(number: int) -> str:
     return str(ip_address("10.64.0.0") + number)
 
 
+class Idle:
+    """A Mesos agent as its master knows it, where nothing runs."""
+
+    hostname, port = "h", 5051
+
+    def has(self, task: str) -> bool:
+        return False
+
+    def launch(self, tasks: list[TaskInfo]) -> None:
+        """Nothing comes of it."""
+
+    def kill(self, task: str) -> None:
+        """There is none."""
+
+    def shut_down(self) -> None:
+        """Nothing runs here."""
+
+
 class Scene:
     """See the module's docstring. living: addresses that a process lives on. asked: intents, in order."""
 

@@ -5,22 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from ipam import keys
 from ipam.records import Alive, Node
-from ipam.store import Delete, Put, Store, Txn, open_store
+from ipam.store import Delete, Put, Store, Txn
 from marathon.book import Book
 from marathon.facts import NodeFacts
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite://{tmp_path}/store.db")
-    yield store
-    await store.close()
 
 
 @pytest.fixture

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from ipam import keys
 from ipam.errors import TryAgain
 from ipam.records import Node
-from ipam.store import Delete, Store, Txn, open_store
+from ipam.store import Delete, Store, Txn, read_prefix
 from marathon import actions, feed, http, listener, once, passes
 from marathon.client import Marathon
 from marathon.listener import Listener
 from marathon.mesos import Master
 from marathon.reconcile import Timing
-from tests.marathon.scene import FRAMEWORK, Scene, ip_of, task, task_id
+from tests.marathon.scene import FRAMEWORK, Idle, Scene, ip_of, task, task_id
 from tests.standins.marathon import Instance
 from tests.standins.mesos_master import Master as MasterStandIn
 
@@ -35,13 +34,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "RETRY", 0.3)
     monkeypatch.setattr(listener, "TELL_EVERY", 0.1)
     monkeypatch.setattr(listener, "RETRY", 0.3)
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite://{tmp_path}/store.db")
-    yield store
-    await store.close()
 
 
 @pytest.fixture
@@ -219,7 +211,7 @@ async def test_a_node_that_its_master_calls_gone_is_freed_wholly(scene: Scene, o
     await scene.assigned(3, node="n2", framework="another")
     with master.instance() as leading:
         for agent in ("S1", "S2"):
-            master.register(Workers(), agent)
+            master.register(Idle(), agent)
         master.lose("S2")
         listen(scene, one, master=Master([leading.url]))
         await scene.counts(live=1, unreachable=1, other_framework=1)
@@ -240,7 +232,7 @@ async def test_a_node_that_is_called_gone_is_kept_while_its_agent_is_only_away_f
     await scene.assigned(2, 3, node="n2", framework="another")
     with master.instance() as leading:
         for agent in ("S1", "S2"):
-            master.register(Workers(), agent)
+            master.register(Idle(), agent)
         master.mark_gone("S2")
         patient = Timing(grace=0.0, interval=1.0, gone_after=2.5)
         listen(scene, one, patient, Master([leading.url]))
@@ -274,7 +266,7 @@ async def test_an_agent_that_registers_in_the_last_moment_keeps_what_its_node_ho
     monkeypatch.setattr(actions, "remove_node", late)
     with master.instance() as leading:
         for agent in ("S1", "S2"):
-            master.register(Workers(), agent)
+            master.register(Idle(), agent)
         master.mark_gone("S2")
         listen(scene, one, master=Master([leading.url]))
         await scene.until(lambda: _knows_as(scene, "n2", "S7"))
@@ -291,18 +283,6 @@ async def _shows(scene: Scene, node: str, state: str) -> bool:
     """Whether the leader tells that of a node that Mesos calls gone; "": nothing."""
     told = {row["name"]: row["state"] for row in (await scene.told()).get("gone", [])}
     return told.get(node, "") == state
-
-
-class Workers:
-    """An agent as its master knows it."""
-
-    hostname, port = "h", 5051
-
-    def has(self, task: str) -> bool:
-        return False
-
-    def shut_down(self) -> None:
-        """Nothing runs there."""
 
 
 async def _absent(store: Store, key: str) -> bool:
@@ -427,6 +407,25 @@ async def test_an_apps_labels_reach_its_running_endpoints(scene: Scene, one: Ins
     ]
 
 
+async def test_an_apps_labels_wait_for_the_agent_of_its_endpoints_node(scene: Scene, one: Instance) -> None:
+    await scene.network(allow_netgroups=["a"])
+    await scene.node("n2", alive=False, mesos_agent="S2")
+    scene.marathon.fill({"id": "/web", "labels": {"MOORAGE_NETGROUPS": "a"}}, [])
+    scene.marathon.tasks.update({t.info.id: t for t in (task(1), task(2))})
+    await scene.assigned(1)
+    await scene.assigned(2, node="n2")
+    listen(scene, one)
+    await scene.until(lambda: [i.ip for i in scene.asked] == [ip_of(1)])
+    assert [key for key in await _intents(scene.store) if "/n2/" in key] == []
+    await scene.node("n2", mesos_agent="S2")
+    await scene.until(lambda: [i.ip for i in scene.asked] == [ip_of(1), ip_of(2)])
+
+
+async def _intents(store: Store) -> list[str]:
+    items, _ = await read_prefix(store, keys.INTENTS)
+    return [kv.key for kv in items]
+
+
 async def test_a_label_that_the_network_does_not_allow_is_told_and_not_applied(
     scene: Scene, one: Instance
 ) -> None:
@@ -471,7 +470,7 @@ async def test_one_reconciliation_waits_for_a_node_that_is_called_gone(scene: Sc
     await scene.assigned(1)
     await scene.assigned(2, node="n2")
     with master.instance() as leading:
-        master.register(Workers(), "S2")
+        master.register(Idle(), "S2")
         master.mark_gone("S2")
         patient = Timing(grace=GRACE, interval=1.0, gone_after=2.0)
         looked = await once.look(scene.store, client(one), Master([leading.url]), patient)

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 from ipam.store import Store
-from tests.marathon.scene import FRAMEWORK, Scene, ip_of
+from tests.marathon.scene import FRAMEWORK, Idle, Scene, ip_of
 from tests.moorage.conftest import CommandLine
 from tests.standins.marathon import Instance, Marathon
 from tests.standins.mesos_master import Master
-from tests.standins.tasks import TaskInfo
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +67,7 @@ def test_a_node_that_mesos_calls_gone_is_told_with_how_long_it_is_kept(
     one_is_stale_in(moorage, marathon)
     master = Master()
     with master.instance() as leading:
-        master.register(Workers(), "S1")
+        master.register(Idle(), "S1")
         master.mark_gone("S1")
         asked = ["--url", marathon.url, "--user", user, "--mesos-master", leading.url, "--gone-after", "900"]
         said = moorage.ok("marathon", "reconcile", *asked, "--dry-run")
@@ -77,24 +76,6 @@ def test_a_node_that_mesos_calls_gone_is_told_with_how_long_it_is_kept(
         said,
         re.MULTILINE,
     )
-
-
-class Workers:
-    """A Mesos agent as its master knows it."""
-
-    hostname, port = "h", 5051
-
-    def has(self, task: str) -> bool:
-        return False
-
-    def kill(self, task: str) -> None:
-        """Nothing runs there."""
-
-    def launch(self, tasks: list[TaskInfo]) -> None:
-        """Nothing is launched there."""
-
-    def shut_down(self) -> None:
-        """Nothing runs there."""
 
 
 def test_nobody_leads_is_said_with_what_to_do(moorage: CommandLine) -> None:
