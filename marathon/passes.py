@@ -104,7 +104,6 @@ class Passes:
         """
         begun = time.monotonic()
         assigned = self._book.all()
-        nodes = self._book.nodes()
         told_before = dict(self._ended)
         self.problems.clear()
         await self._check_framework()
@@ -114,7 +113,10 @@ class Passes:
         if labels is not None:
             self._labels = labels
         self._settle_ended(assigned, tasks, told_before)
-        self._facts = replace(self._facts, tasks=tasks, nodes=nodes, ended=self._ended, agents=agents)
+        # Nodes last: one that is back meanwhile is not away.
+        self._facts = replace(
+            self._facts, tasks=tasks, nodes=self._book.nodes(), ended=self._ended, agents=agents
+        )
         asked_for = time.monotonic() - begun
         judged_from = time.monotonic()
         self._answered = answers_for(assigned, self._facts)
@@ -310,7 +312,8 @@ class Passes:
                 self._findings[key] = replace(
                     finding, verdict=Verdict.ORPHAN, why=f"{finding.why}; {outcome.why}"
                 )
-                log.warning("orphan kept", ip=key[0], node=finding.address.node, why=outcome.why)
+                if outcome.why != sighting.orphan:
+                    log.warning("orphan kept", ip=key[0], node=finding.address.node, why=outcome.why)
             case _:
                 # Also when it changed: the same assignment, looked at as it is by then.
                 self._sightings[key] = put_off(sighting, now, RETRY)

@@ -194,7 +194,8 @@ def listen(session: Session, asked: Asked, log_level: str | None, log_format: st
 def reconcile(session: Session, asked: Asked, dry_run: bool) -> None:
     """Look at everything once, wait for the grace, and have what is stale verified and released.
 
-    Refused while a listener leads, but for --dry-run.
+    Nodes that Mesos calls gone are waited for as well (--gone-after). Refused while a listener leads, but for
+    --dry-run.
 
     \b
     Examples:
