@@ -165,18 +165,22 @@ class Host(Agent):
                 await self._start_agent()
 
     async def _start_agent(self) -> None:
+        node = self.node
         while True:
             try:
-                await self.node.start()
+                await node.start()
+                record = NodeRecord(name=self.name, version="1", mesos_agent=self.id)
+                membership = Membership(self._store, record, node.instance, node.boot_id, node.holder.fenced)
+                # Like the real one it serves nobody before: somebody may be freeing what it held at this moment.
+                await membership.register()
                 break
             except MoorageError:
-                await self.node.crash()
+                await node.crash()
                 await asyncio.sleep(0.1)
-        record = NodeRecord(name=self.name, version="1", mesos_agent=self.id)
-        node = self.node
-        self._membership = Membership(self._store, record, node.instance, node.boot_id, node.holder.fenced)
+        self._membership = membership
+        self.describe()
         intents = IntentServer(self._store, self.name, self._answer)
-        node.run_beside(self._membership.keep, intents.run)
+        node.run_beside(membership.keep, intents.run)
         for ip, held in node.holder.assigned().items():
             life = self._truth.lives.get(held.record.container_id) if held.record else None
             if (
