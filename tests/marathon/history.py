@@ -35,7 +35,7 @@ MOST_INSTANCES = 8
 BACK_AFTER = (0.5, 5.0)
 """Seconds until something that failed is back, shortest and longest."""
 
-DEAD_FOR = (4.0, 40.0)
+DEAD_FOR = (4.0, 50.0)
 """Seconds for which a machine stays dead that was declared gone, shortest and longest."""
 
 
@@ -312,7 +312,7 @@ async def _expelled(world: World) -> None:
     host.has_to_serve = True
     host.reaches_master = False
     world.master.mark_gone(host.id)
-    lapse = world.chance.uniform(0.0, world.oracle.gone_after / 2)
+    lapse = world.chance.uniform(0.0, world.oracle.gone_after / 4)
     lapsed = asyncio.create_task(host.lapse(lapse))
 
     async def back() -> None:

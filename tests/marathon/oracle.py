@@ -171,12 +171,22 @@ class Oracle:
     def _ended(self, ip: IPAddress, assignment: Address) -> None:
         life = self.truth.carried.get(ip)
         if life is not None and life.id == assignment.container_id:
-            self.released_live.append(f"{ip} of {life.id} on {life.host}, seen in the store")
+            self.released_live.append(
+                f"{ip} of {life.id} on {life.host}, seen in the store; {self._how(life.host)}"
+            )
         clock = self._clocks.pop((str(ip), assignment.id), None)
         if clock is not None:
             self.in_time += 1
             self.slowest = max(self.slowest, self.witness.now() - clock.since)
             self.slowest_by_the_wall = max(self.slowest_by_the_wall, time.monotonic() - clock.begun)
+
+    def _how(self, name: str) -> str:
+        """How a host is that something was taken from, for people."""
+        now, host = time.monotonic(), self.hosts[name]
+        serves = "does not serve" if host.up_since is None else f"serves for {now - host.up_since:.1f} s"
+        away = self._away_since.get(name)
+        sign = "shows life" if away is None else f"shows no life for {now - away:.1f} s"
+        return f"its agent {serves} and {sign}; called gone: {host.has_to_serve}"
 
     # -- 2
 

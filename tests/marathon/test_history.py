@@ -20,7 +20,7 @@ from tests.marathon import drawing, history, oracle
 from tests.marathon.history import World
 
 GRACE = 1.5
-GONE_AFTER = 10.0
+GONE_AFTER = 20.0
 STEPS = int(2500 * drawing.LENGTH)
 PAUSE = 0.03
 SECONDS = 240.0 + STEPS * PAUSE
