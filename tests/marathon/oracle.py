@@ -186,7 +186,8 @@ class Oracle:
         serves = "does not serve" if host.up_since is None else f"serves for {now - host.up_since:.1f} s"
         away = self._away_since.get(name)
         sign = "shows life" if away is None else f"shows no life for {now - away:.1f} s"
-        return f"its agent {serves} and {sign}; called gone: {host.has_to_serve}"
+        known = self.master.agents.get(host.id)
+        return f"its agent {serves} and {sign}; Mesos calls it {known.state if known else 'nothing'}"
 
     # -- 2
 
