@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ipam.records import Intent
-from tests.marathon import drawing, history, oracle
+from tests.marathon import drawing, history, hosts, oracle
 from tests.marathon.history import World
 
 GRACE = 1.5
@@ -44,9 +44,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("histories")]
 
 
 @pytest.fixture(autouse=True)
-def quick_to_see_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A host that died is known to be dead after this; 15 s would only make histories longer.
-    monkeypatch.setattr("ipam.membership.LEASE", 5.0)
+def leases_end_when_the_history_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ipam.membership.LEASE", hosts.LEASE)
 
 
 @pytest.mark.history
