@@ -38,6 +38,24 @@ def ip_of(number: int) -> str:
     return str(ip_address("10.64.0.0") + number)
 
 
+class Idle:
+    """A Mesos agent as its master knows it, where nothing runs."""
+
+    hostname, port = "h", 5051
+
+    def has(self, task: str) -> bool:
+        return False
+
+    def launch(self, tasks: list[TaskInfo]) -> None:
+        """Nothing comes of it."""
+
+    def kill(self, task: str) -> None:
+        """There is none."""
+
+    def shut_down(self) -> None:
+        """Nothing runs here."""
+
+
 class Scene:
     """See the module's docstring. living: addresses that a process lives on. asked: intents, in order."""
 
@@ -74,6 +92,14 @@ class Scene:
             puts.append(Put(keys.ALIVE + name, Alive(instance="i", boot_id="b").encode()))
             self.run(IntentServer(self.store, name, self._answer).run())
         await self.store.txn(Txn(then=tuple(puts)))
+
+    async def lose_sight_of(self, node: str) -> None:
+        """Its sign of life is gone, whether its agent runs or not."""
+        await self.store.txn(Txn(then=(Delete(keys.ALIVE + node),)))
+
+    async def show_life_of(self, node: str) -> None:
+        """Its agent is registered again."""
+        await self.store.txn(Txn(then=(Put(keys.ALIVE + node, Alive(instance="i", boot_id="b").encode()),)))
 
     def run(self, work: Any) -> asyncio.Task[None]:
         """Beside the test, until its end."""
