@@ -8,9 +8,10 @@ an accept here never overrules a drop in somebody else's table.
                            a spoofed source goes nowhere, and neither do leftovers such as DHCP, router
                            solicitations and MLD, which have no source or a link-local one.
                      --> the node itself: nothing more; containers may talk to their node
-                     --> forward; where answers are let in, a TCP connection begins with its SYN, or is reset (midstream):
-                           else one that was cut would begin anew, in the other direction, with whatever the container
-                           still has to send
+                     --> forward
+                           where answers are let in, a TCP connection begins with a SYN or is reset (midstream): else
+                           one that was cut would begin anew, in the other direction, with what the container still
+                           has to send
     from elsewhere   --> outside, claimed (the same hook)
                            who claims an address of our pools must not claim one of this very node's, and comes by
                            the tunnel if the container that it is for is reached by the tunnel
