@@ -81,7 +81,9 @@ class Firewalld:
 
     def sh(self, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a shell command on the node, whose firewall-cmd is this firewalld's."""
-        return self._node.namespace.run("sh", "-ec", command, check=check, environment=self._environment)
+        done = self._node.namespace.run("sh", "-ec", command, check=False, environment=self._environment)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done
 
     def _start(self, *command: str) -> None:
         printed = self._stack.enter_context((self._directory / "log").open("ab"))
