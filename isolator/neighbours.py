@@ -143,8 +143,8 @@ class Neighbours:
     # -- connections
 
     def left(self, ips: Sequence[IPAddress]) -> None:
-        """These may call, or be called by, fewer than before. What is forbidden now is cut already; its TCP connections are
-        forgotten soon, so that who goes on sending is told."""
+        """These may call, or be called by, fewer than before. What is forbidden now is cut already; TCP connections
+        of it are forgotten soon, so that who goes on sending is told."""
         self._let_go(dict.fromkeys(ips, False))
 
     def _let_go(self, ips: dict[IPAddress, bool]) -> None:

@@ -156,6 +156,9 @@ def test_every_pair_may_talk_iff_it_shares_a_netgroup_whatever_changes(lab: Lab,
         if one is not other:
             said = lab.nodes[0].cli("policy", "test", one.container.id, other.container.id, check=False)
             assert (said.returncode == 0) == other.may_be_called_by(one), said.stdout
+    here, there = lab.nodes
+    said = here.cli("policy", "test", peers[0].container.id, there.ip, "--port", "80")
+    assert f"ask on node {there.name}" in said.stdout, "only that node knows where its ports lead"
 
 
 def test_churn_lets_nothing_forbidden_through_and_breaks_nothing_allowed(
