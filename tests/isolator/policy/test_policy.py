@@ -342,7 +342,9 @@ def test_only_connections_to_own_endpoints_that_may_not_begin_now_are_forbidden(
             (own, open_one),
         ]
         nothing = Request(0, 0, b"", "")
-        found = container.do(policy.forbidden, [Connection(*pair, nothing) for pair in pairs])
+        found = container.do(
+            policy.forbidden, [Connection(*pair, socket.IPPROTO_TCP, nothing) for pair in pairs]
+        )
         return {(str(connection.source), str(connection.target)) for connection in found}
 
     assert forbidden() == {(str(world), str(own))}
