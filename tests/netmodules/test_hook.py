@@ -99,6 +99,15 @@ def test_status_without_an_agent_is_unavailable_at_once(agent_socket: Path) -> N
     assert error_of(hook.run(env, b""))["code"] == 50
 
 
+def test_gc_is_not_sent_later_than_it_was_asked_for(agent_socket: Path) -> None:
+    env = environ("GC", agent_socket, CNI_CONTAINERID=None, CNI_IFNAME=None, CNI_NETNS=None)
+    absent = error_of(hook.run(env, b""))
+    with agent(agent_socket, break_off) as seen:
+        broken = error_of(hook.run(env, b""))
+    assert (absent["code"], broken["code"], len(seen)) == (11, 11, 1)
+    assert spooled(agent_socket) == []
+
+
 @pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK"])
 def test_a_broken_call_is_sent_again_with_the_same_id(agent_socket: Path, command: str) -> None:
     with agent(agent_socket, break_off, break_off, reply) as seen:
@@ -309,7 +318,7 @@ def test_the_hook_finds_the_package_it_was_installed_with_through_links(
 RESUMED = ("--resume", "0123456789abcdef" * 2, "1000000000")
 
 
-@pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK", "STATUS"])
+@pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK", "STATUS", "GC"])
 def test_a_resumed_call_keeps_its_id_and_its_time(agent_socket: Path, command: str) -> None:
     with agent(agent_socket, reply) as seen:
         assert hook.run(environ(command, agent_socket), b"", RESUMED) == (0, b"result")
