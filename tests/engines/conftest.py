@@ -18,7 +18,7 @@ def node() -> Iterator[LabNode]:
         node.cli(
             "network", "create", "web",
             "--pool", "10.64.0.0/16", "--pool", "fd64::/64",
-            "--allow-netgroup", "*", "--allow-public", "--allow-hostport", "all", "--allow-static", "all",
+            "--allow-netgroup", "*", "--allow-public", "--allow-static", "all",
         )  # fmt: skip
         yield node
 

@@ -1,7 +1,8 @@
 """Debian's containerd, private to a test: on a node of the lab, with files, sockets and plugins of its own.
 
     machine            mount namespace of the test's containerd, its shims and ctr
-    /etc               etc/      cni/net.d: a directory for each call of ctr, so that containers can be on different networks
+    /etc               etc/      alternatives: the machine's, iptables is in there
+                                 cni/net.d: a directory for each call of ctr, so that each may have a network of its own
     /opt               opt/      cni/bin: our hook, as it is installed, and Debian's plugins
     /run, /var/lib     of their own too: the shims' sockets, runc's state, what libcni keeps of results
 
@@ -33,9 +34,19 @@ CGROUPS = Path("/sys/fs/cgroup")
 NAMESPACE = "default"
 """containerd's own namespace, which it puts before the ids that it tells CNI plugins."""
 
-OWN = ("etc/cni/net.d", "opt/cni/bin", "run/netns", "var/lib", "conf", "rootfs/bin", "rootfs/www")
+OWN = (
+    "etc/cni/net.d",
+    "etc/alternatives",
+    "opt/cni/bin",
+    "run/netns",
+    "var/lib",
+    "conf",
+    "rootfs/bin",
+    "rootfs/www",
+)
 MOUNTS = """
-for own in etc opt run var/lib; do mount --bind "$0/$own" "/$own"; done
+mount --bind /etc/alternatives "$0/etc/alternatives"
+for own in etc opt run var/lib; do mount --rbind "$0/$own" "/$own"; done
 exec containerd --config "$0/config.toml" --root "$0/root" --state "$0/state" --address "$0/containerd.sock"
 """
 CONFIG = """
@@ -63,7 +74,7 @@ class Containerd(Resource):
         for plugin in (HOOK, *DEBIANS_PLUGINS.iterdir()):
             (plugins / plugin.name).symlink_to(plugin)
         shutil.copy(BUSYBOX, self.rootfs / "bin")
-        for applet in ("sh", "sleep", "ping", "nc", "httpd", "wget", "cat"):
+        for applet in ("sleep", "ping", "httpd", "cat"):
             (self.rootfs / "bin" / applet).symlink_to("busybox")
         (self.directory / "config.toml").write_text(CONFIG)
         self.start()
@@ -110,9 +121,7 @@ class Containerd(Resource):
             str(self.directory / "containerd.sock"), *arguments,
         ]  # fmt: skip
 
-    def run(
-        self, name: str, conflist: Mapping[str, Any], *command: str, detached: bool = False
-    ) -> Container:
+    def run(self, name: str, conflist: Mapping[str, Any], *command: str, detached: bool = False) -> Container:
         """``ctr run --cni``; in the foreground, where ctr itself sends the DEL in the end, unless detached.
 
         Returns when the container runs. Raises AssertionError with what ctr says if it does not.
@@ -207,7 +216,9 @@ class Container:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run it inside, by ``ctr tasks exec``."""
-        return self._containerd.ctr("tasks", "exec", "--exec-id", unique("e"), self.name, *command, check=check)
+        return self._containerd.ctr(
+            "tasks", "exec", "--exec-id", unique("e"), self.name, *command, check=check
+        )
 
     def pings(self, ip: str) -> bool:
         """Whether ``ip`` answers an echo request from inside."""

@@ -39,7 +39,7 @@ def test_what_the_runtime_does_not_list_is_gone_and_the_rest_goes_on(node: LabNo
         assert elsewhere.call("ADD", config(node, "pods", network="web")).exit == 0
         ips = kept.call("ADD", config(node), "eth1").json["ips"]
 
-        gc = kept.call("GC", config(node, **listing(kept), **{"runtimeConfig": {}}))
+        gc = kept.call("GC", config(node, **listing(kept), runtimeConfig={}))
         assert (gc.exit, gc.stdout) == (0, "")
         owners = {(row["container_id"], row["ifname"]) for row in node.ask("endpoint", "list")}
         assert owners == {(kept.id, "eth0"), (of_mesos.id, "eth0"), (elsewhere.id, "eth0")}
