@@ -230,6 +230,37 @@ async def test_the_real_process_adds_and_deletes_against_the_real_server(
     await server.stop()
 
 
+@pytest.mark.parametrize("nothing", [None, ""])
+async def test_calls_that_mean_no_endpoint_are_answered_alike_by_both_programs(
+    hook_program: Path, agent_socket: Path, nothing: str | None
+) -> None:
+    """libcni sets the variables of an endpoint for these too, to nothing."""
+
+    async def ask(command: str, **fields: object) -> tuple[int, dict[str, object]]:
+        config = {"name": "web", "cniVersion": "1.1.0", **fields}
+        names = ("CNI_CONTAINERID", "CNI_IFNAME", "CNI_NETNS", "CNI_ARGS")
+        env = {**cni_env(command, **dict.fromkeys(names, nothing)), "MOORAGE_SOCKET": str(agent_socket)}
+        exit_code, stdout = await run_hook(env, json.dumps(config).encode(), program=hook_program)
+        return exit_code, json.loads(stdout or b"{}")
+
+    for command, code in (("GC", 11), ("STATUS", 50)):
+        exit_code, refused = await ask(command)
+        assert (exit_code, refused["cniVersion"], refused["code"]) == (1, "1.1.0", code)
+    isolator = FakeIsolator()
+    handler = handler_for(isolator)
+    server = Server(agent_socket, {"cni": handler}, handler.undo)
+    await server.start()
+    listed = {"cni.dev/valid-attachments": [{"containerID": "c0ffee", "ifname": "eth0"}]}
+    assert await ask("GC", **listed) == (0, {})
+    assert [set(valid.keys) for valid in isolator.collected] == [{KEY}]
+    assert await ask("STATUS") == (0, {})
+    exit_code, refused = await ask("GC")
+    assert (exit_code, refused["code"]) == (1, 7)
+    versions = {"cniVersion": "1.1.0", "supportedVersions": list(hook.SUPPORTED_VERSIONS)}
+    assert await ask("VERSION") == (0, versions)
+    await server.stop()
+
+
 async def test_del_as_a_process_without_an_agent_is_done_within_a_second(
     hook_program: Path, agent_socket: Path
 ) -> None:
