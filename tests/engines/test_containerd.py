@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -51,8 +52,9 @@ def fetches(namespace: Namespace, url: str) -> bool:
 def test_two_containers_talk_over_both_families_and_leave_nothing(
     node: LabNode, containerd: Containerd
 ) -> None:
-    one = containerd.run("one", conflist(node))
-    two = containerd.run("two", conflist(node))
+    printed = json.loads(node.cli("network", "cni-config", "web", "--conflist").stdout)
+    one = containerd.run("one", printed)
+    two = containerd.run("two", printed)
     assert engines(node) == {"default-one": "cni", "default-two": "cni"}
     for here, there in ((one, two), (two, one)):
         for family in (4, 6):
