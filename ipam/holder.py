@@ -106,6 +106,7 @@ class Holder:
         except Fenced:
             # What is warm here may be another's meanwhile.
             self._holdings.serving = False
+            self._holdings.disputed = True
             raise
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(
@@ -139,6 +140,7 @@ class Holder:
         self._holdings.problem = str(error)
         if isinstance(error, (Fenced, StoreRewound)):
             self._holdings.serving = False
+            self._holdings.disputed = True
         if isinstance(error, StoreUnavailable):
             self._on_away(str(error))
         else:
@@ -227,7 +229,8 @@ class Holder:
 
     def _check_serving(self) -> None:
         if not self._holdings.serving:
-            raise TryAgain(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
+            kind = Fenced if self._holdings.disputed else TryAgain
+            raise kind(f"node {self._holdings.node} gives out no address now: {self._holdings.problem}")
 
     async def _wait_for(self, waiters: Sequence[Waiter], network: Network) -> list[Held]:
         if self._holdings.hopeless:
@@ -359,7 +362,7 @@ class Holder:
     # -- looking in
 
     def check_ready(self, network: str | None) -> None:
-        """Raises TryAgain saying why an ADD on ``network``, or on any, could get no address now."""
+        """Raises TryAgain saying why an ADD on ``network``, or on any, could get no address now; of them Fenced."""
         self._check_giving()
         if self._holdings.hopeless and not self._is_stocked(network):
             raise self._nothing_warm(self._holdings.hopeless)

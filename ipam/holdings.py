@@ -81,6 +81,8 @@ class Holdings:
     asking: who waits for one certain address to become warm.
     serving: whether what is held may be given out. Not when the journal is of another boot or lost, and
     not when another agent writes for this node; then only after the next sync.
+    disputed: another agent writes for this node, or the store forgot what it holds; so others may have it until the
+    next sync.
     preloads: whether networks that want it are kept ready before anybody used them.
     drained: nothing is given out or kept ready; ipam/drain.py.
     reconsider: what may lie ready here may be different now; upkeep looks at all of it, then takes this back.
@@ -112,6 +114,7 @@ class Holdings:
         self.wake = asyncio.Event()
         self._nudged = False
         self.serving = False
+        self.disputed = False
         self.drained = False
         self.reconsider = True
         self.returning: set[IPNetwork] = set()

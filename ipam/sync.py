@@ -83,6 +83,7 @@ async def sync(store: Store, writer: Writer, holdings: Holdings, is_live: IsLive
         log.error("record is left as it is", key=key, why=why)
     holdings.problem = ""
     holdings.serving = True
+    holdings.disputed = False
     holdings.wake.set()
     return report
 

@@ -50,7 +50,16 @@ from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel, admission
 from isolator.locks import KeyedLocks
-from isolator.model import UNLIMITED, Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, Work
+from isolator.model import (
+    UNLIMITED,
+    Asked,
+    AttachSpec,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    ValidAttachments,
+    Work,
+)
 from isolator.neighbours import surroundings
 from isolator.policy import NETGROUPS, Isolation, isolation_of
 from isolator.steps import reached
@@ -105,6 +114,7 @@ class Endpoints:
         self._doomed: dict[EndpointKey, Endpoint] = {}
         self._reap = asyncio.Event()
         self._gone: dict[EndpointKey, asyncio.Event] = {}
+        self._attached_at: dict[EndpointKey, int] = {}
 
     def load(self) -> None:
         """Start from the journal."""
@@ -281,6 +291,7 @@ class Endpoints:
             since=time.time(),
             port_mappings=spec.port_mappings,
             bandwidth=spec.bandwidth.within(network.max_bandwidth),
+            engine_network=spec.engine_network,
         )
 
     async def _connect(self, endpoint: Endpoint, *, without_cooldown: bool = False) -> Endpoint:
@@ -298,6 +309,7 @@ class Endpoints:
                 await self._ended(endpoint.key)
             raise
         self._endpoints[endpoint.key] = attached
+        self._attached_at[endpoint.key] = boottime()
         reached("attach:attached")
         if any(mapping.protocol == "udp" for mapping in endpoint.port_mappings):
             await self._kernel.forget_ports(endpoint.port_mappings)
@@ -356,20 +368,53 @@ class Endpoints:
                 log.warning("ADD undone: its caller went away", endpoint=str(key))
                 await self._begin_end(endpoint)
 
-    async def end(self, key: EndpointKey, *, only_if_gone: bool = False) -> bool:
+    async def end(
+        self, key: EndpointKey, *, only_if_gone: bool = False, request_id: str | None = None
+    ) -> bool:
         """Detach what is there under that key, and wait until it is gone; says whether it is.
 
-        only_if_gone: leave it if its interface is there, in a namespace with a process. Raises TimeoutError.
+        only_if_gone: leave it if its interface is there, in a namespace with a process. request_id: leave it if it
+        is another ADD's. Raises TimeoutError.
         """
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
-            if endpoint is None:
+            if endpoint is None or request_id not in (None, endpoint.request_id):
                 return True
             if only_if_gone and not await self._is_gone(endpoint):
                 return False
             await self._begin_end(endpoint)
             await self._ended(key)
             return True
+
+    async def collect_garbage(self, valid: ValidAttachments) -> None:
+        """Detach what an engine has no more; returns when it is gone. Raises TryAgain naming all that is still there.
+
+        What was not attached yet when the engine was asked stays: the engine could not know of it. After a restart
+        the moment of its ADD has to do for that.
+        """
+        garbage = [
+            endpoint
+            for endpoint in self._endpoints.values()
+            if endpoint.state in COLLECTED
+            and valid.lacks(endpoint)
+            and self._attached_at.get(endpoint.key, endpoint.asked.at) < valid.asked.at
+        ]
+        for endpoint in garbage:
+            log.info("endpoint collected: its engine has it no more", endpoint=str(endpoint.key))
+        ends = await asyncio.gather(
+            *(self.end(endpoint.key, request_id=endpoint.request_id) for endpoint in garbage),
+            return_exceptions=True,
+        )
+        left = [
+            f"{endpoint.key} ({str(end) or 'the kernel does not let go of it'})"
+            for endpoint, end in zip(garbage, ends, strict=True)
+            if isinstance(end, BaseException)
+        ]
+        if left:
+            raise TryAgain(
+                f"{len(left)} of {len(garbage)} endpoints that were left over are not removed yet: "
+                f"{', '.join(left)}; the agent goes on, and its log says what hinders it"
+            )
 
     async def _is_gone(self, endpoint: Endpoint) -> bool:
         if (
@@ -474,6 +519,7 @@ class Endpoints:
         for endpoint in batch:
             del self._endpoints[endpoint.key]
             del self._doomed[endpoint.key]
+            self._attached_at.pop(endpoint.key, None)
             self._gone.pop(endpoint.key).set()
             log.info("endpoint removed", endpoint=str(endpoint.key), ips=[str(ip) for ip in endpoint.ips])
         reached("detach:released")

@@ -42,7 +42,7 @@ from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.mending import mend
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, Work
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, ValidAttachments, Work
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
@@ -249,12 +249,15 @@ class Isolator:
 
     async def attach(self, spec: AttachSpec) -> Endpoint:
         """See Endpoints.attach. Raises InvalidInput on a gateway."""
+        self._refuse_on_gateway()
+        return await self._endpoints.attach(spec)
+
+    def _refuse_on_gateway(self) -> None:
         if self._settings.gateway:
             raise InvalidInput(
                 f"node {self.node} is a gateway, whose agent wires no containers; start the container on another node, "
                 "or this agent without --gateway"
             )
-        return await self._endpoints.attach(spec)
 
     async def detach(self, key: EndpointKey, asked: Asked) -> None:
         """See Endpoints.detach."""
@@ -263,6 +266,10 @@ class Isolator:
     async def check(self, key: EndpointKey, netns: str = "") -> Endpoint:
         """See Endpoints.check."""
         return await self._endpoints.check(key, netns)
+
+    async def collect_garbage(self, valid: ValidAttachments) -> None:
+        """See Endpoints.collect_garbage."""
+        await self._endpoints.collect_garbage(valid)
 
     # -- what an engine's facts are told to
 
@@ -285,9 +292,12 @@ class Isolator:
         return await self._endpoints.end(key, only_if_gone=True)
 
     async def ready(self, network: str | None = None) -> None:
-        """Raises TryAgain when an ADD on ``network`` would get no address now, NotFound."""
+        """Raises what an ADD on ``network`` would be refused with now: InvalidInput on a gateway, NotFound,
+        JournalUnwritable, TryAgain if it would get no address, Fenced if others may have this node's."""
+        self._refuse_on_gateway()
         if network is not None:
             await self._catalogue.network(network)
+        self._journal.check_writable()
         self._holder.check_ready(network)
 
     @property

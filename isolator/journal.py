@@ -39,8 +39,9 @@ from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointStat
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 2
-"""2: endpoints have port mappings and limits. What version 1 wrote is read as it is, but never the reverse."""
+SCHEMA_VERSION = 3
+"""2: endpoints have port mappings and limits. 3: and what their engine calls the network. What an earlier version wrote
+is read as it is, but never the reverse."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -163,6 +164,10 @@ class Journal:
                 self._db.executemany(statement, rows)
         except sqlite3.Error as error:
             raise _unwritable(self._path, error) from error
+
+    def check_writable(self) -> None:
+        """Commit something. Raises JournalUnwritable."""
+        self._set_meta("checked", "")
 
     async def make_durable(self) -> None:
         """What was committed so far survives a power failure from now on. Raises JournalUnwritable."""

@@ -105,6 +105,7 @@ class AttachSpec:
     netgroups: () means the network's default.
     mtu: bytes; None lets the network or the underlay decide.
     port_mappings: no two of them claim the same port of the node.
+    engine_network: what the engine itself calls the network, "" if that is not known.
     """
 
     key: EndpointKey
@@ -123,6 +124,7 @@ class AttachSpec:
     mtu: int | None = None
     port_mappings: tuple[PortMapping, ...] = ()
     bandwidth: Bandwidth = UNLIMITED
+    engine_network: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,7 @@ class Endpoint:
     host_ifname: the node's end, ``mrg`` + hash of the key.
     mac: the container end's MAC.
     since: wall clock, seconds, when the ADD was accepted.
+    engine_network: as in AttachSpec; "" also if the journal was lost since, or the ADD is older than the field.
     """
 
     key: EndpointKey
@@ -176,3 +179,26 @@ class Endpoint:
     since: float = 0.0
     port_mappings: tuple[PortMapping, ...] = ()
     bandwidth: Bandwidth = UNLIMITED
+    engine_network: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidAttachments:
+    """All that an engine has on one of its networks; whatever else it had there is garbage.
+
+    engine_network: what the engine calls the network; one network may be several of an engine's.
+    asked: when it said so; of what was attached later it could not know.
+    """
+
+    engine: str
+    engine_network: str
+    keys: frozenset[EndpointKey]
+    asked: Asked
+
+    def lacks(self, endpoint: Endpoint) -> bool:
+        """Whether it is the engine's, on that very network, and not among what it has."""
+        return (
+            (endpoint.engine, endpoint.engine_network) == (self.engine, self.engine_network)
+            and endpoint.asked.boot_id == self.asked.boot_id
+            and endpoint.key not in self.keys
+        )

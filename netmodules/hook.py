@@ -6,6 +6,8 @@ It holds no logic of networking, only that of not losing a call:
 
     no agent, ADD      wait WINDOW seconds for one, then error 11
     no agent, DEL      write the request into the spool, try once more, answer 0
+    no agent, STATUS   error 50 at once, it asks about now
+    no agent, GC       error 11 at once: its list grows old, and the engine will come again
     link breaks        send the same request, with the same id, again for WINDOW seconds
 
 Where a C compiler was at hand, the engine executes native/moorage-cni.c instead. That forwards the ordinary call by
@@ -107,7 +109,9 @@ def run(
         if command == "DEL":
             return deliver_del(call, environ, window)
         if command == "STATUS":
-            return ask_status(call)
+            return ask_once(call, CODE_NOT_AVAILABLE)
+        if command == "GC":
+            return ask_once(call, CODE_TRY_AGAIN)
         return deliver(call, window)
     except Refusal as refusal:
         return 1, error_answer(stdin, refusal)
@@ -192,15 +196,15 @@ def deliver(call: Call, window: float) -> tuple[int, bytes]:
             ) from None
 
 
-def ask_status(call: Call) -> tuple[int, bytes]:
-    """STATUS asks about now, so it does not wait for an agent."""
+def ask_once(call: Call, code: int) -> tuple[int, bytes]:
+    """For a call that means now, so that it does not wait for an agent. code: of the error if there is none."""
     try:
         return call.ask()
     except (NoAgent, Broken) as error:
-        raise Refusal(CODE_NOT_AVAILABLE, no_agent(call, error)) from None
+        raise Refusal(code, no_agent(call, error)) from None
     except Silent:
         raise Refusal(
-            CODE_NOT_AVAILABLE, f"the moorage agent at {text(call.socket)} does not answer; see its log"
+            code, f"the moorage agent at {text(call.socket)} does not answer; see its log"
         ) from None
 
 

@@ -24,6 +24,9 @@ from moorage.config import DEFAULT_SOCKET
 
 CNI_VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
+CAPABILITIES = ("portMappings", "bandwidth", "ips", "mac", "dns")
+"""What moorage-cni makes of a runtime's ``runtimeConfig``."""
+
 IPV4_BITS = 32
 """A block of IPv4 is never longer than this and one of IPv6 never shorter, so N alone says which is meant."""
 
@@ -361,22 +364,30 @@ def delete(session: Session, name: str) -> None:
 @network.command("cni-config", short_help="Print the configuration that an engine needs.")
 @click.argument("name")
 @click.option(
+    "--conflist",
+    is_flag=True,
+    help="Print a list of plugins, with moorage-cni as its only one, for containerd and others.",
+)
+@click.option(
     "--cni-version",
     type=click.Choice(CNI_VERSIONS),
-    default="0.2.0",
-    help="The version the result is given in.",
+    help="The version the result is given in.  [default: 0.2.0; 1.0.0 in a list]",
 )
 @pass_session
-def cni_config(session: Session, name: str, cni_version: str) -> None:
+def cni_config(session: Session, name: str, conflist: bool, cni_version: str | None) -> None:
     """Print the CNI configuration that an engine needs for a network.
 
     For Mesos put it into the agent's --network_cni_config_dir, and moorage-cni into its
     --network_cni_plugins_dir. Mesos reads addresses only in the form of CNI 0.1 and 0.2, hence the
     default; for runtimes that want a newer form name it with --cni-version.
 
+    Other runtimes want a list of plugins, mostly in /etc/cni/net.d: --conflist. It says what a runtime may
+    pass on: port mappings, bandwidth, addresses, MAC and name servers.
+
     \b
     Example:
       moorage network cni-config web > /etc/mesos/cni/web.json
+      moorage network cni-config web --conflist > /etc/cni/net.d/10-web.conflist
     """
 
     async def act(store: Store) -> str:
@@ -385,11 +396,12 @@ def cni_config(session: Session, name: str, cni_version: str) -> None:
 
     # Mesos passes no MOORAGE_SOCKET on to plugins, so another socket has to stand in the configuration.
     socket = str(session.config().socket)
-    print_json(
-        {
-            "cniVersion": cni_version,
-            "name": session.run(act),
-            "type": "moorage-cni",
-            **({"socket": socket} if socket != DEFAULT_SOCKET else {}),
-        }
-    )
+    plugin: dict[str, Any] = {"type": "moorage-cni"}
+    if socket != DEFAULT_SOCKET:
+        plugin["socket"] = socket
+    known = session.run(act)
+    if conflist:
+        plugin["capabilities"] = dict.fromkeys(CAPABILITIES, True)
+        print_json({"cniVersion": cni_version or "1.0.0", "name": known, "plugins": [plugin]})
+    else:
+        print_json({"cniVersion": cni_version or "0.2.0", "name": known, **plugin})

@@ -57,13 +57,20 @@ class RuntimeBandwidth(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class RuntimeConfig(msgspec.Struct, frozen=True, rename="camel"):
-    """What the runtime adds for the capabilities that the configuration declares."""
+    """What the runtime adds for the capabilities that the configuration declares.
+
+    ip_ranges and all below are read only to be refused: a container that lacks them would not be what was asked for.
+    """
 
     port_mappings: list[PortMapping] | None = None
     ips: list[str] | None = None
     mac: str | None = None
     dns: RuntimeDns | None = None
     bandwidth: RuntimeBandwidth | None = None
+    ip_ranges: object = None
+    aliases: object = None
+    device_id: object = msgspec.field(name="deviceID", default=None)
+    infiniband_guid: object = msgspec.field(name="infinibandGUID", default=None)
 
 
 class CniArgs(msgspec.Struct, frozen=True):
@@ -88,6 +95,8 @@ class PreviousInterface(msgspec.Struct, frozen=True, omit_defaults=True):
     mac: str | None = None
     mtu: int | None = None
     sandbox: str | None = None
+    socket_path: str | None = msgspec.field(name="socketPath", default=None)
+    pci_id: str | None = msgspec.field(name="pciID", default=None)
 
 
 class PreviousIp(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -100,11 +109,21 @@ class PreviousIp(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PreviousResult(msgspec.Struct, frozen=True):
-    """``prevResult`` in the shape of 0.3.0 and later."""
+    """``prevResult``: ``interfaces``, ``ips`` and ``routes`` since 0.3.0, ``ip4`` and ``ip6`` before."""
 
     interfaces: list[PreviousInterface] | None = None
     ips: list[PreviousIp] | None = None
     routes: list[dict[str, object]] | None = None
+    dns: Dns | None = None
+    ip4: dict[str, object] | None = None
+    ip6: dict[str, object] | None = None
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """An entry of ``cni.dev/valid-attachments``."""
+
+    container_id: str = msgspec.field(name="containerID")
+    ifname: str
 
 
 class Config(msgspec.Struct, frozen=True, rename="camel"):
@@ -122,6 +141,7 @@ class Config(msgspec.Struct, frozen=True, rename="camel"):
     args: Args | None = None
     runtime_config: RuntimeConfig | None = None
     prev_result: PreviousResult | None = None
+    valid_attachments: list[Attachment] | None = msgspec.field(name="cni.dev/valid-attachments", default=None)
 
     @property
     def version(self) -> str:
@@ -135,6 +155,11 @@ class Config(msgspec.Struct, frozen=True, rename="camel"):
         return (mesos.network_info or NetworkInfo()) if mesos else None
 
     @property
+    def engine(self) -> str:
+        """Which engine the endpoint is of, as records have it."""
+        return "cni" if self.network_info is None else "mesos"
+
+    @property
     def cni_args(self) -> CniArgs:
         """``args.cni``, empty if absent."""
         return (self.args.cni if self.args else None) or CniArgs()
@@ -143,6 +168,11 @@ class Config(msgspec.Struct, frozen=True, rename="camel"):
     def runtime(self) -> RuntimeConfig:
         """``runtimeConfig``, empty if absent."""
         return self.runtime_config or RuntimeConfig()
+
+    @property
+    def previous(self) -> PreviousResult:
+        """``prevResult``, empty if absent."""
+        return self.prev_result or PreviousResult()
 
     @property
     def network_name(self) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ipam.errors import InvalidInput
 from isolator.model import EndpointKey
 from netmodules.cni.errors import BadEnvironment
 
@@ -49,27 +50,39 @@ def read_key(env: Mapping[str, str]) -> EndpointKey:
     return read_environment(env, netns_required=False).key
 
 
+def read_attachment(container_id: str, ifname: str) -> EndpointKey:
+    """An endpoint's key from a list of them. Raises InvalidInput."""
+    problems = [
+        _container_id_problem(container_id, "containerID"),
+        _ifname_problem(ifname, "ifname"),
+    ]
+    found = "; ".join(filter(None, problems))
+    if found:
+        raise InvalidInput(f"an entry of cni.dev/valid-attachments is wrong: {found}")
+    return EndpointKey(container_id, ifname)
+
+
 def _refuse(problems: list[str]) -> None:
     found = "; ".join(filter(None, problems))
     if found:
         raise BadEnvironment(found)
 
 
-def _container_id_problem(value: str) -> str:
+def _container_id_problem(value: str, name: str = "CNI_CONTAINERID") -> str:
     if not value:
-        return "CNI_CONTAINERID is missing"
+        return f"{name} is missing"
     if len(value) > LONGEST_CONTAINER_ID:
-        return f"CNI_CONTAINERID is longer than {LONGEST_CONTAINER_ID} characters"
+        return f"{name} is longer than {LONGEST_CONTAINER_ID} characters"
     if _CONTAINER_ID.fullmatch(value) is None:
-        return f"CNI_CONTAINERID {value!r:.100} must be letters, digits, '_', '.', '-', no sign first"
+        return f"{name} {value!r:.100} must be letters, digits, '_', '.', '-', no sign first"
     return ""
 
 
-def _ifname_problem(value: str) -> str:
+def _ifname_problem(value: str, name: str = "CNI_IFNAME") -> str:
     if not value:
-        return "CNI_IFNAME is missing"
+        return f"{name} is missing"
     if value in (".", "..") or _IFNAME.fullmatch(value) is None:
-        return f"CNI_IFNAME {value!r:.100} must be 1 to 15 characters without '/', ':' and white space"
+        return f"{name} {value!r:.100} must be 1 to 15 characters without '/', ':' and white space"
     return ""
 
 

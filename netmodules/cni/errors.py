@@ -9,6 +9,12 @@ class IncompatibleVersion(MoorageError):
     code = 1
 
 
+class UnsupportedField(MoorageError):
+    """The runtime passes on what moorage has no way to serve; the message has the field and its value."""
+
+    code = 2
+
+
 class BadEnvironment(MoorageError):
     """CNI_* variables are missing or wrong; the message names all of them."""
 
@@ -25,3 +31,9 @@ class NotAvailable(MoorageError):
     """The answer to STATUS while an ADD could not work."""
 
     code = 50
+
+
+class LimitedConnectivity(MoorageError):
+    """The answer to STATUS while an ADD could not work and containers that run may be cut off."""
+
+    code = 51

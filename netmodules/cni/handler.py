@@ -3,8 +3,8 @@
     ADD     validate -> drain the spool for this key -> isolator.attach -> result
     DEL     key only -> isolator.detach -> nothing on stdout
     CHECK   prevResult against the endpoint, and the endpoint against the kernel (isolator.check)
-    STATUS  isolator.ready; error 50 with the reason
-    GC      not known yet, and says so
+    STATUS  isolator.ready; error 50 or 51 with the reason
+    GC      the list of what the engine has -> isolator.collect_garbage
 
 Whatever happens, the engine gets a result or a CNI error of one sentence, never a traceback.
 """
@@ -17,14 +17,14 @@ from typing import Protocol
 
 import structlog
 
-from ipam.errors import InvalidInput, MoorageError, NotFound, TryAgain
+from ipam.errors import Fenced, InvalidInput, MoorageError, NotFound
 from isolator.errors import NotAttached
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, ValidAttachments
 from netmodules.cni.config import Config, parse_config, version_at_least, version_for_errors
 from netmodules.cni.environment import read_environment, read_key
-from netmodules.cni.errors import BadEnvironment, IncompatibleVersion, NotAvailable
+from netmodules.cni.errors import BadEnvironment, IncompatibleVersion, LimitedConnectivity, NotAvailable
 from netmodules.cni.results import Gateways, differences, render_result
-from netmodules.cni.spec import attach_spec, network_of
+from netmodules.cni.spec import attach_spec, network_of, valid_attachments
 from netmodules.request import Reply, Request, refusal
 
 log = structlog.get_logger(__name__)
@@ -46,7 +46,11 @@ class Isolator(Protocol):
         ...
 
     async def ready(self, network: str | None) -> None:
-        """Raises TryAgain when an ADD could not work now."""
+        """Raises MoorageError when an ADD could not work now: Fenced if what runs may be cut off, NotFound."""
+        ...
+
+    async def collect_garbage(self, valid: ValidAttachments) -> None:
+        """Detach all that the engine has on that network and does not list. Raises TryAgain for what is left."""
         ...
 
     def known_networks(self) -> list[str]:
@@ -77,6 +81,7 @@ class CniHandler:
             "DEL": self._del,
             "CHECK": self._check,
             "STATUS": self._status,
+            "GC": self._gc,
         }
 
     async def __call__(self, request: Request) -> Reply:
@@ -147,8 +152,18 @@ class CniHandler:
         network = network_of(config)
         try:
             await self._isolator.ready(network)
-        except TryAgain as error:
+        except NotFound as error:
+            raise self._with_known_networks(network, error) from error
+        except Fenced as error:
+            raise LimitedConnectivity(str(error), details=error.details) from error
+        except MoorageError as error:
             raise NotAvailable(str(error), details=error.details) from error
+        return b""
+
+    async def _gc(self, request: Request) -> bytes:
+        config = parse_config(request.stdin)
+        _require_version(config, "GC", "1.1.0")
+        await self._isolator.collect_garbage(valid_attachments(config, request))
         return b""
 
     def _with_known_networks(self, network: str, error: NotFound) -> NotFound:

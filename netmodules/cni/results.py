@@ -5,6 +5,9 @@
     1.0.0            the same without ips[].version
     1.1.0            and interfaces[].mtu
 
+What plugins before us in a chain have made comes first, as they said it. The oldest shape has room for one address a
+family: ours, since who reads that shape wants to know of the interface that was asked for.
+
 Mesos reads only ``ip4``, ``ip6`` and ``dns`` and ignores what it does not know. With a pure result of 0.3.0
 or later it sees a plugin that succeeded without an address, and the task dies ten seconds later. So a call
 that comes from Mesos gets ``ip4`` and ``ip6`` on top of the shape that its configuration names: right for
@@ -50,7 +53,9 @@ def render_result(endpoint: Endpoint, config: Config, gateways: Gateways) -> byt
     body: dict[str, Any] = {"cniVersion": version}
     modern = version_at_least(version, "0.3.0")
     if modern:
-        body |= _modern(endpoint, version, gateways, config.prev_result or PreviousResult())
+        body |= _modern(endpoint, version, gateways, config.previous)
+    else:
+        body |= {name: ip for name, ip in _old_ips(config.previous).items() if ip}
     if not modern or config.network_info is not None:
         body |= {f"ip{ip.version}": _old_ip(ip, gateways) for ip in endpoint.ips}
     body["dns"] = dns_of(config, endpoint)
@@ -58,14 +63,19 @@ def render_result(endpoint: Endpoint, config: Config, gateways: Gateways) -> byt
 
 
 def dns_of(config: Config, endpoint: Endpoint) -> Dns:
-    """Field by field: the runtime's, else the configuration's, else the network's."""
+    """Field by field: the runtime's, else the configuration's, else the network's, else of the plugin before."""
     runtime = config.runtime.dns or RuntimeDns()
     own = config.dns or Dns()
+    before = config.previous.dns or Dns()
     return Dns(
-        nameservers=runtime.servers or own.nameservers or list(endpoint.nameservers) or None,
-        domain=own.domain or None,
-        search=runtime.searches or own.search or list(endpoint.search) or None,
-        options=runtime.options or own.options or None,
+        nameservers=runtime.servers
+        or own.nameservers
+        or list(endpoint.nameservers)
+        or before.nameservers
+        or None,
+        domain=own.domain or before.domain or None,
+        search=runtime.searches or own.search or list(endpoint.search) or before.search or None,
+        options=runtime.options or own.options or before.options or None,
     )
 
 
@@ -110,6 +120,10 @@ def _modern(endpoint: Endpoint, version: str, gateways: Gateways, previous: Prev
         "ips": [*(previous.ips or []), *ips],
         "routes": [*(previous.routes or []), *_routes(endpoint.ips, gateways)],
     }
+
+
+def _old_ips(previous: PreviousResult) -> dict[str, dict[str, object] | None]:
+    return {"ip4": previous.ip4, "ip6": previous.ip6}
 
 
 def _old_ip(ip: IPAddress, gateways: Gateways) -> dict[str, Any]:

@@ -7,6 +7,9 @@ netgroups               NetworkInfo.groups and label moorage.netgroups together
 port mappings           NetworkInfo.port_mappings and runtimeConfig.portMappings together
 bandwidth               label, then runtimeConfig.bandwidth, each direction by itself
 MAC                     label, runtimeConfig.mac, args.cni.mac, then CNI_ARGS MAC=
+
+What a runtime passes on in ``runtimeConfig`` was declared for us in ``capabilities``: that which would be missing if it
+were dropped is refused. Everything else that nobody here reads, in CNI_ARGS and ``args`` too, is dropped.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from __future__ import annotations
 from ipam.errors import InvalidInput
 from ipam.rates import check_rate
 from ipam.records import Label
-from isolator.model import AttachSpec, Bandwidth, IPAddress, Limit, PortMapping
-from netmodules.cni.config import Config, RuntimeBandwidth
-from netmodules.cni.environment import Environment
+from isolator.model import AttachSpec, Bandwidth, IPAddress, Limit, PortMapping, ValidAttachments
+from netmodules.cni.config import Config, RuntimeBandwidth, RuntimeConfig
+from netmodules.cni.environment import Environment, read_attachment
+from netmodules.cni.errors import UnsupportedField
 from netmodules.labels import Requested, read_address, read_labels, read_mac, read_name, read_netgroups
 from netmodules.ports import read_port_mapping, read_port_mappings
 from netmodules.request import Request
@@ -24,9 +28,14 @@ from netmodules.request import Request
 LARGEST_BURST = 2**35
 """Bits; the 4 GiB that a burst may be in the CNI reference plugin."""
 
+LONGEST_NAME = 255
+"""Characters of an engine's name for a network, which is a file name or could be."""
+
 
 def attach_spec(config: Config, environment: Environment, request: Request) -> AttachSpec:
-    """What an ADD asks for. Raises InvalidInput naming the field."""
+    """What an ADD asks for. Raises InvalidInput naming the field, UnsupportedField."""
+    _refuse_unsupported(config.runtime)
+    _refuse_taken_ifname(config, environment.key.ifname)
     labels = _labels(config)
     requested = read_labels(labels)
     info = config.network_info
@@ -35,7 +44,7 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
         key=environment.key,
         request_id=request.request_id,
         asked=request.asked,
-        engine="cni" if info is None else "mesos",
+        engine=config.engine,
         network=network_of(config),
         netns=environment.netns,
         ips=_ips(config, environment, requested),
@@ -48,6 +57,23 @@ def attach_spec(config: Config, environment: Environment, request: Request) -> A
         mtu=config.mtu,
         port_mappings=_port_mappings(config),
         bandwidth=_bandwidth(config, requested),
+        engine_network=_engine_network(config),
+    )
+
+
+def valid_attachments(config: Config, request: Request) -> ValidAttachments:
+    """What a GC says the engine has. Raises InvalidInput; above all without a list, which never means an empty one."""
+    if config.valid_attachments is None:
+        raise InvalidInput(
+            'GC needs the list "cni.dev/valid-attachments"; without one nothing is removed, an empty one is []'
+        )
+    if not config.name:
+        raise InvalidInput('GC needs the "name" of the CNI configuration whose attachments are listed')
+    return ValidAttachments(
+        engine=config.engine,
+        engine_network=_engine_network(config),
+        keys=frozenset(read_attachment(one.container_id, one.ifname) for one in config.valid_attachments),
+        asked=request.asked,
     )
 
 
@@ -56,6 +82,37 @@ def network_of(config: Config) -> str:
     if not config.network_name:
         raise InvalidInput('the CNI configuration names no network; set "name" or "network"')
     return read_name("the network's name", config.network_name)
+
+
+def _engine_network(config: Config) -> str:
+    name = config.name or ""
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise InvalidInput(
+            f'the "name" of the CNI configuration must be at most {LONGEST_NAME} printable characters, not {name!r:.80}'
+        )
+    return name
+
+
+def _refuse_unsupported(runtime: RuntimeConfig) -> None:
+    for field, value in (
+        ("ipRanges", runtime.ip_ranges),
+        ("aliases", runtime.aliases),
+        ("deviceID", runtime.device_id),
+        ("infinibandGUID", runtime.infiniband_guid),
+    ):
+        if value:
+            raise UnsupportedField(
+                f"runtimeConfig.{field} = {value!r:.200} is nothing that moorage can do; "
+                f'take "{field}" out of "capabilities" in the CNI configuration'
+            )
+
+
+def _refuse_taken_ifname(config: Config, ifname: str) -> None:
+    if any(before.name == ifname and before.sandbox for before in config.previous.interfaces or ()):
+        raise InvalidInput(
+            f"a plugin before this one in the chain has made the container's {ifname} already (see prevResult); "
+            "leave that plugin out, or put moorage-cni first and in its place"
+        )
 
 
 def _labels(config: Config) -> list[Label]:

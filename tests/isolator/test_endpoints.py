@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+import isolator.endpoints as endpoints_module
 from ipam.catalogue import Catalogue
-from ipam.errors import NotFound
+from ipam.errors import NotFound, TryAgain
 from ipam.holder import Holder
 from ipam.holdings import Conflict
 from ipam.keys import IPAddress
@@ -36,6 +37,7 @@ from isolator.model import (
     EndpointKey,
     EndpointState,
     Limit,
+    ValidAttachments,
 )
 from tests.patience import PATIENCE
 
@@ -300,6 +302,93 @@ async def test_what_no_process_is_left_on_is_gone_for_an_engine_whose_processes_
     cni = await node.endpoints.attach(node.spec("later", at=boottime()))
     node.kernel.vacant.add(cni.host_ifname)
     assert not await node.endpoints.end(cni.key, only_if_gone=True)
+
+
+def valid(*containers: str, at: int | None = None, **changes: Any) -> ValidAttachments:
+    """What a CNI runtime has on its network ``pods``; asked for now, unless it is said when."""
+    keys = frozenset(EndpointKey(name, "eth0") for name in containers)
+    listed = ValidAttachments("cni", "pods", keys, Asked(BOOT, at or boottime()))
+    return replace(listed, **changes)
+
+
+async def pods(node: Node, *containers: str) -> list[Endpoint]:
+    return [
+        await node.endpoints.attach(replace(node.spec(name, request=name), engine_network="pods"))
+        for name in containers
+    ]
+
+
+def ids(node: Node) -> list[str]:
+    return sorted(endpoint.key.container_id for endpoint in node.endpoints.all())
+
+
+async def test_garbage_is_what_the_engine_does_not_list(node: Node) -> None:
+    await pods(node, "kept", "left", "over")
+    await node.endpoints.collect_garbage(valid("kept", "of an earlier boot"))
+    assert ids(node) == ["kept"]
+    assert len(node.holder.assigned()) == 1
+    await node.endpoints.collect_garbage(valid())
+    assert ids(node) == []
+
+
+async def test_garbage_is_of_one_engine_and_of_the_network_as_that_calls_it(node: Node) -> None:
+    for name, engine, called in (
+        ("other engine", "mesos", "pods"),
+        ("other name", "cni", "web"),
+        ("unknown name", "cni", ""),
+        ("left", "cni", "pods"),
+    ):
+        spec = replace(node.spec(name), engine=engine, engine_network=called)
+        await node.endpoints.attach(spec)
+    await node.endpoints.collect_garbage(valid(asked=Asked("another boot", boottime())))
+    assert len(ids(node)) == 4
+    await node.endpoints.collect_garbage(valid())
+    assert ids(node) == ["other engine", "other name", "unknown name"]
+
+
+async def test_who_was_attached_after_the_engine_was_asked_is_no_garbage(node: Node) -> None:
+    before = boottime()
+    await pods(node, "young")
+    await node.endpoints.collect_garbage(valid(at=before))
+    assert ids(node) == ["young"], "although its ADD was asked for earlier"
+    await node.endpoints.collect_garbage(valid())
+    assert ids(node) == []
+
+
+async def test_an_add_under_way_is_no_garbage(node: Node) -> None:
+    adding = asyncio.create_task(pods(node, "young"))
+    while not node.endpoints.all():
+        await asyncio.sleep(0)
+    await node.endpoints.collect_garbage(valid())
+    [endpoint] = await adding
+    assert endpoint.state is EndpointState.ATTACHED
+    assert ids(node) == ["young"]
+
+
+async def test_a_newer_endpoint_of_the_same_name_outlives_the_garbage(node: Node) -> None:
+    [old] = await pods(node, "c1")
+    collecting = asyncio.create_task(node.endpoints.collect_garbage(valid()))
+    await node.endpoints.detach(old.key, Asked(BOOT, 2000))
+    new = await node.endpoints.attach(replace(node.spec(request="again", at=3000), engine_network="pods"))
+    await collecting
+    assert node.endpoints.all() == [new]
+
+
+async def test_all_garbage_that_is_left_is_named_and_the_rest_is_gone(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints_module, "END_PATIENCE", 0.3)
+    await pods(node, "bad", "good", "worse", "kept")
+    stuck = ("bad", "worse")
+    node.kernel.fail["remove"] = lambda e: OSError("stale") if e.key.container_id in stuck else None
+    with pytest.raises(TryAgain, match="2 of 3 endpoints") as left:
+        await node.endpoints.collect_garbage(valid("kept"))
+    assert all(f"{name}/eth0" in str(left.value) for name in stuck)
+    assert ids(node) == ["bad", "kept", "worse"]
+    node.kernel.fail.clear()
+    for name in stuck:
+        await node.gone(name)
+    await node.endpoints.collect_garbage(valid("kept"))
 
 
 def conflict(endpoint: Endpoint) -> Conflict:

@@ -17,7 +17,7 @@ from ipam.errors import StoreError
 from ipam.journal import AddressRow, BlockRow
 from ipam.records import Address, AddressState, Label
 from isolator.errors import JournalUnwritable
-from isolator.journal import Journal
+from isolator.journal import SCHEMA_VERSION, Journal
 from isolator.model import (
     UNLIMITED,
     Asked,
@@ -56,6 +56,7 @@ ENDPOINT = Endpoint(
         PortMapping("sctp", 9, 9, ip_address("::")),
     ),
     bandwidth=Bandwidth(ingress=Limit(10**7), egress=Limit(10**6, 80_000)),
+    engine_network="web-of-the-engine",
 )
 ADDRESS = AddressRow(
     ip_address("10.0.0.1"),
@@ -94,16 +95,16 @@ def test_everything_written_is_there_when_it_is_opened_again(path: Path) -> None
 
 def test_a_journal_of_an_older_moorage_is_read_and_no_longer_one_of_its_own(path: Path) -> None:
     journal = Journal(path, BOOT)
-    older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED)
+    older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED, engine_network="")
     journal.save_endpoint(older)
     fields = msgspec.json.decode(journal._db.execute("SELECT value FROM endpoints").fetchone()[0])
-    del fields["port_mappings"], fields["bandwidth"]
+    del fields["port_mappings"], fields["bandwidth"], fields["engine_network"]
     journal._db.execute("UPDATE endpoints SET value = ?", (msgspec.json.encode(fields),))
     journal._set_meta("schema", "1")
     journal.close()
     again = Journal(path, BOOT)
     assert again.load_endpoints() == [older]
-    assert again._meta("schema") == "2"
+    assert again._meta("schema") == str(SCHEMA_VERSION)
     assert not again.rebuilt
     again.close()
 

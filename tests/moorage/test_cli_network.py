@@ -320,6 +320,17 @@ def test_the_default_socket_is_left_out_of_the_cni_config(moorage: CommandLine) 
     assert shown == {"cniVersion": "1.0.0", "name": "web", "type": "moorage-cni"}
 
 
+def test_a_list_of_plugins_says_what_a_runtime_may_pass_on(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/24")
+    shown = json.loads(moorage.ok("network", "cni-config", "web", "--conflist"))
+    [plugin] = shown.pop("plugins")
+    assert shown == {"cniVersion": "1.0.0", "name": "web"}
+    capabilities = dict.fromkeys(("portMappings", "bandwidth", "ips", "mac", "dns"), True)
+    assert plugin == {"type": "moorage-cni", "socket": str(moorage.socket), "capabilities": capabilities}
+    newer = moorage.ok("network", "cni-config", "web", "--conflist", "--cni-version", "1.1.0")
+    assert json.loads(newer)["cniVersion"] == "1.1.0"
+
+
 @pytest.mark.parametrize(
     ("dns", "file", "warned"),
     [

@@ -14,7 +14,7 @@ from typing import Any
 
 from ipam.errors import NotFound
 from isolator.errors import NotAttached
-from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, ValidAttachments
 from netmodules.cni.handler import CniHandler
 from netmodules.request import Reply, Request
 
@@ -36,6 +36,7 @@ class FakeIsolator:
         self.networks = dict(networks or {"web": ["10.1.0.0/24"], "dual": ["10.2.0.0/24", "fd00::/64"]})
         self.specs: list[AttachSpec] = []
         self.detached: list[tuple[EndpointKey, Asked]] = []
+        self.collected: list[ValidAttachments] = []
         self.live: dict[EndpointKey, Endpoint] = {}
         self.failure: Exception | None = None
         self._hosts = itertools.count(10)
@@ -66,6 +67,7 @@ class FakeIsolator:
             labels=spec.labels,
             nameservers=("10.9.9.9",),
             search=("net.internal",),
+            engine_network=spec.engine_network,
         )
         self.live[spec.key] = endpoint
         return endpoint
@@ -83,6 +85,12 @@ class FakeIsolator:
 
     async def ready(self, network: str | None) -> None:
         self._fail()
+        if network is not None and network not in self.networks:
+            raise NotFound(f"network {network} does not exist")
+
+    async def collect_garbage(self, valid: ValidAttachments) -> None:
+        self._fail()
+        self.collected.append(valid)
 
     def known_networks(self) -> list[str]:
         return list(self.networks)

@@ -97,6 +97,15 @@ def test_status_without_an_agent_is_unavailable_at_once(agent_socket: Path) -> N
     assert error_of(hook.run(env, b""))["code"] == 50
 
 
+def test_gc_is_not_sent_later_than_it_was_asked_for(agent_socket: Path) -> None:
+    env = environ("GC", agent_socket, CNI_CONTAINERID=None, CNI_IFNAME=None, CNI_NETNS=None)
+    absent = error_of(hook.run(env, b""))
+    with agent(agent_socket, break_off) as seen:
+        broken = error_of(hook.run(env, b""))
+    assert (absent["code"], broken["code"], len(seen)) == (11, 11, 1)
+    assert spooled(agent_socket) == []
+
+
 @pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK"])
 def test_a_broken_call_is_sent_again_with_the_same_id(agent_socket: Path, command: str) -> None:
     with agent(agent_socket, break_off, break_off, reply) as seen:
@@ -216,6 +225,37 @@ async def test_the_real_process_adds_and_deletes_against_the_real_server(
     await server.stop()
 
 
+@pytest.mark.parametrize("nothing", [None, ""])
+async def test_calls_that_mean_no_endpoint_are_answered_alike_by_both_programs(
+    hook_program: Path, agent_socket: Path, nothing: str | None
+) -> None:
+    """libcni sets the variables of an endpoint for these too, to nothing."""
+
+    async def ask(command: str, **fields: object) -> tuple[int, dict[str, object]]:
+        config = {"name": "web", "cniVersion": "1.1.0", **fields}
+        names = ("CNI_CONTAINERID", "CNI_IFNAME", "CNI_NETNS", "CNI_ARGS")
+        env = {**cni_env(command, **dict.fromkeys(names, nothing)), "MOORAGE_SOCKET": str(agent_socket)}
+        exit_code, stdout = await run_hook(env, json.dumps(config).encode(), program=hook_program)
+        return exit_code, json.loads(stdout or b"{}")
+
+    for command, code in (("GC", 11), ("STATUS", 50)):
+        exit_code, refused = await ask(command)
+        assert (exit_code, refused["cniVersion"], refused["code"]) == (1, "1.1.0", code)
+    isolator = FakeIsolator()
+    handler = handler_for(isolator)
+    server = Server(agent_socket, {"cni": handler}, handler.undo)
+    await server.start()
+    listed = {"cni.dev/valid-attachments": [{"containerID": "c0ffee", "ifname": "eth0"}]}
+    assert await ask("GC", **listed) == (0, {})
+    assert [set(valid.keys) for valid in isolator.collected] == [{KEY}]
+    assert await ask("STATUS") == (0, {})
+    exit_code, refused = await ask("GC")
+    assert (exit_code, refused["code"]) == (1, 7)
+    versions = {"cniVersion": "1.1.0", "supportedVersions": list(hook.SUPPORTED_VERSIONS)}
+    assert await ask("VERSION") == (0, versions)
+    await server.stop()
+
+
 async def test_del_as_a_process_without_an_agent_does_not_wait_for_one(
     hook_program: Path, agent_socket: Path
 ) -> None:
@@ -304,7 +344,7 @@ def test_the_hook_finds_the_package_it_was_installed_with_through_links(
 RESUMED = ("--resume", "0123456789abcdef" * 2, "1000000000")
 
 
-@pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK", "STATUS"])
+@pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK", "STATUS", "GC"])
 def test_a_resumed_call_keeps_its_id_and_its_time(agent_socket: Path, command: str) -> None:
     with agent(agent_socket, reply) as seen:
         assert hook.run(environ(command, agent_socket), b"", RESUMED) == (0, b"result")

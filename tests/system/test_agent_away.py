@@ -174,6 +174,8 @@ def test_with_a_full_disk_add_is_refused_and_del_still_works(small_disk: Path) -
                 assert second.delete("web").exit == 0
             assert answers[-1].json["code"] == 11
             assert "journal" in answers[-1].json["msg"]
+            status = second.status("web").json
+            assert (status["code"], "journal" in status["msg"]) == (50, True)
             assert first.delete("web").exit == 0
             eventually(lambda: links(node) == [])
             filler.unlink()

@@ -18,10 +18,13 @@ def test_the_older_of_two_agents_under_one_name_is_fenced_until_the_newer_one_en
         refused = after.add("web")
         assert refused.json["code"] == 11
         assert "another agent" in refused.json["msg"]
+        status = after.status("web").json
+        assert (status["code"], "another agent" in status["msg"]) == (51, True)
         assert node.namespace.pings(ips[4])
         assert before.delete("web").exit == 0
         assert twin.ask("status")["problem"] == ""
         twin.stop()
         eventually(lambda: node.ask("status")["problem"] == "")
+        assert after.status("web").exit == 0
         assert after.add("web").exit == 0
         after.delete("web")

@@ -6,7 +6,8 @@ import contextlib
 
 import pytest
 
-from moorage.lab import LabNode
+from moorage.lab import Lab, LabNode
+from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
 
@@ -37,3 +38,30 @@ def test_a_drained_node_is_not_ready(node: LabNode) -> None:
     assert "is drained" in status.json["msg"]
     node.cli("node", "drain", "node", "--undo")
     assert container.status("web").exit == 0
+
+
+@pytest.mark.etcd
+def test_without_its_store_a_node_is_ready_for_as_long_as_addresses_are_warm() -> None:
+    with Lab(nodes=1) as lab, contextlib.ExitStack() as stack:
+        lab.start()
+        [node] = lab.nodes
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/24")
+        containers = [stack.enter_context(node.container()) for _ in range(24)]
+        assert containers[0].add("web").exit == 0
+        eventually(lambda: any(row["state"] == "warm" for row in node.ask("status")["addresses"]))
+        lab.etcd.kill()
+        assert containers[0].status("web").exit == 0
+        refused = next(answer for answer in (one.add("web") for one in containers[1:]) if answer.exit)
+        assert refused.json["code"] == 11
+        status = containers[0].status("web").json
+        assert (status["code"], "is warm on node n1" in status["msg"]) == (50, True)
+
+
+@pytest.mark.etcd
+def test_a_gateway_is_never_ready_for_containers() -> None:
+    with Lab(nodes=1, gateway=True) as lab:
+        lab.start()
+        assert lab.gateway is not None
+        lab.gateway.cli("network", "create", "web", "--pool", "10.64.0.0/24")
+        status = lab.gateway.container().status("web").json
+        assert (status["code"], "is a gateway" in status["msg"]) == (50, True)

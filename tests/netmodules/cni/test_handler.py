@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from ipam.errors import Exhausted, InvalidInput, StoreUnavailable
+from ipam.errors import Exhausted, Fenced, InvalidInput, StoreError, StoreUnavailable, TryAgain
 from isolator.errors import JournalUnwritable, NamespaceGone
-from isolator.model import EndpointKey
+from isolator.model import EndpointKey, ValidAttachments
 from netmodules.request import Reply
 from tests.netmodules.fakes import (
     ASKED,
@@ -22,6 +22,7 @@ from tests.netmodules.fakes import (
 )
 
 KEY = EndpointKey("c0ffee", "eth0")
+NO_ENDPOINT: dict[str, str | None] = {"CNI_CONTAINERID": None, "CNI_IFNAME": None, "CNI_NETNS": None}
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ async def test_add_names_all_missing_variables_before_it_looks_at_stdin(isolator
     assert_cni_error(reply, 4, "CNI_CONTAINERID", "CNI_NETNS")
 
 
-@pytest.mark.parametrize("command", ["", "VERSION", "GC", "add"])
+@pytest.mark.parametrize("command", ["", "VERSION", "gc", "add"])
 async def test_an_unknown_command_is_an_error_of_the_environment(
     isolator: FakeIsolator, command: str
 ) -> None:
@@ -129,11 +130,80 @@ async def test_check_of_an_unknown_endpoint_fails(isolator: FakeIsolator) -> Non
 
 async def test_status_says_50_and_why_while_add_cannot_work(isolator: FakeIsolator) -> None:
     config = {"name": "web", "cniVersion": "1.1.0"}
-    env: dict[str, str | None] = {"CNI_CONTAINERID": None, "CNI_IFNAME": None, "CNI_NETNS": None}
-    assert await call(isolator, "STATUS", config, **env) == Reply(0, b"")
-    for error in (StoreUnavailable("etcd is down"), JournalUnwritable("the disk is full")):
+    assert await call(isolator, "STATUS", config, **NO_ENDPOINT) == Reply(0, b"")
+    for error in (
+        StoreUnavailable("etcd is down"),
+        JournalUnwritable("the disk is full"),
+        Exhausted("no address is left"),
+        StoreError("a pool cannot be read"),
+        InvalidInput("the node is a gateway"),
+    ):
         isolator.failure = error
-        assert_cni_error(await call(isolator, "STATUS", config, **env), 50, str(error))
+        assert_cni_error(await call(isolator, "STATUS", config, **NO_ENDPOINT), 50, str(error))
+
+
+async def test_status_says_51_while_others_may_have_what_runs_here(isolator: FakeIsolator) -> None:
+    isolator.failure = Fenced("another agent writes for this node")
+    config = {"name": "web", "cniVersion": "1.1.0"}
+    assert_cni_error(await call(isolator, "STATUS", config, **NO_ENDPOINT), 51, "another agent")
+
+
+async def test_status_of_an_unknown_network_says_what_add_would(isolator: FakeIsolator) -> None:
+    reply = await call(isolator, "STATUS", {"name": "wbe", "cniVersion": "1.1.0"}, **NO_ENDPOINT)
+    assert_cni_error(reply, 7, "wbe")
+    assert body(reply)["details"] == "known networks: dual, web"
+
+
+GC: dict[str, Any] = {"name": "web", "cniVersion": "1.1.0", "cni.dev/valid-attachments": []}
+
+
+async def test_gc_hands_on_what_the_engine_has_on_the_network_as_it_calls_it(isolator: FakeIsolator) -> None:
+    listed = [{"containerID": "c0ffee", "ifname": "eth0"}, {"containerID": "decaf", "ifname": "net1"}]
+    config = {**GC, "name": "pods", "network": "web", "cni.dev/valid-attachments": listed}
+    assert await call(isolator, "GC", config, **NO_ENDPOINT) == Reply(0, b"")
+    assert await call(isolator, "GC", GC, **NO_ENDPOINT) == Reply(0, b"")
+    assert isolator.collected == [
+        ValidAttachments("cni", "pods", frozenset({KEY, EndpointKey("decaf", "net1")}), ASKED),
+        ValidAttachments("cni", "web", frozenset(), ASKED),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cni.dev/valid-attachments": None},
+        {"cni.dev/valid-attachments": {}},
+        {"cni.dev/valid-attachments": "c0ffee"},
+        {"cni.dev/valid-attachments": [None]},
+        {"cni.dev/valid-attachments": ["c0ffee"]},
+        {"cni.dev/valid-attachments": [{"containerID": "c0ffee"}]},
+        {"cni.dev/valid-attachments": [{"containerID": "c0ffee", "ifname": ""}]},
+        {"cni.dev/valid-attachments": [{"containerID": "c0ffee", "ifname": 0}]},
+        {"cni.dev/valid-attachments": [{"containerID": "../c", "ifname": "eth0"}]},
+        {"cni.dev/valid-attachments": [{"containerID": "c0ffee", "ifname": "eth0"}, {}]},
+        {"name": ""},
+        {"name": None},
+        {"name": "web\n"},
+        {"name": "x" * 256},
+    ],
+)
+async def test_gc_without_a_list_beyond_doubt_removes_nothing(
+    isolator: FakeIsolator, change: dict[str, Any]
+) -> None:
+    assert_cni_error(await call(isolator, "GC", {**GC, **change}, **NO_ENDPOINT), 7)
+    missing = {key: value for key, value in GC.items() if key not in change}
+    assert_cni_error(await call(isolator, "GC", missing, **NO_ENDPOINT), 7)
+    assert isolator.collected == []
+
+
+async def test_gc_needs_a_version_that_has_it(isolator: FakeIsolator) -> None:
+    reply = await call(isolator, "GC", {**GC, "cniVersion": "1.0.0"}, **NO_ENDPOINT)
+    assert_cni_error(reply, 1, "GC needs cniVersion 1.1.0")
+
+
+async def test_gc_tells_of_all_that_is_left(isolator: FakeIsolator) -> None:
+    isolator.failure = TryAgain("2 of 3 endpoints are not removed yet: a/eth0, b/eth0")
+    assert_cni_error(await call(isolator, "GC", GC, **NO_ENDPOINT), 11, "a/eth0, b/eth0")
 
 
 async def test_label_errors_reach_the_user(isolator: FakeIsolator) -> None:

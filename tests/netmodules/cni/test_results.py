@@ -114,6 +114,55 @@ def test_a_chained_call_passes_the_previous_result_through() -> None:
     assert chained["routes"] == [*before["routes"], ROUTE4, ROUTE6]
 
 
+BEFORE: dict[str, Any] = {
+    "interfaces": [
+        {"name": "br0", "mac": "aa:aa:aa:aa:aa:aa"},
+        {"name": "eth9", "mac": "aa:aa:aa:aa:aa:ab", "sandbox": "/run/netns/c0ffee"},
+    ],
+    "ips": [{"version": "4", "address": "192.0.2.1/24", "gateway": "192.0.2.254", "interface": 1}],
+    "routes": [{"dst": "192.0.2.0/24", "gw": "192.0.2.254"}],
+    "dns": {"nameservers": ["192.0.2.53"], "domain": "before", "options": ["edns0"]},
+}
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
+def test_each_modern_version_passes_through_what_came_before_and_counts_on(version: str) -> None:
+    chained = result(version, prevResult=BEFORE)
+    alone = result(version)
+    assert chained["interfaces"] == [*BEFORE["interfaces"], *alone["interfaces"]]
+    assert chained["ips"] == [*BEFORE["ips"], *({**ip, "interface": 3} for ip in alone["ips"])]
+    assert chained["routes"] == [*BEFORE["routes"], *alone["routes"]]
+    assert chained["dns"] == {**BEFORE["dns"], **DNS}
+
+
+def test_what_1_1_0_knows_of_interfaces_and_routes_passes_through() -> None:
+    before = {
+        "interfaces": [{"name": "vf0", "mtu": 9000, "socketPath": "/run/v.sock", "pciID": "0000:03:00.0"}],
+        "routes": [{"dst": "::/0", "mtu": 1400, "advmss": 1300, "priority": 5, "table": 7, "scope": 253}],
+    }
+    chained = result("1.1.0", prevResult=before)
+    assert chained["interfaces"][:1] == before["interfaces"]
+    assert chained["routes"][:1] == before["routes"]
+
+
+def test_in_the_oldest_shape_only_a_family_that_is_not_ours_passes_through() -> None:
+    before: dict[str, Any] = {
+        "ip4": {"ip": "192.0.2.1/24", "gateway": "192.0.2.254"},
+        "ip6": {"ip": "2001:db8::1/64", "routes": [{"dst": "2001:db8::/32"}]},
+        "dns": {"domain": "before"},
+    }
+    assert result("0.2.0", prevResult=before) == {**result("0.2.0"), "dns": {**DNS, "domain": "before"}}
+    only4 = replace(ENDPOINT, ips=ENDPOINT.ips[:1])
+    chained = result("0.2.0", only4, prevResult=before)
+    assert (chained["ip4"], chained["ip6"]) == (OLD["ip4"], before["ip6"])
+
+
+@pytest.mark.parametrize("empty", [None, {}, {"interfaces": None, "ips": None, "routes": None, "dns": None}])
+def test_a_previous_result_of_nothing_changes_nothing(empty: object) -> None:
+    for version in SUPPORTED_VERSIONS:
+        assert result(version, prevResult=empty) == result(version)
+
+
 def kept(**fields: Any) -> PreviousResult:
     previous = parse_config(json.dumps({"prevResult": {**result("1.0.0"), **fields}}).encode()).prev_result
     assert previous is not None

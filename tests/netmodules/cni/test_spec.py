@@ -1,5 +1,6 @@
 """From a CNI call to an AttachSpec: who wins, and what is refused."""
 
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
@@ -10,6 +11,7 @@ from ipam.records import Label
 from isolator.model import UNLIMITED, AttachSpec, Bandwidth, Limit, PortMapping
 from netmodules.cni.config import parse_config
 from netmodules.cni.environment import read_environment
+from netmodules.cni.errors import UnsupportedField
 from netmodules.cni.spec import attach_spec
 from tests.netmodules.fakes import cni_env, cni_request, labels_config, mesos_config
 
@@ -171,3 +173,51 @@ def test_impossible_port_mappings_are_refused(mapping: dict[str, Any]) -> None:
 def test_a_network_needs_a_name_that_can_be_one(config: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="network"):
         spec_of({"type": "moorage-cni", **config})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ipRanges", [[{"subnet": "10.1.0.0/24"}]]),
+        ("aliases", ["db"]),
+        ("deviceID", "0000:03:00.0"),
+        ("infinibandGUID", "c2:11:22:33:44:55:66:77"),
+    ],
+)
+def test_what_a_container_would_miss_is_refused_with_field_and_value(field: str, value: object) -> None:
+    with pytest.raises(UnsupportedField, match=field) as refused:
+        spec_of({"name": "web", "runtimeConfig": {field: value}})
+    assert repr(value)[:20] in str(refused.value)
+    assert spec_of({"name": "web", "runtimeConfig": {field: None}}).network == "web"
+
+
+def test_what_only_informs_is_dropped() -> None:
+    config = {
+        "name": "web",
+        "runtimeConfig": {"cgroupPath": "/x", "io.kubernetes.cri.pod-annotations": {"a": "b"}},
+        "args": {"cni": {"other": 1}, "somebody.else": []},
+        "capabilities": {"ips": True},
+    }
+    pod = "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=c0ffee"
+    told = spec_of(config, CNI_ARGS=pod)
+    assert told == replace(spec_of({"name": "web"}), request_id=told.request_id)
+
+
+def test_the_addresses_of_the_runtime_are_asked_for() -> None:
+    config = {"name": "web", "runtimeConfig": {"ips": ["fd00::5/64", "10.1.0.5"]}}
+    assert ips_of(config) == ["10.1.0.5", "fd00::5"]
+    assert ips_of({"name": "web"}, CNI_ARGS="IgnoreUnknown=1;IP=10.1.0.7") == ["10.1.0.7"]
+
+
+def test_the_engines_own_name_for_the_network_is_kept() -> None:
+    spec = spec_of({"name": "pods", "network": "web"})
+    assert (spec.network, spec.engine_network) == ("web", "pods")
+    assert spec_of({"network": "web"}).engine_network == ""
+
+
+def test_an_interface_that_a_plugin_before_us_made_is_not_made_twice() -> None:
+    taken = {"interfaces": [{"name": "eth0", "sandbox": "/run/netns/c0ffee"}]}
+    with pytest.raises(InvalidInput, match="eth0 already"):
+        spec_of({"name": "web", "prevResult": taken})
+    on_the_node = {"interfaces": [{"name": "eth0"}, {"name": "eth1", "sandbox": "/run/netns/c0ffee"}]}
+    assert spec_of({"name": "web", "prevResult": on_the_node}).key.ifname == "eth0"
