@@ -1,8 +1,13 @@
-"""What every test run ends with: what random histories saw, and the seeds that they were drawn from."""
+"""What holds for every test, and what every run ends with: what random histories saw, and their seeds."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# One example may take its time: a busy machine stands still for longer than any deadline that would say something.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 HISTORY = "history"
 """The property (``record_property``) in which a random history says what it was. A worker's output would be lost."""

@@ -191,8 +191,7 @@ TAMPERING = {
 def test_what_somebody_does_to_it_is_undone(guests: list[Guest], what: str) -> None:
     one = guests[0]
     before = fabric_of(one.node)
-    one.node.namespace.run("sh", "-ec", TAMPERING[what])
-    assert fabric_of(one.node) != before
+    one.node.namespace.run("sh", "-ec", TAMPERING[what])  # it may be mended before anybody could look
     eventually(lambda: fabric_of(one.node) == before, within=COMPARED_WITHIN)
     assert unanswered(between(guests[:2])) == []
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from ipam.membership import LEASE
+from ipam.sync import REWIND_GRACE
 from moorage.lab import LabNode
 from tests.cluster.conftest import HEALED_WITHIN, Story, clean_again, stored_for
 from tests.cluster.load import NETWORK
@@ -34,6 +37,7 @@ def test_it_is_fenced_asserts_what_is_free_and_cuts_off_what_is_anothers(story: 
         assert all(stay.ip for stay in late)
         with other.container() as taker:
             assert taker.add(NETWORK, labels={"moorage.ip": robbed.ip}).exit == 0
+            healed = time.monotonic()
             lab.heal()
             eventually(
                 lambda: alone.ask("status")["conflicts"] == [f"{robbed.container.id}/eth0"], HEALED_WITHIN
@@ -44,9 +48,13 @@ def test_it_is_fenced_asserts_what_is_free_and_cuts_off_what_is_anothers(story: 
             eventually(lambda: alone.namespace.pings(robbed.ip, wait=1))
             assert all(alone.namespace.pings(stay.ip) for stay in (kept, *late))
             assert other.namespace.pings(robbed.ip)
-            (refused,) = load.settle(alone, 1)
-            assert refused.add.answer is not None
-            assert "was removed from" in refused.add.answer.json["msg"]
+            (asked,) = load.settle(alone, 1)
+            assert asked.add.answer is not None
+            # Nothing new is taken for a while; that may be over on a machine that took its time.
+            assert (
+                "was removed from" in asked.add.answer.json.get("msg", "")
+                or time.monotonic() > healed + REWIND_GRACE
+            )
             load.end(robbed)
             clean_again(lab)
             assert is_alive(alone.name, asked=other)

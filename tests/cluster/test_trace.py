@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -81,14 +82,26 @@ def broken(found: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def finds(lab: Lab, pair: Pair, plant: Callable[[], object], ifname: str = "eth0") -> tuple[str, str] | None:
-    """What a trace says right after ``plant``; again for a while, because agents mend some of it meanwhile."""
+    """What a trace says while ``plant`` is done over and over, because agents mend some of it at once; the first
+    that finds something, as it may look in between."""
     one, other = pair
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        plant()
-        found = broken(trace(lab, f"{one.id}/{ifname}", f"{other.id}/{ifname}"))
-        if found is not None or time.monotonic() > deadline:
-            return found
+    ending = threading.Event()
+
+    def go_on() -> None:
+        while not ending.is_set():
+            plant()
+
+    planting = threading.Thread(target=go_on)
+    planting.start()
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            found = broken(trace(lab, f"{one.id}/{ifname}", f"{other.id}/{ifname}"))
+            if found is not None or time.monotonic() > deadline:
+                return found
+    finally:
+        ending.set()
+        planting.join()
 
 
 def interface(lab: Lab, number: int, container: Container, ifname: str = "eth0") -> str:

@@ -98,6 +98,7 @@ async def test_one_node_gets_every_address_that_idle_nodes_keep_warm(store: Stor
         await four[0].take(net)
 
 
+@pytest.mark.slow
 async def test_a_hundred_nodes_ask_for_five_addresses_each_at_the_same_moment(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

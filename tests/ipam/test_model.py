@@ -242,7 +242,9 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("shape", [pytest.param(ROOMY, id="roomy"), pytest.param(TIGHT, id="tight")])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(ROOMY, id="roomy"), pytest.param(TIGHT, id="tight", marks=pytest.mark.slow)]
+)
 @settings(
     max_examples=60,
     deadline=None,

@@ -326,6 +326,7 @@ def test_a_master_that_does_not_lead_names_the_one_that_does(master: Master, age
         assert [known["id"]["value"] for known in listed["recovered_agents"]] == [agent.id]
 
 
+@pytest.mark.slow
 def test_it_holds_100_000_tasks() -> None:
     with Marathon().instance() as marathon:
         infos = [TaskInfo(f"big.instance-{n:032x}._app.1", "big", "f") for n in range(100_000)]

@@ -172,12 +172,13 @@ def test_an_agent_killed_at_any_step_of_del_completes_it_when_it_is_back(
     node, directory = mortal
     with node.container() as container:
         container.add("web")
+        mortal_pid = node.agent.pid
         (directory / "step").write_text(step)
         answer = container.delete("web")
         assert (answer.exit, answer.stdout) == (0, "")
         eventually(lambda: kills(directory))
         assert kills(directory)[0][0] == step
-        eventually(node.answers)
+        eventually(lambda: node.agent.pid != mortal_pid and node.answers())
         assert_nothing_left(node)
         assert links(node) == []
     node.cli("ip", "check")

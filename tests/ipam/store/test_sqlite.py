@@ -363,6 +363,7 @@ async def test_a_watch_that_was_overtaken_is_told(store: Store, path: Path) -> N
 # --- cost
 
 
+@pytest.mark.slow
 async def test_a_large_range_is_paged_and_never_held_whole(path: Path) -> None:
     await made(path)
     with raw(path) as db:
