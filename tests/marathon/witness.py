@@ -9,6 +9,7 @@ not slow the witness down.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -63,6 +64,12 @@ class Witness(contextlib.AbstractContextManager["Witness"]):
         while select.select([pipe], [], [], 0)[0] and (said := os.read(pipe, 8)):
             (self._found,) = struct.unpack("d", said)
         return self._found
+
+    async def sleep(self, seconds: float) -> None:
+        """Until so many have passed by its clock."""
+        until = self.now() + seconds
+        while self.now() < until:
+            await asyncio.sleep(SLEEP)
 
     def speed(self) -> float:
         """How fast the machine was on the average, against one with free processors."""

@@ -132,9 +132,10 @@ class MesosLab(contextlib.ExitStack):
 
     def power_off(self, name: str) -> None:
         """A machine is dead, with both its agents and all containers."""
-        self.agents[name].power_off()
         node = self.node(name)
+        # First: it would see the containers' interfaces go, and release what they had.
         node.kill()
+        self.agents[name].power_off()
         node.switch_off()
 
     def power_on(self, name: str, *, keeps_state: bool = True) -> None:
