@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Any
@@ -109,14 +110,25 @@ def why_by_port(session: Session, row: Mapping[str, Any], port: int, proto: str)
     """The reason once the port is looked at: only the node whose address is called knows where its ports lead."""
     what = f"whether {proto} port {port} is mapped to a container there"
     try:
-        is_own = row["target"] in session.ask_agent("status")["own_addresses"]
-        if is_own:
+        own = session.ask_agent("status")["own_addresses"]
+        if row["target"] in own or is_local(row["target"]):
             return mapped(session, row["target"], port, proto) or (
                 f"{row['why']}; {proto} port {port} is not mapped to a container"
             )
     except TryAgain:
         what += " is not known, since no agent answers here"
     return f"{row['why']}; {what}: ask on node {row['node']}" if row["node"] else str(row["why"])
+
+
+def is_local(ip: str) -> bool:
+    """Whether an address is this machine's, on any of its interfaces: only then can a socket have it."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((ip, 0))
+        except OSError:
+            return False
+    return True
 
 
 def mapped(session: Session, target: str, port: int, proto: str) -> str:

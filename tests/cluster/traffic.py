@@ -12,7 +12,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 
 FIRST_PORT, LAST_PORT = 1024, 65535
 PACE = 0.002
@@ -24,7 +23,7 @@ RESTING = 0.005
 
 
 class Flow:
-    """Datagrams to one target, each from another port than any of the last minute's."""
+    """Datagrams to one target, each from another port than the 60,000 before it."""
 
     def __init__(self, ip: str, port: int, mark: bytes, rate: float) -> None:
         self.sent = 0
@@ -32,9 +31,8 @@ class Flow:
         self._begun = time.monotonic()
         self._target = (ip, 0)
         self._to = struct.pack("!HHH", port, 8 + len(mark), 0) + mark
-        self._ports: Iterator[int] = itertools.cycle(range(FIRST_PORT, LAST_PORT + 1))
-        for _ in range(random.randrange(LAST_PORT - FIRST_PORT)):
-            next(self._ports)
+        first = random.randint(FIRST_PORT, LAST_PORT)
+        self._ports = itertools.cycle((*range(first, LAST_PORT + 1), *range(FIRST_PORT, first)))
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_UDP)
         # It would be given a copy of everything that arrives.
@@ -83,6 +81,7 @@ class Stream:
         self._connection = connection
         self._connection.settimeout(None)
         self._stopping = threading.Event()
+        self._sent = 0
         self._returned = 0
         self._longest = 0.0
         self._problem = ""
@@ -95,19 +94,18 @@ class Stream:
         self._stopping.set()
         for thread in self._threads:
             thread.join(within)
-        if any(thread.is_alive() for thread in self._threads):
-            self._problem = self._problem or f"not all came back within {within} s"
+        if self._returned != self._sent and not self._problem:
+            self._problem = f"{self._returned} of {self._sent} numbers came back within {within} s"
         return {"returned": self._returned, "longest": self._longest, "problem": self._problem}
 
     def _write(self) -> None:
         try:
-            for number in itertools.count():
-                if self._stopping.wait(RESTING):
-                    break
-                self._connection.sendall(struct.pack("!Q", number))
+            while not self._stopping.wait(RESTING):
+                self._connection.sendall(struct.pack("!Q", self._sent))
+                self._sent += 1
             self._connection.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self._problem = f"sending number {number}: {error}"
+            self._problem = f"sending number {self._sent}: {error}"
 
     def _read(self) -> None:
         try:
