@@ -10,7 +10,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup
 
 help:
-	@echo "make demo      see it work: three containers on a node of their own   (root)"
+	@echo "make demo      see it work: six containers on a node of their own     (root)"
 	@echo "make lab-demo  see a cluster work: three nodes, each fabric          (root)"
 	@echo "make marathon-demo  see a stale address found and released           (root)"
 	@echo "make test      everything is tested, with real namespaces             (root)"
