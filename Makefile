@@ -12,7 +12,7 @@ PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup
 FAST := $(shell [ "$$(df --output=avail -B1M /dev/shm 2>/dev/null | tail -1)" -ge 2048 ] 2>/dev/null && echo TMPDIR=/dev/shm)
 
 help:
-	@echo "make demo      see it work: three containers on a node of their own   (root)"
+	@echo "make demo      see it work: six containers on a node of their own     (root)"
 	@echo "make lab-demo  see a cluster work: three nodes, each fabric          (root)"
 	@echo "make marathon-demo  see a stale address found and released           (root)"
 	@echo "make test      everything is tested, with real namespaces             (root)"

@@ -96,9 +96,11 @@ def validate(network: Network) -> None:
             "starting with a letter or digit"
         )
     if network.mtu and not MTU[0] <= network.mtu <= MTU[1]:
-        raise InvalidInput(f"the MTU {network.mtu} is not between {MTU[0]} and {MTU[1]}")
+        raise InvalidInput(
+            f"the MTU {network.mtu} is not between {MTU[0]} and {MTU[1]}; correct it, 0 is the underlay's"
+        )
     if not 0 <= network.warm <= MAX_WARM:
-        raise InvalidInput(f"warm {network.warm} is not between 0 and {MAX_WARM}")
+        raise InvalidInput(f"warm {network.warm} is not between 0 and {MAX_WARM}; correct it")
     if network.fabric not in FABRICS:
         raise InvalidInput(
             f"there is no fabric {network.fabric!r}; a network's is one of {', '.join(FABRICS)}"

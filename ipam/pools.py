@@ -218,6 +218,14 @@ def parse_range(text: str, pool: IPNetwork) -> Range:
     return Range(int(left), int(right))
 
 
+def _meant(cidr: str) -> str | None:
+    """The network of a CIDR that names an address in it; None if it is none at all."""
+    try:
+        return str(ip_network(cidr, strict=False))
+    except ValueError:
+        return None
+
+
 def parse_pool(
     cidr: str,
     *,
@@ -231,7 +239,7 @@ def parse_pool(
         parsed = ip_network(cidr)
     except ValueError as error:
         raise InvalidInput(
-            f"the pool {cidr!r} is no CIDR ({error}); write for example 10.64.0.0/16"
+            f"the pool {cidr!r} is no CIDR ({error}); write for example {_meant(cidr) or '10.64.0.0/16'}"
         ) from error
     family = parsed.version
     if not LARGEST_POOL[family] <= parsed.prefixlen <= SMALLEST_POOL[family]:

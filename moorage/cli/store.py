@@ -128,7 +128,7 @@ def writing(file: str) -> Iterator[IO[bytes]]:
                 Path(out.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise InvalidInput(f"{file} cannot be written ({error}); name another file") from error
+        raise InvalidInput(f"{file} cannot be written ({error.strerror}); name another file") from error
 
 
 @contextlib.contextmanager
@@ -143,5 +143,5 @@ def reading(file: str) -> Iterator[IO[bytes]]:
             else:
                 source = stack.enter_context(Path(file).open("rb"))
         except OSError as error:
-            raise InvalidInput(f"{file} cannot be read ({error}); name another file") from error
+            raise InvalidInput(f"{file} cannot be read ({error.strerror}); name another file") from error
         yield source

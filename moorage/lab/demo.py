@@ -1,4 +1,4 @@
-"""`make demo`: moorage on one node, with three real containers, in about ten seconds.
+"""`make demo`: moorage on one node, with real containers, in about ten seconds.
 
 The node is a namespace of its own with an agent in it; the hook is executed as a Mesos agent executes it.
 Nothing of the machine's own networking, nor of an agent that runs on it, is touched.
