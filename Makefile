@@ -14,7 +14,7 @@ help:
 	@echo "make lab-demo  see a cluster work: three nodes, each fabric          (root)"
 	@echo "make marathon-demo  see a stale address found and released           (root)"
 	@echo "make test      everything is tested, with real namespaces             (root)"
-	@echo "make histories minutes of random disturbances, judged by an oracle    (root)"
+	@echo "make histories longer ones of the random histories (LENGTH, SEED)     (root)"
 	@echo "make check     ruff, mypy and the unit tests, in a minute"
 	@echo "make bench     against the reference CNI plugins                      (root)"
 	@echo "make setup     system packages and .venv only"
@@ -38,10 +38,12 @@ check: tools
 	$(PYTEST) -m "not kernel and not etcd and not slow"
 
 test: root tools
-	$(PYTEST) -m "not history"
+	$(PYTEST)
 
+# The random histories alone, and longer: sudo make histories LENGTH=10 SEED=7
+LENGTH ?= 4
 histories: root tools
-	$(PYTEST) -m history
+	HISTORY_LENGTH=$(LENGTH) HISTORY_SEED=$(SEED) $(PYTHON) -m pytest -m history
 
 demo: root setup
 	scripts/demo

@@ -20,7 +20,7 @@ from ipam.store import open_store
 from marathon.book import Book
 from marathon.client import decode_tasks
 from marathon.facts import Facts
-from marathon.reconcile import answers_for, gone_nodes, judge
+from marathon.reconcile import Timing, answers_for, called_gone, judge
 
 
 async def one_pass(url: str, body: bytes) -> dict[str, float]:
@@ -46,9 +46,9 @@ async def one_pass(url: str, body: bytes) -> dict[str, float]:
             facts,
             {},
             time.monotonic(),
-            30.0,
+            Timing(),
             answered=answers_for(assigned, facts),
-            gone=gone_nodes(assigned, facts),
+            called_gone=called_gone(assigned, facts),
         )
     await store.close()
     took["processor"] = time.process_time()

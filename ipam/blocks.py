@@ -25,6 +25,7 @@ class BlockUse:
     pool: str
     node: str
     assigned: int
+    allocated: int
     warm: int
     cooling: int
     others: int
@@ -59,6 +60,7 @@ async def _use(store: Store, block: IPNetwork, record: Block) -> BlockUse:
         pool=record.pool,
         node=record.node,
         assigned=states[AddressState.ASSIGNED],
+        allocated=states[AddressState.ALLOCATED],
         warm=states[AddressState.WARM],
         cooling=states[AddressState.COOLING],
         others=others,

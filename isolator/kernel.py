@@ -293,7 +293,7 @@ class Kernel:
         await self._reaping.run(flush_conntrack, list(ips))
 
     async def forget_forbidden(self, ips: Iterable[IPAddress]) -> None:
-        """Of those, only the ones to endpoints of this node that the policy would not let begin now."""
+        """Of those, only the TCP ones to endpoints of this node that the policy would not let begin now."""
         found = await self._reaping.run(connections_of, list(ips))
         if found and (doomed := await self._wiring.run(self._policy.forbidden, found)):
             await self._reaping.run(forget, doomed)

@@ -32,7 +32,7 @@ TELL_TOGETHER = 0.05
 
 FORGET_TOGETHER = 1.0
 """Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many.
-Members of a netgroup are judged without connections, so nothing between them waits for this."""
+Nothing that is forbidden waits for this: the policy judges callers packet by packet."""
 
 
 def surroundings(catalogue: Catalogue) -> Surroundings:
@@ -143,7 +143,8 @@ class Neighbours:
     # -- connections
 
     def left(self, ips: Sequence[IPAddress]) -> None:
-        """These may call, or be called by, fewer than before: connections that are forbidden now are forgotten soon."""
+        """These may call, or be called by, fewer than before. What is forbidden now is cut already; TCP connections
+        of it are forgotten soon, so that who goes on sending is told."""
         self._let_go(dict.fromkeys(ips, False))
 
     def _let_go(self, ips: dict[IPAddress, bool]) -> None:

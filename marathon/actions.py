@@ -13,11 +13,12 @@ from typing import ClassVar
 
 import structlog
 
+from ipam import keys
 from ipam.errors import MoorageError, NotFound, Overtaken
 from ipam.intents import ask
 from ipam.nodes import remove_node
 from ipam.records import Intent, IntentKind
-from ipam.store.base import Store
+from ipam.store.base import Compare, Store
 from marathon.facts import Assigned
 from marathon.labels import Relabel
 from marathon.leader import Leadership
@@ -160,7 +161,8 @@ class Actions:
 
     async def _remove(self, node: GoneNode) -> Outcome:
         """Raises Overtaken."""
-        guards = self._leadership.guards
+        # An agent that was there since has written what it is anew.
+        guards = (*self._leadership.guards, Compare(keys.NODES + node.name, node.revision))
         try:
             freed = await remove_node(self._store, node.name, force=True, guards=guards)
         except NotFound as error:

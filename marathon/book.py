@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -17,12 +18,13 @@ from ipam import keys
 from ipam.errors import StoreError
 from ipam.following import follow
 from ipam.records import NODE_ENGINE, Node
-from ipam.store.base import KeyValue, Store, WatchBatch, prefix_end
+from ipam.store.base import KeyValue, Store, WatchBatch, prefix_end, read_prefix
 from marathon.facts import Assigned, NodeFacts, instance_of
 
 log = structlog.get_logger(__name__)
 
 FOLLOWED = (keys.NODES, keys.ALIVE, keys.ADDRESSES)
+"""In this order: a node that is listed before its sign of life is away for no longer than the listing takes."""
 
 _ASSIGNED = "assigned"
 _IPV4 = f"{keys.ADDRESSES}4/"
@@ -31,14 +33,21 @@ _decode = msgspec.json.Decoder(Assigned).decode
 
 
 class Book:
-    """See the module's docstring. Reading it never blocks. listed: whether it is complete."""
+    """See the module's docstring. Reading it never blocks. listed: whether it is complete.
+
+    Every node that is known either lives or is away, since the moment in which this book saw it leave, or first saw
+    that it is not there. Whatever its agent writes of itself begins that anew: an agent was there, if only so
+    briefly that nobody saw its sign of life.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._addresses: dict[str, Assigned] = {}
         self._by_instance: dict[str, tuple[str, ...]] = {}
-        self._nodes: dict[str, str] = {}
+        self._nodes: dict[str, tuple[str, int]] = {}
         self._alive: set[str] = set()
+        self._away: dict[str, float] = {}
+        self._passed_over: dict[str, int] = {}
         self._rewound = asyncio.Event()
         self.listed = asyncio.Event()
 
@@ -68,8 +77,11 @@ class Book:
 
     def nodes(self) -> dict[str, NodeFacts]:
         """Every node that is registered or lives."""
-        names = self._nodes.keys() | self._alive
-        return {name: NodeFacts(name, name in self._alive, self._nodes.get(name, "")) for name in names}
+        return {
+            name: NodeFacts(name, agent, self._away.get(name), revision)
+            for name in self._nodes.keys() | self._alive
+            for agent, revision in [self._nodes.get(name, ("", 0))]
+        }
 
     # -- following
 
@@ -94,7 +106,10 @@ class Book:
         self.listed.set()
 
     async def _list(self, prefix: str) -> int:
-        self._forget(prefix)
+        if prefix != keys.ADDRESSES:
+            return await self._list_nodes(prefix)
+        self._addresses.clear()
+        self._by_instance.clear()
         cursor: str | None = prefix
         revision = 0
         while cursor is not None:
@@ -105,15 +120,22 @@ class Book:
             cursor = page.next_key
         return revision
 
-    def _forget(self, prefix: str) -> None:
-        match prefix:
-            case keys.ADDRESSES:
-                self._addresses.clear()
-                self._by_instance.clear()
-            case keys.NODES:
-                self._nodes.clear()
-            case _:
-                self._alive.clear()
+    async def _list_nodes(self, prefix: str) -> int:
+        """Their records or their signs of life. All at once: by half a list the others would be away."""
+        items, revision = await read_prefix(self._store, prefix)
+        listed = {kv.key.removeprefix(prefix) for kv in items}
+        for name in (self._nodes.keys() if prefix == keys.NODES else self._alive) - listed:
+            self._forget_node(prefix, name)
+        for kv in items:
+            self._note(prefix, kv)
+        return revision
+
+    def _forget_node(self, prefix: str, name: str) -> None:
+        if prefix == keys.NODES:
+            self._nodes.pop(name, None)
+        else:
+            self._alive.discard(name)
+            self._away[name] = time.monotonic()
 
     def _deliver(self, prefix: str, batch: WatchBatch) -> None:
         for event in batch.events:
@@ -121,10 +143,8 @@ class Book:
                 self._note(prefix, event.kv)
             elif prefix == keys.ADDRESSES:
                 self._forget_address(event.key)
-            elif prefix == keys.NODES:
-                self._nodes.pop(event.key.removeprefix(prefix), None)
             else:
-                self._alive.discard(event.key.removeprefix(prefix))
+                self._forget_node(prefix, event.key.removeprefix(prefix))
 
     def _forget_address(self, key: str) -> None:
         with contextlib.suppress(StoreError):  # a key that was never an address
@@ -137,11 +157,24 @@ class Book:
             try:
                 node = Node.decode(kv.key, kv.value)
             except StoreError as error:
-                log.warning("node passed over", why=str(error))
+                self._pass_over(kv, error)
                 return
-            self._nodes[kv.key.removeprefix(prefix)] = node.mesos_agent
+            self._note_node(kv.key.removeprefix(prefix), node.mesos_agent, kv.mod_revision)
         else:
             self._alive.add(kv.key.removeprefix(prefix))
+            self._away.pop(kv.key.removeprefix(prefix), None)
+
+    def _pass_over(self, kv: KeyValue, error: Exception) -> None:
+        """Told once, and not in every listing."""
+        if self._passed_over.get(kv.key) != kv.mod_revision:
+            self._passed_over[kv.key] = kv.mod_revision
+            log.warning("record passed over", key=kv.key, why=str(error))
+
+    def _note_node(self, name: str, mesos_agent: str, revision: int) -> None:
+        _, known = self._nodes.get(name, ("", 0))
+        self._nodes[name] = (mesos_agent, revision)
+        if name not in self._alive and revision != known:
+            self._away[name] = time.monotonic()
 
     def _note_address(self, kv: KeyValue) -> None:
         try:
@@ -149,7 +182,7 @@ class Book:
             ip = _ip_text(kv.key)
         except (msgspec.MsgspecError, UnicodeDecodeError, StoreError) as error:
             # Kept as it stands, like everything that cannot be judged; `moorage ip check` shows it.
-            log.warning("address passed over", key=kv.key, why=str(error))
+            self._pass_over(kv, error)
             return
         if ip in self._addresses:
             self._drop(ip)

@@ -133,11 +133,22 @@ class Assigned(msgspec.Struct, gc=False, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """A node. alive: its agent runs. mesos_agent: the id of the Mesos agent there, "" if it was never told."""
+    """A node.
+
+    mesos_agent: the id of the Mesos agent there, "" if it was never told. away_since: since when its own agent has
+    given no sign of life, by the monotonic clock of who watches; None while it runs. revision: of what it said of
+    itself last, 0 if it never did.
+    """
 
     name: str
-    alive: bool
     mesos_agent: str = ""
+    away_since: float | None = None
+    revision: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether its agent runs."""
+        return self.away_since is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ from marathon.client import Marathon
 from marathon.feed import Feed
 from marathon.leader import Leadership
 from marathon.mesos import Master
-from marathon.passes import RETRY, USUAL, Passes, Timing
+from marathon.passes import RETRY, Passes
+from marathon.reconcile import Timing
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +46,9 @@ OPEN_WITHIN = 5.0
 
 TELL_EVERY = 2.0
 """Seconds between writes of the listener's state; three times that when nothing happens."""
+
+ROWS_A_SECOND = 4000
+"""Addresses and tasks that full passes read, on the average; big clusters are looked at less often."""
 
 STAND_DOWN = 1.0
 """Seconds until one that lost leadership stands for it again."""
@@ -62,12 +66,12 @@ class Listener:
     """See the module's docstring."""
 
     def __init__(
-        self, store: Store, marathon: Marathon, master: Master | None = None, timing: Timing = USUAL
+        self, store: Store, marathon: Marathon, master: Master | None = None, timing: Timing | None = None
     ) -> None:
         self._store = store
         self._marathon = marathon
         self._master = master
-        self._timing = timing
+        self._timing = timing or Timing()
         self._instance = uuid.uuid4().hex
 
     async def run(self) -> None:
@@ -166,7 +170,8 @@ class Term:
         self._opened = self._feed.opened
         await self._book.refresh()
         await self._passes.full_pass()
-        pause = self._timing.interval
+        rows = self._passes.last_pass["addresses"] + (self._passes.last_pass["tasks"] or 0)
+        pause = max(self._timing.interval, rows / ROWS_A_SECOND)
         if self._passes.problems:
             pause = min(pause, RETRY)
         self._full_at = time.monotonic() + pause
@@ -212,5 +217,6 @@ class Term:
             },
             "grace": self._timing.grace,
             "interval": self._timing.interval,
+            "gone_after": self._timing.gone_after,
             **self._passes.report(),
         }

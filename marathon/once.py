@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from dataclasses import asdict
 from typing import Any
 
 from ipam.errors import TryAgain
@@ -15,26 +15,33 @@ from marathon.client import Marathon
 from marathon.leader import Leadership
 from marathon.listener import first_of, whereabouts
 from marathon.mesos import Master
-from marathon.passes import Passes, Timing
-from marathon.reconcile import Judgement
+from marathon.passes import Passes
+from marathon.reconcile import Timing
+
+LOOK = 0.5
+"""Seconds between looks at nodes that are waited for."""
 
 
 async def look(store: Store, marathon: Marathon, master: Master | None, timing: Timing) -> dict[str, Any]:
     """Judge everything and change nothing; also while a listener leads. Raises MoorageError.
 
-    Returns the report of passes.py, and ``gone``: nodes that would be freed, and why.
+    Returns the report of passes.py. Of nodes that Mesos calls gone it cannot say more than that their agents do not
+    run now.
     """
     leadership = await _candidate(store, marathon)
     book = Book(store)
     passes = Passes(store, book, marathon, master, leadership.framework, Actions(store, leadership), timing)
     await book.load()
-    return _told(passes, await passes.full_pass(act=False))
+    await passes.full_pass(act=False)
+    return passes.report()
 
 
 async def reconcile(
     store: Store, marathon: Marathon, master: Master | None, timing: Timing
 ) -> dict[str, Any]:
     """Judge everything, wait for the grace, act, and judge again. Raises TryAgain while a listener leads.
+
+    A node that Mesos calls gone is waited for as well: for as long as its agent has to be away, and a grace.
 
     Returns what ``look`` does, as it stands in the end.
     """
@@ -56,9 +63,14 @@ async def reconcile(
         await passes.full_pass()
         await asyncio.sleep(timing.grace)
         await passes.event_pass(())
+        deadline = time.monotonic() + timing.gone_after + timing.grace + LOOK
+        while passes.awaits_nodes and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK)
+            await passes.event_pass(())
         await actions.idle()
         await book.refresh()
-        told.update(_told(passes, await passes.full_pass(act=False)))
+        await passes.full_pass(act=False)
+        told.update(passes.report())
 
     try:
         await first_of(work(), book.follow(), actions.run(), leadership.lost())
@@ -72,7 +84,3 @@ async def reconcile(
 async def _candidate(store: Store, marathon: Marathon) -> Leadership:
     info = await asyncio.to_thread(marathon.info)
     return Leadership(store, info.framework_id or "", uuid.uuid4().hex, whereabouts())
-
-
-def _told(passes: Passes, found: Judgement) -> dict[str, Any]:
-    return {**passes.report(), "gone": [asdict(node) for node in found.gone]}

@@ -13,7 +13,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
@@ -34,10 +34,11 @@ from marathon.reconcile import (
     GoneNode,
     Judgement,
     Sighting,
+    Timing,
     Verdict,
     answered_kept,
     answers_for,
-    gone_nodes,
+    called_gone,
     judge,
     put_off,
 )
@@ -45,12 +46,6 @@ from marathon.reconcile import (
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-GRACE = 30.0
-"""Seconds between the first sighting of a suspicion and the question to the node's agent."""
-
-INTERVAL = 60.0
-"""Seconds between full passes."""
 
 RETRY = 5.0
 """Seconds until what failed is tried again."""
@@ -63,17 +58,6 @@ MOST_APPS = 50
 
 MOST_REPORTED = 200
 """Findings of each verdict that the listener's state lists; all are counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """grace, interval: seconds."""
-
-    grace: float = GRACE
-    interval: float = INTERVAL
-
-
-USUAL = Timing()
 
 
 class Passes:
@@ -100,6 +84,8 @@ class Passes:
         self._ended: dict[str, Condition] = {}
         self._sightings: dict[tuple[str, str], Sighting] = {}
         self._findings: dict[tuple[str, str], Finding] = {}
+        self._gone: list[GoneNode] = []
+        self._doubted: list[GoneNode] = []
         self._unremarkable: Counter[Verdict] = Counter()
         self._answered = False
         self.next_due: float | None = None
@@ -118,7 +104,6 @@ class Passes:
         """
         begun = time.monotonic()
         assigned = self._book.all()
-        nodes = self._book.nodes()
         told_before = dict(self._ended)
         self.problems.clear()
         await self._check_framework()
@@ -128,12 +113,16 @@ class Passes:
         if labels is not None:
             self._labels = labels
         self._settle_ended(assigned, tasks, told_before)
-        self._facts = replace(self._facts, tasks=tasks, nodes=nodes, ended=self._ended, agents=agents)
+        # Nodes last: one that is back meanwhile is not away.
+        self._facts = replace(
+            self._facts, tasks=tasks, nodes=self._book.nodes(), ended=self._ended, agents=agents
+        )
         asked_for = time.monotonic() - begun
         judged_from = time.monotonic()
         self._answered = answers_for(assigned, self._facts)
         found = self._judge(assigned)
         self._sightings = found.sightings
+        self._gone, self._doubted = found.gone, found.doubted
         self._findings = {finding.address.key: finding for finding in found.findings}
         self._unremarkable = Counter({v: found.counts[v] for v in (Verdict.LIVE, Verdict.OTHER)})
         self._schedule()
@@ -200,9 +189,9 @@ class Passes:
             self._facts,
             self._sightings,
             time.monotonic(),
-            self._timing.grace,
+            self._timing,
             answered=self._answered,
-            gone=gone_nodes(self._book.all(), self._facts),
+            called_gone=called_gone(self._book.all(), self._facts),
         )
 
     def _note(self, events: Iterable[Event]) -> tuple[set[str], set[str], bool]:
@@ -262,13 +251,17 @@ class Passes:
         self._sightings = {
             key: sighting
             for key, sighting in self._sightings.items()
-            if key[0] == NODE or self._book.get(*key) is not None
+            # Nodes are judged in every pass: one that is not gone any more begins anew.
+            if key in found.sightings or (key[0] != NODE and self._book.get(*key) is not None)
         }
+        self._gone, self._doubted = found.gone, found.doubted
         self._schedule()
 
     def _schedule(self) -> None:
         """When to look again. What is due by then waits for its node's agent to run."""
-        soonest = min((sighting.due for sighting in self._sightings.values()), default=None)
+        due = [sighting.due for sighting in self._sightings.values()]
+        due += [node.due for node in self._doubted]
+        soonest = min(due, default=None)
         now = time.monotonic()
         self.next_due = soonest if soonest is None or soonest > now else now + LOOK_AGAIN
 
@@ -319,7 +312,8 @@ class Passes:
                 self._findings[key] = replace(
                     finding, verdict=Verdict.ORPHAN, why=f"{finding.why}; {outcome.why}"
                 )
-                log.warning("orphan kept", ip=key[0], node=finding.address.node, why=outcome.why)
+                if outcome.why != sighting.orphan:
+                    log.warning("orphan kept", ip=key[0], node=finding.address.node, why=outcome.why)
             case _:
                 # Also when it changed: the same assignment, looked at as it is by then.
                 self._sightings[key] = put_off(sighting, now, RETRY)
@@ -339,7 +333,16 @@ class Passes:
         if not self._labels:
             self.refused = {}
             return
-        mine = [a for a in assigned if a.framework == framework and a.key not in self._findings]
+        nodes = self._facts.nodes
+        mine = [
+            a
+            for a in assigned
+            if a.framework == framework
+            and a.key not in self._findings
+            # The others are asked when their agents are back.
+            and (node := nodes.get(a.node)) is not None
+            and node.alive
+        ]
         networks = {network.name: network for network, _ in await list_networks(self._store)}
         plan = app_labels.plan(mine, self._labels, networks)
         for app, why in plan.refused.items():
@@ -354,6 +357,11 @@ class Passes:
         self.changed.set()
 
     # -- for others
+
+    @property
+    def awaits_nodes(self) -> bool:
+        """Whether there are nodes that Mesos calls gone and that are not freed yet."""
+        return bool(self._gone or self._doubted)
 
     def counts(self) -> dict[str, int]:
         """Addresses by verdict."""
@@ -377,11 +385,19 @@ class Passes:
         return {
             "counts": self.counts(),
             "findings": rows,
+            "gone": [_node_row(node, "gone") for node in self._gone]
+            + [_node_row(node, "doubted") for node in self._doubted],
             "last_pass": self.last_pass,
             "done": dict(self.done),
             "refused_labels": self.refused,
             "missing": self.problems,
         }
+
+
+def _node_row(node: GoneNode, state: str) -> dict[str, Any]:
+    """A node that Mesos calls gone, as JSON has it. at: wall clock; when it is freed, or when that is believed."""
+    at = time.time() + node.due - time.monotonic()
+    return {"name": node.name, "state": state, "at": round(at, 3), "why": node.why}
 
 
 def finding_row(finding: Finding) -> dict[str, Any]:

@@ -7,7 +7,8 @@ first sighting of that, on the clock of who judges, it has a grace; then its nod
 releases it only if no process is left there. So nothing here frees an address of a node that lives: the worst that a
 wrong suspicion can do is a question.
 
-A node is *gone* when Mesos's master says so and no agent of ours lives there. Only then others free what it held.
+A node is *gone* when Mesos's master says so and no agent of ours has been there for a while, without a break. Only
+then, and after a grace of its own, others free what it held (docs/decisions/a-node-is-gone-for-a-while.md).
 
 Everything else is kept, and counted by why: what cannot be told is never guessed (docs/design.md, section 10).
 """
@@ -41,6 +42,19 @@ class Verdict(enum.StrEnum):
     """Another framework's, or no Mesos task's: Marathon's silence says nothing about it."""
     MISSING = "facts missing"
     """Nobody told whose it is, or Marathon's answer is none that could be judged by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """All in seconds.
+
+    grace: between the first sighting of a suspicion and what follows from it. interval: between full passes.
+    gone_after: for which a node's agent has to be away, without a break, for the node to be gone.
+    """
+
+    grace: float = 30.0
+    interval: float = 5.0
+    gone_after: float = 60.0
 
 
 UNREMARKABLE = frozenset({Verdict.LIVE, Verdict.OTHER})
@@ -77,24 +91,27 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class GoneNode:
-    """A node that is to be freed. why: one sentence."""
+    """A node that is to be freed. why: one sentence. due: monotonic seconds. revision: see NodeFacts."""
 
     name: str
     why: str
+    due: float
+    revision: int
 
 
 @dataclass(slots=True)
 class Judgement:
     """What ``judge`` found.
 
-    counts: addresses by verdict. findings: all verdicts but LIVE and OTHER. gone: all nodes that are.
-    verify, remove: what is due now. sightings: to be given to the next call. next_due: when something becomes due that
-    is not yet, None if nothing does.
+    counts: addresses by verdict. findings: all verdicts but LIVE and OTHER. gone: all nodes that are. doubted: nodes
+    that would be, were their agents away for long enough; ``due`` says when they are. verify, remove: what is due now.
+    sightings: to be given to the next call. next_due: when something becomes due that is not yet, None if nothing does.
     """
 
     counts: Counter[Verdict] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     gone: list[GoneNode] = field(default_factory=list)
+    doubted: list[GoneNode] = field(default_factory=list)
     verify: list[Finding] = field(default_factory=list)
     remove: list[GoneNode] = field(default_factory=list)
     sightings: dict[tuple[str, str], Sighting] = field(default_factory=dict)
@@ -122,25 +139,27 @@ def judge(
     facts: Facts,
     sightings: Sightings,
     now: float,
-    grace: float,
+    timing: Timing,
     *,
     answered: bool,
-    gone: Mapping[str, str],
+    called_gone: Mapping[str, str],
 ) -> Judgement:
     """Verdicts on ``assigned``, which may be a part of all addresses.
 
-    answered: of ``answers_for`` all addresses. gone: of ``gone_nodes``. now: monotonic seconds. grace: seconds.
+    answered: of ``answers_for`` all addresses. called_gone: of ``called_gone``. now: monotonic seconds.
     """
     found = Judgement()
+    _judge_nodes(found, called_gone, facts, sightings, now, timing)
+    gone = {node.name: node.why for node in found.gone}
     for address in assigned:
         verdict, why = verdict_on(address, facts, answered=answered, gone=gone)
         alive = _is_alive(facts, address.node)
         if verdict is Verdict.STALE:
-            sighting = sightings.get(address.key) or Sighting(now, now + grace)
+            sighting = sightings.get(address.key) or Sighting(now, now + timing.grace)
             found.sightings[address.key] = sighting
+            finding = Finding(address, verdict, why)
             if sighting.orphan:
                 verdict, why = Verdict.ORPHAN, f"{why}; {sighting.orphan}"
-            finding = Finding(address, verdict, why)
             if not alive:
                 verdict = Verdict.UNREACHABLE
                 why = f"{why}, but the agent of node {address.node}, which alone could tell, is not running"
@@ -151,16 +170,37 @@ def judge(
         found.counts[verdict] += 1
         if verdict not in UNREMARKABLE:
             found.findings.append(Finding(address, verdict, why))
-    for name, why in gone.items():
-        key = (NODE, name)
-        sighting = found.sightings[key] = sightings.get(key) or Sighting(now, now + grace)
-        node = GoneNode(name, why)
-        found.gone.append(node)
+    return found
+
+
+def _judge_nodes(
+    found: Judgement,
+    called_gone: Mapping[str, str],
+    facts: Facts,
+    sightings: Sightings,
+    now: float,
+    timing: Timing,
+) -> None:
+    """Which of the nodes that Mesos calls gone are gone, and which of those are due."""
+    for name, why in called_gone.items():
+        node = facts.nodes[name]
+        assert node.away_since is not None, "one whose agent runs is not gone"
+        enough = node.away_since + timing.gone_after
+        if enough > now:
+            found.doubted.append(GoneNode(name, why, enough, node.revision))
+            found.waits_until(enough)
+            continue
+        sighting = sightings.get((NODE, name))
+        if sighting is None or sighting.first < enough:
+            # The second is of a time when it was away before.
+            sighting = Sighting(now, now + timing.grace)
+        found.sightings[NODE, name] = sighting
+        gone = GoneNode(name, why, sighting.due, node.revision)
+        found.gone.append(gone)
         if sighting.due <= now:
-            found.remove.append(node)
+            found.remove.append(gone)
         else:
             found.waits_until(sighting.due)
-    return found
 
 
 def verdict_on(
@@ -195,11 +235,11 @@ def verdict_on(
     return Verdict.UNKNOWN, f"Mesos does not know what became of its task {address.task} ({task.state})"
 
 
-def gone_nodes(assigned: Iterable[Assigned], facts: Facts) -> dict[str, str]:
-    """The nodes that are provably gone, by name, and why. assigned: all addresses.
+def called_gone(assigned: Iterable[Assigned], facts: Facts) -> dict[str, str]:
+    """The nodes that are gone by what Mesos says, by name, and why. assigned: all addresses.
 
     Not those of which an agent of ours lives, which can be asked; and not those with addresses of other engines,
-    of which Mesos knows nothing.
+    of which Mesos knows nothing. ``judge`` believes it when that has been so for long enough.
     """
     found: dict[str, str] = {}
     for node in facts.nodes.values():

@@ -6,6 +6,7 @@ Every check looks at the machine it runs on and says nothing if all is well; non
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def forwarding(_: Session) -> Iterator[Finding]:
 
 def firewalls(_: Session) -> Iterator[Finding]:
     """Does another firewall drop what containers send?"""
-    for found in blocked(_ruleset()):
+    for found in blocked(_ruleset(), has_iptables=shutil.which("iptables-nft") is not None):
         yield Finding("firewall", f"{found.chain} drops containers' traffic: {found.why}", found.commands)
     if _legacy_tables():
         yield Finding(

@@ -31,10 +31,11 @@ _SOURCE_AND_DESTINATION = {4: (1, 2), 6: (3, 4)}  # CTA_IP_*
 
 
 class Connection(NamedTuple):
-    """A tracked connection: who began it, with whom, and the request that deletes it."""
+    """A tracked connection: who began it, with whom, the protocol's number, and the request that deletes it."""
 
     source: IPAddress
     target: IPAddress
+    protocol: int
     deletion: Request
 
 
@@ -91,18 +92,20 @@ def _found(
     listing = Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
         return [
-            Connection(*_ends(entry), _deletion(message.body[0], entry))
+            Connection(*_first_packet(entry), _deletion(message.body[0], entry))
             for datagram in netfilter.stream(listing)
             for message in _suspects(datagram, needles)
             if wanted(entry := codec.attributes(message.body, 4))
         ]
 
 
-def _ends(entry: codec.Attributes) -> tuple[IPAddress, IPAddress]:
-    """Source and destination of the first packet."""
-    ips = codec.attributes(codec.attributes(entry[_TUPLE_ORIG])[_TUPLE_IP])
+def _first_packet(entry: codec.Attributes) -> tuple[IPAddress, IPAddress, int]:
+    """Its source, destination and protocol."""
+    first = codec.attributes(entry[_TUPLE_ORIG])
+    ips = codec.attributes(first[_TUPLE_IP])
     source, target = _SOURCE_AND_DESTINATION[4 if _SOURCE_AND_DESTINATION[4][0] in ips else 6]
-    return ip_address(bytes(ips[source])), ip_address(bytes(ips[target]))
+    protocol = bytes(codec.attributes(first[_TUPLE_PROTO])[_PROTO_NUMBER])
+    return ip_address(bytes(ips[source])), ip_address(bytes(ips[target])), protocol[0]
 
 
 def _needles(ips: Iterable[IPAddress]) -> re.Pattern[bytes]:

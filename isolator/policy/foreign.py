@@ -20,6 +20,27 @@ _FAMILIES = ("ip", "ip6", "inet")
 _EXAMPLE = ENDPOINT_PREFIX + "abcdefghijkl"
 _DEEPEST = 16
 
+_IPTABLES = {"ip": "iptables-nft", "ip6": "ip6tables-nft"}
+"""By these names: plain ``iptables`` may be the old kind, whose rules are elsewhere and would help nobody."""
+
+_FIREWALLD = (
+    "firewall-cmd --permanent --new-zone=moorage",
+    f"firewall-cmd --permanent --zone=moorage --add-interface={ENDPOINT_PREFIX}+",
+    *(
+        f"firewall-cmd --permanent {words}"
+        for policy, one, other in (("moorage-out", "moorage", "ANY"), ("moorage-in", "ANY", "moorage"))
+        for words in (
+            f"--new-policy={policy}",
+            f"--policy={policy} --add-ingress-zone={one}",
+            f"--policy={policy} --add-egress-zone={other}",
+            f"--policy={policy} --set-target=ACCEPT",
+        )
+    ),
+    "firewall-cmd --reload",
+)
+"""A zone for containers, and all that is forwarded from or to it let pass: our table judges that. Not the zone
+``trusted``, which would open every port of the node itself to containers. Policies need firewalld 0.9."""
+
 
 class Chain(NamedTuple):
     """A chain's name and place."""
@@ -43,22 +64,29 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class _Ruleset:
+    """bases: the chains that forwarding passes, with their policies."""
+
+    chains: frozenset[Chain]
     bases: Mapping[Chain, str]
     rules: Mapping[Chain, Sequence[Sequence[Mapping[str, Any]]]]
 
 
-def blocked(listing: Mapping[str, Any]) -> list[Blocked]:
-    """Every chain of somebody else's that would drop what is forwarded from or to a container."""
+def blocked(listing: Mapping[str, Any], *, has_iptables: bool) -> list[Blocked]:
+    """Every chain of somebody else's that would drop what is forwarded from or to a container.
+
+    has_iptables: whether the machine has the programs ``iptables-nft`` and ``ip6tables-nft``.
+    """
     ruleset = _read(listing)
     found = []
     for chain, policy in ruleset.bases.items():
         why = _why(ruleset, chain, policy)
         if why:
-            found.append(Blocked(chain, why, tuple(_commands(ruleset, chain))))
+            found.append(Blocked(chain, why, tuple(_commands(ruleset, chain, has_iptables))))
     return found
 
 
 def _read(listing: Mapping[str, Any]) -> _Ruleset:
+    chains: set[Chain] = set()
     bases: dict[Chain, str] = {}
     rules: defaultdict[Chain, list[Sequence[Mapping[str, Any]]]] = defaultdict(list)
     for entry in listing.get("nftables", ()):
@@ -69,9 +97,12 @@ def _read(listing: Mapping[str, Any]) -> _Ruleset:
                 continue
             if kind == "rule":
                 rules[Chain(what["family"], what["table"], what["chain"])].append(what["expr"])
-            elif what.get("hook") == "forward":
-                bases[Chain(what["family"], what["table"], what["name"])] = what.get("policy", "accept")
-    return _Ruleset(bases, rules)
+                continue
+            chain = Chain(what["family"], what["table"], what["name"])
+            chains.add(chain)
+            if what.get("hook") == "forward":
+                bases[chain] = what.get("policy", "accept")
+    return _Ruleset(frozenset(chains), bases, rules)
 
 
 def _why(ruleset: _Ruleset, chain: Chain, policy: str) -> str:
@@ -122,17 +153,15 @@ def _holds(expression: Mapping[str, Any], direction: str) -> bool:
     return not expression.keys() & {"xt", "limit", "lookup", "vmap"}
 
 
-def _commands(ruleset: _Ruleset, chain: Chain) -> Iterator[str]:
+def _commands(ruleset: _Ruleset, chain: Chain, has_iptables: bool) -> Iterator[str]:
     if chain.table == "firewalld":
-        yield "firewall-cmd --permanent --zone=trusted --add-source=POOL    # for each pool of `moorage network list`"
-        yield "firewall-cmd --reload"
-    elif chain.name == "FORWARD" and chain.table == "filter" and chain.family in ("ip", "ip6"):
-        program = {"ip": "iptables", "ip6": "ip6tables"}[chain.family]
+        yield from _FIREWALLD
+    elif has_iptables and chain.name == "FORWARD" and chain.table == "filter" and chain.family in _IPTABLES:
         # Docker leaves this one alone when it writes its rules anew.
         kept = Chain(chain.family, chain.table, "DOCKER-USER")
-        name = kept.name if kept in ruleset.rules else chain.name
+        name = kept.name if kept in ruleset.chains else chain.name
         for option in ("-i", "-o"):
-            yield f"{program} -I {name} {option} {ENDPOINT_PREFIX}+ -j ACCEPT"
+            yield f"{_IPTABLES[chain.family]} -I {name} {option} {ENDPOINT_PREFIX}+ -j ACCEPT"
     else:
         for direction in ("iifname", "oifname"):
             rule = f'{direction} "{ENDPOINT_PREFIX}*" accept'

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
-from ipam.isolation import addresses_of_node
+from ipam.isolation import NODES, addresses_of_node
 from ipam.keys import IPAddress, IPNetwork
+from ipam.netgroups import PUBLIC
 from ipam.records import Address, AddressState, Network, Node
 from isolator.policy.callers import NETGROUPS, Caller, Callers, Verdict, callers, isolation_of, judge
 
@@ -68,6 +70,34 @@ def may_call(known: Known, source: IPAddress, target: IPAddress) -> Verdict:
         return Verdict(False, f"{source} is of our pools and no container has it; nobody can send from it")
     groups = netgroups_of(caller) if caller is not None else ()
     return judge(Caller(source, groups, source in known.nodes), callers_of(known, called))
+
+
+def cure(known: Known, source: IPAddress, target: IPAddress) -> str:
+    """The command that would allow a call that is denied, or that shows more of an address nobody has; "" for none."""
+    if source.version != target.version or may_call(known, source, target).allowed:
+        return ""
+    called, caller = known.endpoint(target), known.endpoint(source)
+    if called is None:
+        return f"moorage ip show {target}"
+    if caller is not None:
+        return _in_one_netgroup(caller, called)
+    if source not in known.nodes and known.in_pool(source):
+        return f"moorage ip show {source}"
+    network = known.networks.get(called.network)
+    if network is None:
+        return ""
+    sources = (*network.allow_from, NODES if source in known.nodes else str(source))
+    options = " ".join(f"--allow-from {quote(one)}" for one in sources)
+    return f"moorage network set {quote(called.network)} {options}"
+
+
+def _in_one_netgroup(caller: Address, called: Address) -> str:
+    """The command that takes one of two containers into a netgroup of the other."""
+    joining, groups = called, [group for group in netgroups_of(caller) if group != PUBLIC][:1]
+    if not groups:
+        joining, groups = caller, list(netgroups_of(called))[:1]
+    wanted = " ".join((*netgroups_of(joining), *groups))
+    return f"moorage endpoint set-netgroups {quote(f'{joining.container_id}/{joining.ifname}')} {wanted}"
 
 
 def _no_container(known: Known, target: IPAddress) -> Verdict:

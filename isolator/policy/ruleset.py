@@ -9,6 +9,9 @@ an accept here never overrules a drop in somebody else's table.
                            solicitations and MLD, which have no source or a link-local one.
                      --> the node itself: nothing more; containers may talk to their node
                      --> forward
+                           where answers are let in, a TCP connection begins with a SYN or is reset (midstream): else
+                           one that was cut would begin anew, in the other direction, with what the container still
+                           has to send
     from elsewhere   --> outside, claimed (the same hook)
                            who claims an address of our pools must not claim one of this very node's, and comes by
                            the tunnel if the container that it is for is reached by the tunnel
@@ -21,9 +24,9 @@ an accept here never overrules a drop in somebody else's table.
                              callers_...  one chain for all endpoints with the same callers: a member of one of their
                                           netgroups may, no matter which of the two began: no connection state is
                                           asked, so leaving the netgroup ends what is established, too.
-                             replies      anybody else only in answer, and only one whom containers may call
-                                          unasked: the world, nodes, public and open endpoints. A mapped port
-                                          is for everybody.
+                             replies      anybody else only in answer to what a container began, and only one
+                                          whom containers may call unasked: the world, nodes, public and open
+                                          endpoints. A mapped port is for everybody.
                      --> destinations (output): the node itself reaches all its containers
 
     leaving          --> masqueraded (postrouting) if from a NAT pool to outside all pools. Never from pool to pool:
@@ -89,6 +92,7 @@ $netgroups	chain claimed {
 	chain replies {
 		ct status dnat accept
 		ct state != { established, related } drop
+		ct state established ct direction original drop
 		ip saddr @public4 accept
 		ip6 saddr @public6 accept
 		ip saddr @nodes4 accept
@@ -108,6 +112,21 @@ $chains	chain arriving {
 		drop
 	}
 
+	chain over {
+		meta l4proto tcp reject with tcp reset
+	}
+
+	chain midstream {
+		ip daddr @public4 goto over
+		ip6 daddr @public6 goto over
+		ip daddr @nodes4 goto over
+		ip6 daddr @nodes6 goto over
+		ip daddr @open4 goto over
+		ip6 daddr @open6 goto over
+		ip daddr != @pools4 goto over
+		ip6 daddr != @pools6 goto over
+	}
+
 	chain destinations {
 		oifname . ip daddr @endpoints4 accept
 		oifname . ip6 daddr @endpoints6 accept
@@ -116,6 +135,7 @@ $chains	chain arriving {
 
 	chain forward {
 		type filter hook forward priority filter; policy accept;
+		ct state new tcp flags ! syn iifname "mrg*" jump midstream
 		oifname "mrg*" goto arriving
 	}
 

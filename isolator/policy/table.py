@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 
 from ipam.netgroups import PUBLIC
@@ -238,12 +239,17 @@ class Policy:
         return judge(caller, admission.callers)
 
     def forbidden(self, connections: Iterable[Connection]) -> list[Connection]:
-        """Those that lead to an endpoint of this node, which whoever began them may not call (any more)."""
+        """TCP connections to an endpoint of this node that whoever began them may not have (any more).
+
+        The table lets nothing in on them as it is. Without its entry, the endpoint's own next segment is answered
+        with a reset, so it learns of it. An entry of UDP has to stay: without it, the endpoint's next datagram
+        would count as a call of its own, which may be answered.
+        """
         endpoints = {ip: name for name, admission in self._book.admissions.items() for ip in admission.ips}
         found = []
         for connection in connections:
             verdict = self.may_call(connection.source, endpoints.get(connection.target, ""))
-            if verdict is not None and not verdict.allowed:
+            if connection.protocol == socket.IPPROTO_TCP and verdict is not None and not verdict.allowed:
                 found.append(connection)
         return found
 

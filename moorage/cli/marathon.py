@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,12 @@ from moorage.notify import READY, STOPPING, notify
 if TYPE_CHECKING:
     from marathon.client import Marathon
     from marathon.mesos import Master
-    from marathon.passes import Timing
+    from marathon.reconcile import Timing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-GRACE, INTERVAL = 30.0, 60.0
-"""Seconds, as marathon/passes.py has them; that is imported only when it is needed."""
+GRACE, INTERVAL, GONE_AFTER = 30.0, 5.0, 60.0
+"""Seconds, as marathon/reconcile.py has them; that is imported only when it is needed."""
 
 ORDER = ("orphan", "stale", "gone", "unknown", "unreachable", "facts missing")
 """Verdicts as they are listed, the most pressing first."""
@@ -61,6 +62,7 @@ class Asked:
     mesos_ca: Path | None
     grace: float
     interval: float
+    gone_after: float
     keep_alive: float
 
     def clients(self) -> tuple[Marathon, Master | None, Timing]:
@@ -68,7 +70,7 @@ class Asked:
         from marathon.client import Marathon
         from marathon.http import Access
         from marathon.mesos import Master
-        from marathon.passes import Timing
+        from marathon.reconcile import Timing
 
         access = Access(self.user, self.token_file, self.ca)
         access.headers("Marathon")
@@ -78,7 +80,7 @@ class Asked:
             access = Access(self.mesos_user, self.mesos_token_file, self.mesos_ca)
             access.headers("the Mesos master")
             master = Master(self.mesos_master, access)
-        return marathon, master, Timing(self.grace, self.interval)
+        return marathon, master, Timing(self.grace, self.interval, self.gone_after)
 
 
 def _file(name: str, text: str) -> Callable[[F], F]:
@@ -125,7 +127,14 @@ def asking(command: F) -> F:
                 metavar="SECONDS",
                 type=click.FloatRange(1),
                 default=INTERVAL,
-                help="Between looks at everything.",
+                help="Between looks at everything; longer in clusters of more than 10,000 containers.",
+            ),
+            click.option(
+                "--gone-after",
+                metavar="SECONDS",
+                type=click.FloatRange(0),
+                default=GONE_AFTER,
+                help="For which a node's agent has to be away until Mesos is believed that the node is gone.",
             ),
             click.option(
                 "--keep-alive",
@@ -185,7 +194,8 @@ def listen(session: Session, asked: Asked, log_level: str | None, log_format: st
 def reconcile(session: Session, asked: Asked, dry_run: bool) -> None:
     """Look at everything once, wait for the grace, and have what is stale verified and released.
 
-    Refused while a listener leads, but for --dry-run.
+    Nodes that Mesos calls gone are waited for as well (--gone-after). Refused while a listener leads, but for
+    --dry-run.
 
     \b
     Examples:
@@ -204,9 +214,7 @@ def reconcile(session: Session, asked: Asked, dry_run: bool) -> None:
         session.out.record({"dry_run": dry_run, **report})
         return
     print_findings(report, ORDER)
-    for node in report["gone"]:
-        what = "would be freed" if dry_run else "is gone"
-        click.echo(f"node {node['name']} {what}: {words(node['why'])}")
+    print_nodes(report)
     done = ", ".join(f"{count} {what}" for what, count in report["done"].items())
     click.echo(f"{counted(report['counts'])}" + (f"; done: {done}" if done else ""))
     if dry_run and report["counts"]["stale"]:
@@ -278,7 +286,20 @@ def print_state(state: Mapping[str, Any]) -> None:
         click.echo(f"missing: {words(what)}: {words(why)}")
     for why in state.get("refused_labels", {}).values():
         click.echo(f"labels: {words(why)}")
+    print_nodes(state)
     print_findings(state, ("orphan", "stale", "gone", "unknown"))
+
+
+def print_nodes(report: Mapping[str, Any]) -> None:
+    """A line for each node that Mesos calls gone."""
+    for node in report.get("gone", []):
+        left = max(0, round(node["at"] - time.time()))
+        what = (
+            f"is freed in {left} s"
+            if node["state"] == "gone"
+            else f"is kept until its agent has been away for another {left} s"
+        )
+        click.echo(f"node {words(node['name'])} {what}: {words(node['why'])}")
 
 
 def print_findings(report: Mapping[str, Any], verdicts: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Any
 
@@ -17,7 +17,7 @@ from ipam.records import Address, Node
 from ipam.store.base import Store, read_prefix
 from isolator.model import PROTOCOLS
 from isolator.policy.callers import Clause, Nodes, Sharing
-from isolator.policy.question import Known, addresses_of_nodes, callers_of, may_call, netgroups_of
+from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call, netgroups_of
 from moorage.cli.containers import Stored, addresses_named, all_addresses, ips_named
 from moorage.cli.output import Column
 from moorage.cli.session import Session, pass_session
@@ -58,8 +58,10 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
     """Say whether SRC may begin a connection to DST, and why.
 
     SRC and DST are IP addresses or CONTAINER[/IFNAME], of any node. Netgroups hold for every port; a port
-    matters where DST is this machine's own address and the port is mapped to a container. Exit 1 if anything
-    is denied.
+    matters where DST is this machine's own address and the port is mapped to a container. What is denied is
+    followed by the command that would allow it. Exit 1 if anything is denied.
+
+    This is what should be. Whether the nodes do it, and where a packet ends: moorage endpoint trace SRC DST.
 
     \b
     Examples:
@@ -72,7 +74,14 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
         stored = await all_addresses(store)
         known = await known_of(store, stored)
         return [
-            {"source": str(one), "target": str(other), "allowed": verdict.allowed, "why": verdict.why}
+            {
+                "source": str(one),
+                "target": str(other),
+                "allowed": verdict.allowed,
+                "why": verdict.why,
+                "command": cure(known, one, other),
+                "node": known.nodes.get(other, ""),
+            }
             for one in ips_named(stored, source)
             for other in ips_named(stored, target)
             if one.version == other.version
@@ -82,24 +91,36 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
     rows = session.run(act)
     if not rows:
         raise InvalidInput(f"{source} and {target} have no address of the same family; name others")
-    if port is not None:
-        for row in rows:
-            with contextlib.suppress(TryAgain):  # without an agent here there is no mapping here either
-                row["why"] = mapped(session, row["target"], port, proto) or row["why"]
+    for row in rows:
+        if port is not None:
+            row["why"] = why_by_port(session, row, port, proto)
     if session.out.as_json:
         session.out.rows(rows, [], none="")
     else:
         for row in rows:
             verdict = "allowed" if row["allowed"] else "denied"
             click.echo(f"{row['source']} -> {row['target']}: {verdict}: {row['why']}")
+            if row["command"]:
+                click.echo(f"    {row['command']}")
     click.get_current_context().exit(0 if all(row["allowed"] for row in rows) else 1)
 
 
+def why_by_port(session: Session, row: Mapping[str, Any], port: int, proto: str) -> str:
+    """The reason once the port is looked at: only the node whose address is called knows where its ports lead."""
+    what = f"whether {proto} port {port} is mapped to a container there"
+    try:
+        is_own = row["target"] in session.ask_agent("status")["own_addresses"]
+        if is_own:
+            return mapped(session, row["target"], port, proto) or (
+                f"{row['why']}; {proto} port {port} is not mapped to a container"
+            )
+    except TryAgain:
+        what += " is not known, since no agent answers here"
+    return f"{row['why']}; {what}: ask on node {row['node']}" if row["node"] else str(row["why"])
+
+
 def mapped(session: Session, target: str, port: int, proto: str) -> str:
-    """Where a port of this machine leads; "" if it is not mapped. ``target`` is not known to be this machine's."""
-    status = session.ask_agent("status")
-    if target not in status["own_addresses"]:
-        return ""
+    """Where a port of this machine's address leads; "" if it is not mapped. Raises TryAgain."""
     for endpoint in session.ask_agent("endpoints"):
         for mapping in endpoint["port_mappings"]:
             at = ip_address(mapping["host_ip"] or target)

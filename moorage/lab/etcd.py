@@ -20,7 +20,7 @@ from moorage.lab.switch import Switch, address
 FIRST_HOST = 201
 """Host number of the first member on the underlay; nodes have those from 1 on."""
 
-READY_WITHIN = 30.0
+READY_WITHIN = 60.0
 """Seconds a cluster has to elect its first leader."""
 
 
@@ -184,7 +184,7 @@ class EtcdCluster(Resource):
         """Run etcdctl against all members, from the first one's namespace."""
         endpoints = ",".join(member.client for member in self.members)
         return self._etcdctl(
-            "--endpoints", endpoints, "--command-timeout", "2s", *arguments, check=check, stdin=stdin
+            "--endpoints", endpoints, "--command-timeout", "10s", *arguments, check=check, stdin=stdin
         )
 
     def _etcdctl(

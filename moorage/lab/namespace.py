@@ -78,7 +78,7 @@ class Namespace(Resource):
         """Start it inside and do not wait; the caller ends it."""
         return subprocess.Popen(self.command(*command), **options)
 
-    def pings(self, ip: str, *, count: int = 1, wait: int = 2) -> bool:
+    def pings(self, ip: str, *, count: int = 1, wait: int = 10) -> bool:
         """Whether ``ip`` answers an echo request from here within ``wait`` seconds."""
         result = self.run("ping", "-n", "-q", "-c", str(count), "-W", str(wait), ip, check=False)
         return result.returncode == 0

@@ -16,7 +16,7 @@ import msgspec
 from isolator.identity import boot_id
 from moorage.lab.errors import LabError
 
-ENDS_WITHIN = 20.0
+ENDS_WITHIN = 60.0
 """Seconds a killed process has to be gone: it may have to wait for a disk."""
 
 _STATE, _STARTED = 0, 19

@@ -14,19 +14,22 @@ from typing import Any
 import pytest
 
 from ipam.records import NODE_ENGINE
+from ipam.refill import REFILL_PATIENCE
 from moorage.lab import Lab, LabNode
 from tests.cluster.guests import Guest, create_networks, guest
 from tests.cluster.load import NETWORK, Load, Stay, refused, slowest, succeeded
+from tests.patience import PATIENCE
 from tests.system.conftest import eventually, links
 
-HEALED_WITHIN = 10.0
+HEALED_WITHIN = PATIENCE
 """Seconds from the end of a fault until `moorage ip check` has to be clean."""
 
-NOTICED_WITHIN = 15.0
+NOTICED_WITHIN = PATIENCE
 """Seconds until containers are refused: warm addresses run out, and a write that hangs is given up."""
 
-QUICKLY = 3.0
-"""Seconds a refusal may take once the outage was noticed; what it takes is the machine's load."""
+QUICKLY = REFILL_PATIENCE * 0.8
+"""Seconds a refusal may take once the outage was noticed: less than who waits in vain. What it takes is the
+machine's load."""
 
 Story = Callable[..., AbstractContextManager[tuple[Lab, Load]]]
 """story(etcd=3, flags=(), quiet=0) -> a lab of three nodes and its load, under way but for the first ``quiet``."""
@@ -88,7 +91,7 @@ def guests(lab: Lab) -> Iterator[list[Guest]]:
         yield [stack.enter_context(guest(node)) for node in lab.nodes]
 
 
-def under_way(load: Load, count: int = 5, within: float = 20.0) -> None:
+def under_way(load: Load, count: int = 5, within: float = PATIENCE) -> None:
     """From now on, every node of the load gives ``count`` more containers addresses."""
     now = time.monotonic()
     for node in load.nodes:

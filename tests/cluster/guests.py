@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from moorage.lab import Container, Lab, LabNode, Namespace
+from tests.patience import PATIENCE
 
 NETWORKS = {"vx": "vxlan", "hg": "hostgw"}
 """Network -> fabric."""
@@ -80,7 +81,7 @@ def from_nodes(nodes: Iterable[LabNode], guests: Iterable[Guest]) -> list[Ping]:
     return [(node.namespace, ip, "") for node in nodes for one in guests for ip in one.ips.values()]
 
 
-def unanswered(pings: Iterable[Ping], wait: int = 3) -> list[str]:
+def unanswered(pings: Iterable[Ping], wait: int = 15) -> list[str]:
     """Sentences about those that were not answered; all are sent at once."""
     running = [
         (
@@ -97,11 +98,11 @@ def unanswered(pings: Iterable[Ping], wait: int = 3) -> list[str]:
     return [f"{ping[0].name} {ping[2]} -> {ping[1]}" for ping, process in running if process.wait()]
 
 
-def all_answer(pings: Iterable[Ping], within: float = 15.0) -> None:
+def all_answer(pings: Iterable[Ping], within: float = PATIENCE) -> None:
     """Wait until everybody answers. Fails with those who do not."""
     waiting = list(pings)
     deadline = time.monotonic() + within
-    while left := unanswered(waiting, wait=1):
+    while left := unanswered(waiting, wait=2):
         assert time.monotonic() < deadline, f"{len(left)} of {len(waiting)} unanswered, such as {left[:4]}"
 
 
@@ -124,7 +125,7 @@ def routes_of(node: LabNode) -> str:
     return "\n".join(line for line in fabric_of(node) if " metric 2048" in line)
 
 
-def took(holds: Callable[[], bool], within: float = 20.0) -> float:
+def took(holds: Callable[[], bool], within: float = PATIENCE) -> float:
     """Seconds until it held. Fails after ``within``, which says nothing about how fast it should be."""
     begun = time.monotonic()
     while not holds():

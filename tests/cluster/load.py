@@ -39,10 +39,10 @@ STAYS = (0.02, 0.5)
 REFUSED = 11
 """The CNI code of "try again later"."""
 
-ADD_WITHIN = 20.0
+ADD_WITHIN = 40.0
 """Seconds an ADD may take: 10 s for an address (docs/design.md, section 3), and a machine under load."""
 
-DEL_WITHIN = 10.0
+DEL_WITHIN = 40.0
 """Seconds a DEL may take: it waits for no store, only for a machine under load."""
 
 LOOK_EVERY = 0.5

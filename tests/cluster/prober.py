@@ -16,15 +16,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from tests.cluster.traffic import Flood, Flow, Stream
 
 PORT = 7
 FLOW = "a flow begins"
 PATIENCE = 30.0
 """Seconds to wait for what is allowed. What is forbidden is waited for as long as a test thinks it worth."""
 ETH_P_IP = 0x800
+KEPT_UP = b"~"
+"""Begins every datagram of a flow that is kept up: those are counted, not remembered."""
+QUEUE = 1 << 24
+"""Bytes that may wait to be heard."""
+
+
+_SO_RCVBUFFORCE = 33
+"""Linux's; the socket module has no name for it."""
 
 
 class Prober:
@@ -33,7 +45,11 @@ class Prober:
     def __init__(self, command: Sequence[str]) -> None:
         """command: the prefix that runs a program in the container's namespace."""
         self._process = subprocess.Popen(
-            [*command, sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, sys.executable, "-m", "tests.cluster.prober"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
         )
 
     def __enter__(self) -> Self:
@@ -64,13 +80,33 @@ class Prober:
         """The marks that arrived since this was asked last."""
         return list(self._ask(do="heard"))
 
-    def keep_sending(self, ip: str, mark: str, pause: float) -> None:
-        """A datagram every ``pause`` seconds, each from another port, marked ``mark`` and a number, until stopped."""
-        self._ask(do="keep_sending", ip=ip, mark=mark, pause=pause)
+    def keep_sending(self, flows: Mapping[str, tuple[str, float]]) -> None:
+        """mark -> (ip, datagrams a second), each from another port, until stopped. What falls behind is made up for."""
+        self._ask(do="keep_sending", flows=flows)
+
+    def sent(self) -> dict[str, int]:
+        """How many of these were sent so far, by mark."""
+        return dict(self._ask(do="sent"))
 
     def stop_sending(self) -> dict[str, int]:
-        """End it; how many were sent with each mark."""
+        """End it; how many were sent."""
         return dict(self._ask(do="stop_sending"))
+
+    def counted(self) -> Counter[str]:
+        """How many datagrams of such flows arrived, by mark."""
+        return Counter(self._ask(do="counted"))
+
+    def overflowed(self) -> int:
+        """How many arrived and found no room, since nobody listened for too long."""
+        return int(self._ask(do="overflowed"))
+
+    def stream(self) -> None:
+        """Send numbers on the connection, all the time, and have them come back."""
+        self._ask(do="stream")
+
+    def stop_streaming(self, within: float = PATIENCE) -> dict[str, Any]:
+        """End it; see Stream.stop."""
+        return dict(self._ask(do="stop_streaming", within=within))
 
     def flow(self, ip: str) -> bool:
         """Begin a UDP flow with another prober, which answers it and remembers it; whether an answer came."""
@@ -116,9 +152,9 @@ class _Inside:
 
     def __init__(self) -> None:
         self.marks: list[str] = []
-        self.sent: dict[str, int] = {}
-        self.stopping = threading.Event()
-        self.senders: list[threading.Thread] = []
+        self.counts: Counter[bytes] = Counter()
+        self.flood = Flood()
+        self.stream: Stream | None = None
         self.connection: socket.socket | None = None
         self.flows: dict[tuple[str, int], None] = {}
         self.accepted: list[socket.socket] = []
@@ -126,7 +162,7 @@ class _Inside:
         self.ear: socket.socket | None = None
         self.listening = listening = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        listening.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, QUEUE)
         listening.bind(("::", PORT))
         server = socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
         for work, sock in ((self._listen, listening), (self._serve, server)):
@@ -135,6 +171,9 @@ class _Inside:
     def _listen(self, sock: socket.socket) -> None:
         while True:
             raw, source = sock.recvfrom(256)
+            if raw.startswith(KEPT_UP):
+                self.counts[raw] += 1
+                continue
             mark = raw.decode()
             if mark == FLOW:
                 self.flows[source[:2]] = None
@@ -158,15 +197,29 @@ class _Inside:
                 marks, self.marks = self.marks, []
                 return marks
             case "keep_sending":
-                thread = threading.Thread(target=self._keep_sending, kwargs=request, daemon=True)
-                self.senders.append(thread)
-                thread.start()
+                self.flood.begin(
+                    {
+                        mark: Flow(ip, PORT, KEPT_UP + mark.encode(), rate)
+                        for mark, (ip, rate) in request["flows"].items()
+                    }
+                )
                 return None
+            case "sent":
+                return self.flood.sent()
             case "stop_sending":
-                self.stopping.set()
-                for sender in self.senders:
-                    sender.join()
-                return self.sent
+                self.flood.stop()
+                return self.flood.sent()
+            case "counted":
+                return {raw.removeprefix(KEPT_UP).decode(): count for raw, count in self.counts.items()}
+            case "overflowed":
+                return _overflowed()
+            case "stream":
+                assert self.connection is not None
+                self.stream = Stream(self.connection)
+                return None
+            case "stop_streaming":
+                assert self.stream is not None
+                return self.stream.stop(request["within"])
             case "flow":
                 return self._flow(request["ip"])
             case "answer_flows":
@@ -219,13 +272,6 @@ class _Inside:
                     found.append(f"{socket.inet_ntoa(packet[12:16])} protocol {packet[9]}")
         return found
 
-    def _keep_sending(self, ip: str, mark: str, pause: float) -> None:
-        number = 0
-        while not self.stopping.wait(pause):
-            _send(ip, f"{mark} {number}")
-            number += 1
-        self.sent[mark] = number
-
     def _echoes(self, text: bytes, within: float) -> bool:
         assert self.connection is not None
         deadline = time.monotonic() + within
@@ -240,6 +286,12 @@ class _Inside:
         except OSError:
             return False
         return text in got
+
+
+def _overflowed() -> int:
+    """Datagrams that were dropped in front of a full socket; a socket of both families counts as IPv6."""
+    words = dict(line.split() for line in Path("/proc/self/net/snmp6").read_text().splitlines())
+    return int(words["Udp6RcvbufErrors"])
 
 
 def _echo_back(connection: socket.socket) -> None:

@@ -26,6 +26,7 @@ from tests.cluster.guests import (
     from_nodes,
     unanswered,
 )
+from tests.patience import PATIENCE
 from tests.system.conftest import eventually
 
 pytestmark = [
@@ -91,7 +92,7 @@ def test_a_full_packet_passes_whole_and_one_byte_more_is_answered_with_the_mtu(
 def echo(one: Guest, other: Guest, network: str, family: int, payload: int) -> str:
     """What ping says of one echo request that may not be fragmented."""
     return one.namespace.run(
-        "ping", "-n", "-c", "1", "-W", "2", "-M", "do", "-s", str(payload),
+        "ping", "-n", "-c", "1", "-W", "5", "-M", "do", "-s", str(payload),
         "-I", one.ips[network, family], other.ips[network, family],
         check=False,
     ).stdout  # fmt: skip
@@ -141,7 +142,7 @@ def streaming(one: Guest, other: Guest, network: str) -> Iterator[subprocess.Pop
         eventually(lambda: ip in other.namespace.run("ss", "-Hltn", "sport", "=", f":{port}").stdout)
         client = one.namespace.start(
             "iperf3", "-c", ip, "-B", one.ips[network, 4], "-p", port,
-            "-t", str(STREAM), "-b", "20M", "-i", "2", "-J",
+            "-t", str(STREAM), "-b", "20M", "-i", "4", "-J",
             stdout=subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -156,7 +157,7 @@ def streaming(one: Guest, other: Guest, network: str) -> Iterator[subprocess.Pop
 
 def verify_unbroken(client: subprocess.Popen[bytes]) -> None:
     """One connection from beginning to end, and at no time nothing arrived."""
-    stdout, _ = client.communicate(timeout=60)
+    stdout, _ = client.communicate(timeout=2 * PATIENCE)
     report = json.loads(stdout)
     assert client.returncode == 0, report.get("error")
     assert "error" not in report

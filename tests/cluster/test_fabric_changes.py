@@ -27,6 +27,7 @@ from tests.cluster.guests import (
     took,
     unanswered,
 )
+from tests.patience import PATIENCE
 from tests.system.conftest import eventually
 
 pytestmark = [
@@ -118,7 +119,7 @@ def test_a_node_joins_leaves_and_is_forgotten(lab: Lab, guests: list[Guest], tel
             )
             all_answer(between([new, *guests]) + from_nodes([late, *lab.nodes], [new, *guests]))
             late.kill()
-            eventually(lambda: not is_alive("late", asked=lab.nodes[0]), within=LEASE + 10)
+            eventually(lambda: not is_alive("late", asked=lab.nodes[0]), within=LEASE + PATIENCE)
             # Nobody knows whether its containers are: the way to them stays.
             assert unanswered(between([new, guests[0]]) + from_nodes(lab.nodes, [new])) == []
             hops = {"via 198.18.0.110 ", str(next_hop(mac_of("late")))}
@@ -129,7 +130,7 @@ def test_a_node_joins_leaves_and_is_forgotten(lab: Lab, guests: list[Guest], tel
             assert not any("198.18.0.110" in line for node in lab.nodes for line in fabric_of(node))
             # It was not dead after all. What its container uses is free, and so it has it again.
             late.start()
-            all_answer(between([new, *guests]) + from_nodes([late, *lab.nodes], [new, *guests]), within=30)
+            all_answer(between([new, *guests]) + from_nodes([late, *lab.nodes], [new, *guests]))
         # The next time in order.
         eventually(lambda: late.ask("endpoint", "list") == [])
         late.cli("node", "drain", "late")

@@ -18,6 +18,7 @@ from tests.cluster.guests import (
     guest,
     unanswered,
 )
+from tests.patience import PATIENCE
 from tests.system.conftest import eventually
 
 pytestmark = [
@@ -43,7 +44,7 @@ def test_partitions_heal(lab: Lab, guests: list[Guest]) -> None:
             assert container.add("vx", labels={"moorage.ip": static}).exit == 0
             assert fabric_of(one.node) == before
             lab.heal()
-            all_answer([*cut, (one.namespace, static, "")], within=30)
+            all_answer([*cut, (one.namespace, static, "")])
             container.delete("vx")
     finally:
         lab.heal()
@@ -66,7 +67,7 @@ def test_an_outage_of_the_store_changes_nothing_nor_does_an_agent_started_in_it(
     finally:
         lab.etcd.start()
         lab.etcd.wait_ready()
-    eventually(lambda: lab.nodes[0].ask("status")["problem"] == "", within=30)
+    eventually(lambda: lab.nodes[0].ask("status")["problem"] == "")
     assert unanswered(between(guests) + from_nodes(lab.nodes, guests)) == []
 
 
@@ -104,7 +105,7 @@ def test_a_store_that_went_back_in_time_cuts_nobody_off(lab: Lab, guests: list[G
         )
         lab.etcd.restore(backup)
         for node in lab.nodes:
-            eventually(lambda node=node: node.ask("status")["problem"] == "", within=30)
+            eventually(lambda node=node: node.ask("status")["problem"] == "")
         all_answer(between(everyone) + from_nodes(lab.nodes, everyone))
-        said = pinging.communicate(timeout=60)[0].decode()
+        said = pinging.communicate(timeout=PATIENCE)[0].decode()
         assert re.search(r" 0% packet loss", said), said

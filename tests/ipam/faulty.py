@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ipam.errors import Ambiguous, StoreError, StoreUnavailable
 from ipam.store import KeyValue, Lease, Page, Store, Txn, TxnResult, WatchBatch
+from tests.patience import PATIENCE
 
 T = TypeVar("T")
 
@@ -84,11 +85,13 @@ class FaultyStore:
         await self.store.close()
 
 
-async def eventually(condition: Callable[[], T], timeout: float = 5.0) -> T:
-    """What ``condition`` returns, as soon as it is true. Raises AssertionError."""
+async def eventually(condition: Callable[[], T], timeout: float = PATIENCE) -> T:
+    """What ``condition`` returns, as soon as it is true. Raises AssertionError with what it returned last."""
+    last: object = None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout):
             while not (value := condition()):
+                last = value
                 await asyncio.sleep(0.002)
             return value
-    raise AssertionError(f"still not true after {timeout} s")
+    raise AssertionError(f"still {last!r} after {timeout} s")

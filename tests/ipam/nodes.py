@@ -17,6 +17,7 @@ from ipam.records import Node as NodeRecord
 from ipam.store import Store, read_prefix
 from moorage.lab.simulated import SimulatedNode
 from tests.ipam.faulty import FaultyStore, eventually
+from tests.patience import PATIENCE
 
 
 class Node(SimulatedNode):
@@ -72,7 +73,7 @@ async def stored(store: Store) -> dict[IPAddress, Address]:
 
 
 async def stored_when(
-    store: Store, condition: Callable[[dict[IPAddress, Address]], bool], timeout: float = 5.0
+    store: Store, condition: Callable[[dict[IPAddress, Address]], bool], timeout: float = PATIENCE
 ) -> dict[IPAddress, Address]:
     """The addresses in the store, once ``condition`` holds of them."""
     found: dict[IPAddress, Address] = {}

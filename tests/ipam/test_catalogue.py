@@ -10,7 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from ipam import keys
-from ipam.catalogue import Catalogue
+from ipam.catalogue import FOLLOWED, Catalogue
 from ipam.errors import Compacted, NotFound, StoreError
 from ipam.networks import delete_network
 from ipam.records import Network, Reservation
@@ -142,7 +142,7 @@ async def test_a_network_whose_pools_were_not_heard_of_yet_is_looked_up_before_i
 
     faulty.watch = watch
     following = asyncio.create_task(known.follow())
-    await asyncio.sleep(0.02)
+    await eventually(lambda: known._heard.keys() >= set(FOLLOWED))
     await network(faulty.store, "10.64.0.0/24", "fd00:64::/64")
     await eventually(lambda: known.names() == ["prod"])
     assert known.pools() == []

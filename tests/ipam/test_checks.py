@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -80,22 +81,41 @@ async def test_a_planted_violation_is_found_with_its_evidence(
     assert finding.evidence.get("error") if evidence is None else finding.evidence == evidence
 
 
-async def test_a_violation_that_is_gone_at_the_second_look_is_no_finding(store: Store) -> None:
-    await network(store, "10.64.0.0/24")
-    await plant(store, OUTSIDE, address())
-    checking = asyncio.create_task(check(store))
-    await asyncio.sleep(0.05)
-    await store.txn(Txn(then=(Delete(OUTSIDE),)))
-    assert (await checking).findings == []
+After = Callable[[Txn], None]
 
 
-async def test_a_violation_that_only_the_second_look_sees_is_no_finding(store: Store) -> None:
+@pytest.fixture
+def after_each_look(store: Store, monkeypatch: pytest.MonkeyPatch) -> After:
+    """after_each_look(txn): every look at the store is followed by this transaction."""
+    real = checks._look
+
+    def follow_with(txn: Txn) -> None:
+        async def look(*args: Any, **options: Any) -> Any:
+            seen = await real(*args, **options)
+            await store.txn(txn)
+            return seen
+
+        monkeypatch.setattr(checks, "_look", look)
+
+    return follow_with
+
+
+async def test_a_violation_that_is_gone_at_the_second_look_is_no_finding(
+    store: Store, after_each_look: After
+) -> None:
     await network(store, "10.64.0.0/24")
     await plant(store, OUTSIDE, address())
-    checking = asyncio.create_task(check(store))
-    await asyncio.sleep(0.05)
-    await plant(store, IP, b"garbage")
-    assert [f.problem for f in (await checking).findings] == ["lies outside every pool"]
+    after_each_look(Txn(then=(Delete(OUTSIDE),)))
+    assert (await check(store)).findings == []
+
+
+async def test_a_violation_that_only_the_second_look_sees_is_no_finding(
+    store: Store, after_each_look: After
+) -> None:
+    await network(store, "10.64.0.0/24")
+    await plant(store, OUTSIDE, address())
+    after_each_look(Txn(then=(Put(IP, b"garbage"),)))
+    assert [f.problem for f in (await check(store)).findings] == ["lies outside every pool"]
 
 
 async def checked(store: Store, answers: dict[str, dict[str, Any]], *, repair: bool = False) -> CheckReport:

@@ -19,6 +19,7 @@ from ipam.store import Store, open_store, read_prefix
 from moorage.lab.simulated import burst
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when
+from tests.patience import PATIENCE
 
 Nodes = Callable[..., Awaitable[list[Node]]]
 
@@ -305,11 +306,9 @@ async def test_a_disabled_pool_is_drained_on_every_node(store: Store, nodes: Nod
     two.delete(borrowed)
     await stored_when(store, lambda found: all(r.pool != "10.64.0.0-26" for r in found.values()))
     shape = next(p for p in one.catalogue.pools() if p.name == "10.64.0.0-26")
-    for _ in range(200):
-        if not (await store.page(*keys.block_range(shape.cidr))).items:
-            break
-        await asyncio.sleep(0.02)
-    assert not (await store.page(*keys.block_range(shape.cidr))).items
+    async with asyncio.timeout(PATIENCE):
+        while (await store.page(*keys.block_range(shape.cidr))).items:
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("asked", [{"evidence": {"pool": "10.64.0.0-26"}}, {"ip": "10.64.0.1"}])

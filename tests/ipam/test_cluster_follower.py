@@ -24,6 +24,7 @@ from ipam.records import NODE_ENGINE, Address, AddressState, Block, Network, Nod
 from ipam.store import open_store
 from ipam.store.base import Delete, Put, Store, Txn, read_prefix
 from tests.ipam.faulty import eventually
+from tests.patience import PATIENCE
 
 POOLS = ("10.64.0.0/24", "fd64::/120")
 BLOCKS = [ip_network(f"10.64.0.{n}/28") for n in (0, 16, 32)] + [ip_network("fd64::/122")]
@@ -72,7 +73,7 @@ async def following(store: Store) -> AsyncIterator[tuple[Cluster, Told]]:
     await catalogue.refresh()
     tasks = [asyncio.create_task(work()) for work in (catalogue.follow, cluster.follow)]
     try:
-        await asyncio.wait_for(cluster.listed.wait(), 10)
+        await asyncio.wait_for(cluster.listed.wait(), PATIENCE)
         yield cluster, told
     finally:
         for task in tasks:
@@ -251,7 +252,7 @@ async def test_what_a_restored_store_does_not_know_is_believed_for_a_while(
     await put(store, keys.address_key(IPS[0]), None)
     cluster.start_over()
     task = asyncio.create_task(cluster.follow())
-    await asyncio.wait_for(cluster.listed.wait(), 10)
+    await asyncio.wait_for(cluster.listed.wait(), PATIENCE)
     assert set(told.members) == {IPS[0]}
     await eventually(lambda: told.members == {})
     task.cancel()

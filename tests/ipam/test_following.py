@@ -10,6 +10,7 @@ from ipam.errors import Compacted, StoreError
 from ipam.following import follow
 from ipam.store.base import Put, Store, Txn, WatchBatch
 from tests.ipam.faulty import FaultyStore, eventually
+from tests.patience import PATIENCE
 
 
 async def put(store: Store, key: str, value: bytes = b"x") -> int:
@@ -37,7 +38,7 @@ async def test_it_returns_when_the_store_went_back_in_time(store: Store) -> None
     rewound = asyncio.Event()
     task = asyncio.create_task(follow(store, {"a/": 0}, lambda *_: None, rewound))
     rewound.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, PATIENCE)
 
 
 async def test_it_returns_when_what_comes_next_is_compacted(
@@ -48,7 +49,7 @@ async def test_it_returns_when_what_comes_next_is_compacted(
         yield
 
     monkeypatch.setattr(faulty, "watch", compacted)
-    await asyncio.wait_for(follow(faulty, {"a/": 0}, lambda *_: None, asyncio.Event()), 5)
+    await asyncio.wait_for(follow(faulty, {"a/": 0}, lambda *_: None, asyncio.Event()), PATIENCE)
 
 
 async def test_trouble_with_the_store_is_raised_as_it_is(
@@ -60,7 +61,7 @@ async def test_trouble_with_the_store_is_raised_as_it_is(
 
     monkeypatch.setattr(faulty, "watch", broken)
     with pytest.raises(StoreError, match="no"):
-        await asyncio.wait_for(follow(faulty, {"a/": 0}, lambda *_: None, asyncio.Event()), 5)
+        await asyncio.wait_for(follow(faulty, {"a/": 0}, lambda *_: None, asyncio.Event()), PATIENCE)
 
 
 async def test_a_cancellation_is_not_lost_in_the_moment_in_which_it_would_return(store: Store) -> None:
@@ -77,5 +78,5 @@ async def test_a_cancellation_is_not_lost_in_the_moment_in_which_it_would_return
         rewound.set()
         await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait([task], timeout=5)
+        done, _ = await asyncio.wait([task], timeout=PATIENCE)
         assert done == {task}

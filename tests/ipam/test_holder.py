@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipam import holder, keys, named, upkeep
+from ipam import holder, keys, named, refill, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
@@ -20,8 +20,13 @@ from ipam.store import Delete, Store, Txn, read_prefix
 from isolator.errors import JournalUnwritable
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when, warm_now
+from tests.patience import PATIENCE
 
 NewNode = Callable[..., Node]
+
+
+AT_ONCE = refill.REFILL_PATIENCE / 2
+"""Seconds: whoever is not told waits for twice as long."""
 
 
 def unwritable(*_: object) -> None:
@@ -205,7 +210,7 @@ async def test_a_static_address_whose_asker_gave_up_is_given_to_nobody_else(
     await node.start()
     faulty.fault = lambda _: "late"
     asking = asyncio.create_task(node.take(net, "10.64.0.2"))
-    await asyncio.sleep(0.02)
+    await eventually(lambda: faulty.late)
     asking.cancel()
     waiting = asyncio.create_task(node.take(net))
     await asyncio.sleep(0.02)
@@ -368,7 +373,7 @@ async def test_warm_addresses_are_given_out_while_the_store_is_away(faulty: Faul
     for i in range(4):
         await node.add(net, f"c{i + 1}")
     with pytest.raises(TryAgain, match="does not answer"):
-        await asyncio.wait_for(node.take(net), 1)
+        await asyncio.wait_for(node.take(net), AT_ONCE)
 
 
 async def test_who_waits_is_told_at_once_when_the_store_goes_away(faulty: FaultyStore, node: Node) -> None:
@@ -377,7 +382,7 @@ async def test_who_waits_is_told_at_once_when_the_store_goes_away(faulty: Faulty
     await eventually(node.is_quiet)
     faulty.down = True
     with pytest.raises(TryAgain, match="does not answer"):
-        await asyncio.wait_for(node.take(net), 1)
+        await asyncio.wait_for(node.take(net), AT_ONCE)
 
 
 async def test_who_asks_by_name_is_told_at_once_when_the_store_goes_away(
@@ -388,7 +393,7 @@ async def test_who_asks_by_name_is_told_at_once_when_the_store_goes_away(
     await eventually(node.is_quiet)
     faulty.down = True
     with pytest.raises(TryAgain):
-        await asyncio.wait_for(node.take(net, "10.64.0.9"), 1)
+        await asyncio.wait_for(node.take(net, "10.64.0.9"), AT_ONCE)
 
 
 async def test_an_assignment_and_a_release_are_confirmed_when_the_store_has_them(
@@ -412,7 +417,7 @@ async def test_static_addresses_can_be_asked_for_again_after_the_store_was_broke
     await node.start()
     faulty.faults("refused", "broken")
     with pytest.raises(TryAgain):
-        await node.take(net, "10.64.0.9")
+        await asyncio.wait_for(node.take(net, "10.64.0.9"), AT_ONCE)
     await eventually(lambda: not node.holder.problem)
     assert await node.take(net, "10.64.0.9")
 
@@ -581,8 +586,9 @@ async def test_a_disabled_pool_gets_its_warm_addresses_and_blocks_back(store: St
     async def no_blocks() -> bool:
         return not (await read_prefix(store, keys.BLOCKS))[0]
 
-    while not await no_blocks():
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(PATIENCE):
+        while not await no_blocks():
+            await asyncio.sleep(0.01)
     assert node.journal.load_blocks() == []
     with pytest.raises(Exhausted, match="disabled"):
         await node.take(net)

@@ -13,6 +13,7 @@ from ipam.errors import InvalidInput, TryAgain
 from ipam.intents import Answerer, IntentServer, ask
 from ipam.records import Alive, Intent, IntentKind
 from ipam.store import Put, Store, Txn, read_prefix
+from tests.patience import PATIENCE
 
 VERIFY = Intent(kind=IntentKind.VERIFY, ip="10.64.0.1")
 
@@ -117,15 +118,15 @@ async def test_an_intent_that_fails_is_answered_and_the_next_one_too(store: Stor
 
 async def test_an_answer_keeps_the_fields_that_a_newer_asker_wrote(store: Store) -> None:
     await alive(store)
-    newer = VERIFY.with_(expires=time.time() + 9, unknown={"colour": "red"})
+    newer = VERIFY.with_(expires=time.time() + PATIENCE, unknown={"colour": "red"})
     await store.txn(Txn(then=(Put(f"{keys.INTENTS}n1/x", newer.encode()),)))
     async with answering(store, echo):
-        for _ in range(200):
-            kv = await store.get(f"{keys.INTENTS}n1/x")
-            assert kv is not None
-            if Intent.decode(kv.key, kv.value).answer is not None:
-                break
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(PATIENCE):
+            while (kv := await store.get(f"{keys.INTENTS}n1/x")) and not Intent.decode(
+                kv.key, kv.value
+            ).answer:
+                await asyncio.sleep(0.005)
+    assert kv is not None
     assert Intent.decode(kv.key, kv.value).unknown == {"colour": "red"}
     assert Intent.decode(kv.key, kv.value).answer == {"done": True, "why": "10.64.0.1 seen"}
 
@@ -144,5 +145,5 @@ async def test_intents_are_listed_anew_now_and_then_because_a_watch_may_be_deaf(
     served = asyncio.create_task(IntentServer(store, "n1", echo).run())
     with monkeypatch.context() as patch:
         patch.setattr(store, "watch", lambda p, r: (deaf if p.endswith("/") else asking)(p, r))
-        assert (await ask(store, "n1", VERIFY, timeout=2))["done"]
+        assert (await ask(store, "n1", VERIFY, timeout=PATIENCE))["done"]
     served.cancel()

@@ -16,6 +16,7 @@ from ipam.store import Delete, Put, Store, Txn
 from ipam.store.sqlite import SqliteLease
 from ipam.writer import Writer
 from tests.ipam.faulty import FaultyStore
+from tests.patience import PATIENCE
 
 FACTS = Node(name="n1", version="1.0", underlay=["192.0.2.1"])
 
@@ -62,7 +63,7 @@ async def test_a_node_whose_lease_was_lost_registers_again(
     await one._lease.revoke()
     assert await store.get(keys.ALIVE + "n1") is None
     keeping = asyncio.create_task(one.keep())
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE):
         while await store.get(keys.ALIVE + "n1") is None:
             await asyncio.sleep(0.01)
     keeping.cancel()
@@ -116,12 +117,12 @@ async def test_who_is_replaced_is_told_and_registers_again_when_it_has_the_name_
     try:
         await Writer(store, "n1", "newer", "boot").claim(0)
         await newer.register()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not told:
                 await asyncio.sleep(0.01)
         await newer.leave()
         await Writer(store, "n1", "older", "boot").claim(0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while (kv := await store.get(keys.ALIVE + FACTS.name)) is None or b"older" not in kv.value:
                 await asyncio.sleep(0.01)
     finally:

@@ -28,6 +28,7 @@ from ipam.reservations import reserve, unreserve
 from ipam.store import open_store
 from tests.ipam.faulty import FaultyStore
 from tests.ipam.nodes import Node, stored
+from tests.patience import PATIENCE
 
 STATIC = [f"10.64.0.{n}" for n in (12, 13, 14)]
 RESERVED = ip_address("10.64.0.9")
@@ -167,7 +168,7 @@ class World:
         """The store answers again; soon everything agrees."""
         self.store.down, self.store.fault = False, lambda _: ""
         await self.store.deliver()
-        deadline = asyncio.get_running_loop().time() + 5
+        deadline = asyncio.get_running_loop().time() + PATIENCE
         while wrong := await self._wrong():
             assert asyncio.get_running_loop().time() < deadline, wrong
             await asyncio.sleep(0.005)
@@ -221,7 +222,7 @@ async def run(path: Path, url: str, shape: Shape, script: list[Step]) -> None:
         await real.close()
 
 
-PATIENCE = {
+SHORT = {
     "ipam.holder.REFILL_PATIENCE": 0.15,
     "ipam.named.REFILL_PATIENCE": 0.15,
     "ipam.named.HANDOVER_PATIENCE": 0.1,
@@ -257,7 +258,7 @@ def test_no_address_is_ever_double_booked_lost_or_leaked(
     script: list[Step],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for constant, seconds in PATIENCE.items():
+        for constant, seconds in SHORT.items():
             patch.setattr(constant, seconds)
         path = tmp_path_factory.mktemp("world")
         asyncio.run(run(path, store_url(path), shape, script))

@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 
-from ipam import outage
+from ipam import outage, refill
 from ipam.errors import TryAgain
 from ipam.outage import Outage
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network
+from tests.patience import PATIENCE
 
 
 async def test_an_outage_is_told_once_after_its_grace_and_again_only_after_an_answer() -> None:
@@ -42,7 +43,7 @@ async def test_who_answers_within_the_grace_was_never_away() -> None:
 async def test_who_finds_nothing_warm_waits_while_the_store_elects_a_leader(
     faulty: FaultyStore, node: Node, monkeypatch: pytest.MonkeyPatch, ips: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(outage, "GRACE", 5.0)
+    monkeypatch.setattr(outage, "GRACE", PATIENCE)
     net = await network(faulty.store, "10.64.0.0/24", warm=0)
     await node.start()
     await eventually(node.is_quiet)
@@ -58,7 +59,7 @@ async def test_who_finds_nothing_warm_waits_while_the_store_elects_a_leader(
 
 
 async def test_once_the_store_is_known_to_be_away_nobody_waits_until_it_answers(
-    faulty: FaultyStore, node: Node
+    faulty: FaultyStore, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = await network(faulty.store, "10.64.0.0/24", warm=0)
     await node.start()
@@ -66,9 +67,10 @@ async def test_once_the_store_is_known_to_be_away_nobody_waits_until_it_answers(
     faulty.fault = lambda _: "refused"
     with pytest.raises(TryAgain, match="does not answer"):
         await node.take(net)
+    monkeypatch.setattr(outage, "GRACE", PATIENCE)
     for ips in ((), ("10.64.0.9",)):
         with pytest.raises(TryAgain, match="does not answer"):
-            async with asyncio.timeout(outage.GRACE / 2):
+            async with asyncio.timeout(refill.REFILL_PATIENCE / 2):
                 await node.take(net, *ips)
     faulty.faults()
     await eventually(lambda: not node.holder.problem)

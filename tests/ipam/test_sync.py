@@ -16,6 +16,7 @@ from ipam.records import Address, AddressState, Alive, Block
 from ipam.store import Delete, Put, Store, Txn, open_store, read_prefix
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when
+from tests.patience import PATIENCE
 
 NewNode = Callable[..., Node]
 
@@ -305,7 +306,7 @@ async def test_a_take_that_waits_while_one_of_its_addresses_is_lost_is_refused(
     node.load()
     await node.holder.sync()
     asking = asyncio.create_task(node.take(net, "fd00:64::99"))
-    await asyncio.sleep(0.01)
+    await eventually(lambda: node.holder._holdings.asking)
     # One round of the upkeep: the IPv6 address is granted, for IPv4 there is only a block by now.
     changes = await node.holder._upkeep._gather()
     node.holder._upkeep._apply(changes, await node.holder._writer.commit([c.write for c in changes]))
@@ -344,11 +345,11 @@ async def test_whoever_asks_by_name_is_answered_when_the_sync_finds_the_address_
     node.load()
     await node.holder.sync()
     asking = asyncio.create_task(node.take(net, "10.64.0.9"))
-    await asyncio.sleep(0.01)
+    await eventually(lambda: node.holder._holdings.asking)
     changes = await node.holder._upkeep._gather()
     await node.holder._writer.commit([change.write for change in changes])
     await node.holder.sync()  # its outcome was never applied
-    assert [str(held.ip) for held in await asyncio.wait_for(asking, 1)] == ["10.64.0.9"]
+    assert [str(held.ip) for held in await asyncio.wait_for(asking, PATIENCE)] == ["10.64.0.9"]
 
 
 # -- a crash between the store's yes and the journal's
@@ -366,7 +367,7 @@ async def crash_after_the_next_commit(node: Node) -> None:
 
     node.holder._writer.commit = commit
     node.holder._holdings.wake.set()
-    await asyncio.wait_for(landed.wait(), 2)
+    await asyncio.wait_for(landed.wait(), PATIENCE)
     await node.crash()
 
 

@@ -16,7 +16,7 @@ from ipam.errors import Fenced, StoreError, StoreUnavailable
 from ipam.records import Alive, Fence
 from ipam.store import Delete, Put, Store, Txn, absent, open_store, read_prefix
 from ipam.writer import GROUP, Outcome, StoreRewound, Write, Writer
-from tests.ipam.faulty import FaultyStore
+from tests.ipam.faulty import FaultyStore, eventually
 
 
 def writer(store: Store, instance: str = "a", boot_id: str = "boot") -> Writer:
@@ -107,7 +107,7 @@ async def test_what_a_fenced_instance_had_sent_cannot_land_later(faulty: FaultyS
     await old.claim(0)
     faulty.fault = lambda _: "late"
     sending = asyncio.create_task(old.commit([put("a", "old")]))
-    await asyncio.sleep(0.02)
+    await eventually(lambda: faulty.late)
     await new.claim(0)
     faulty.fault = lambda _: ""
     with pytest.raises(Fenced):
@@ -121,7 +121,7 @@ async def test_after_a_cancelled_commit_the_next_one_needs_a_new_claim(faulty: F
     await w.claim(0)
     faulty.fault = lambda _: "late"
     sending = asyncio.create_task(w.commit([put("a", "first")]))
-    await asyncio.sleep(0.02)
+    await eventually(lambda: faulty.late)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending

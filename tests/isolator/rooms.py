@@ -26,6 +26,7 @@ from isolator.model import EndpointKey, IPAddress
 from isolator.netlink import Node
 from isolator.policy import Admission, Isolation, Policy, Surroundings
 from isolator.sysctl import enable_forwarding
+from tests.patience import PATIENCE
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,14 +87,14 @@ class Room:
 
     def delivers(self, ip: str) -> None:
         """Wait until an IPv6 address added inside is usable: the kernel adds its route in the background."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while f"local {ip} " not in self.sh("ip -6 route show table local"):
             assert time.monotonic() < deadline, f"{ip} stays unusable"
 
     def unbound(self, family: int, kind: int = socket.SOCK_DGRAM) -> socket.socket:
-        """A socket inside, with a time limit of 0.3 seconds."""
+        """A socket inside that waits for what has to come; what must not is waited for until SILENCE."""
         made = self.do(socket.socket, family, kind)
-        made.settimeout(0.3)
+        made.settimeout(PATIENCE)
         self._sockets.append(made)
         return made
 
@@ -104,12 +105,20 @@ class Room:
         return made
 
 
-def heard(server: Room, ip: IPAddress, client: Room, source: IPAddress | None = None) -> str | None:
+SILENCE = 0.3
+"""Seconds after which a packet that did not come is taken for lost."""
+
+
+def heard(
+    server: Room, ip: IPAddress, client: Room, source: IPAddress | None = None, *, within: float = PATIENCE
+) -> str | None:
     """Whom the server's ``ip`` saw asking when the client asked; None if question or answer was lost."""
     listening = server.udp(ip)
     any_ip = ip_address("0.0.0.0" if ip.version == 4 else "::")
     asking = client.udp(source or any_ip)
     try:
+        for each in (listening, asking):
+            each.settimeout(within)
         asking.sendto(b"hello?", listening.getsockname()[:2])
         question, seen = listening.recvfrom(64)
         listening.sendto(b"hello " + question, seen[:2])

@@ -39,6 +39,7 @@ from isolator.model import (
     Limit,
     ValidAttachments,
 )
+from tests.patience import PATIENCE
 
 BOOT = "boot"
 
@@ -124,7 +125,7 @@ class Node:
         return AttachSpec(EndpointKey(container, "eth0"), request, Asked(BOOT, at), "cni", "web", "/netns")
 
     async def gone(self, container: str = "c1") -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while self.endpoints.get(EndpointKey(container, "eth0")) is not None:
                 await asyncio.sleep(0.01)
 

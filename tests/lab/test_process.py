@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from moorage.lab.process import Daemon, ProcessId
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -73,5 +74,5 @@ def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "pid")
     for word in ("one", "two"):
         daemon.start(["echo", word], tmp_path / "log")
-        assert daemon.wait(10) == 0
+        assert daemon.wait(PATIENCE) == 0
     assert (tmp_path / "log").read_text() == "one\ntwo\n"

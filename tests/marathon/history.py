@@ -1,7 +1,7 @@
 """A random history of a cluster: apps come and go, hooks' DELs are lost, and everything fails that can.
 
 Steps are drawn from a seeded generator. What fails comes back after a while by itself, so that there is always
-something to judge. Two frameworks share the hosts and the pools; only one of them has listeners.
+something to judge. Two frameworks share the hosts and the pools, each with a Marathon and two listeners of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +22,8 @@ from ipam.store import Store, open_store
 from tests.ipam.nodes import network
 from tests.marathon.hosts import Host, Truth
 from tests.marathon.listening import Listening
-from tests.marathon.oracle import Oracle, WatchedStore
+from tests.marathon.oracle import Framework, Oracle, WatchedStore
+from tests.marathon.witness import Witness
 from tests.standins.marathon import Instance, Marathon
 from tests.standins.mesos_agent import Contained
 from tests.standins.mesos_master import Instance as MasterInstance
@@ -33,21 +35,34 @@ MOST_INSTANCES = 8
 BACK_AFTER = (0.5, 5.0)
 """Seconds until something that failed is back, shortest and longest."""
 
+DEAD_FOR = (4.0, 50.0)
+"""Seconds for which a machine stays dead that was declared gone, shortest and longest."""
+
+
+@dataclass
+class Site:
+    """A Marathon with all that is run for it."""
+
+    marathon: Marathon
+    instances: list[Instance]
+    listeners: list[Listening]
+
 
 @dataclass
 class World:
-    """Everything there is. done: steps by name. broken: what bringing something back failed on, a bug of the test's."""
+    """Everything there is.
+
+    sites: the first one is the bigger. done: steps by name. broken: what bringing something back failed on, a bug of
+    the test's.
+    """
 
     store: Store
     watched: WatchedStore
     truth: Truth
     master: Master
     masters: list[MasterInstance]
-    marathon: Marathon
-    marathons: list[Instance]
-    other: Marathon
+    sites: list[Site]
     hosts: list[Host]
-    listeners: list[Listening]
     oracle: Oracle
     chance: random.Random
     done: Counter[str] = field(default_factory=Counter)
@@ -79,6 +94,26 @@ class World:
         assert not missing, f"not back: {[_where(task) for task in missing]}"
 
     @property
+    def marathon(self) -> Marathon:
+        return self.sites[0].marathon
+
+    @property
+    def listeners(self) -> list[Listening]:
+        return [listener for site in self.sites for listener in site.listeners]
+
+    def site(self) -> Site:
+        """One of them: two of three times the first."""
+        return self.chance.choice([self.sites[0], *self.sites])
+
+    def running_tasks(self) -> list[tuple[Marathon, str]]:
+        return [
+            (site.marathon, task)
+            for site in self.sites
+            for task, known in sorted(site.marathon.tasks.items())
+            if known.state == "TASK_RUNNING"
+        ]
+
+    @property
     def disturbances(self) -> int:
         return len(self._coming_back)
 
@@ -93,7 +128,9 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(directory: Path, chance: random.Random, *, hosts: int, grace: float) -> AsyncIterator[World]:
+async def world(
+    directory: Path, chance: random.Random, *, hosts: int, grace: float, gone_after: float
+) -> AsyncIterator[World]:
     """A cluster where everything runs."""
     async with contextlib.AsyncExitStack() as stack:
         url = f"sqlite://{directory}/store.db"
@@ -104,9 +141,6 @@ async def world(directory: Path, chance: random.Random, *, hosts: int, grace: fl
         watched = WatchedStore(store, truth)
         master = Master()
         masters = [stack.enter_context(master.instance()) for _ in range(2)]
-        marathon = Marathon(master, keepalive=1.0, chance=random.Random(chance.random()))
-        other = Marathon(master, name="other", chance=random.Random(chance.random()))
-        marathons = [stack.enter_context(marathon.instance(redirect=redirect)) for redirect in (False, True)]
         made = [
             Host(
                 master,
@@ -122,41 +156,47 @@ async def world(directory: Path, chance: random.Random, *, hosts: int, grace: fl
         for host in made:
             stack.push_async_callback(host.power_off)
             await host.power_on()
-        listeners = [
-            Listening(
-                url,
-                [one.url for one in marathons],
-                [one.url for one in masters],
-                directory / f"listener-{number}.log",
-                grace=grace,
-                interval=1.0,
-                keep_alive=1.0,
-            )
-            for number in range(2)
-        ]
-        for listener in listeners:
-            stack.callback(listener.kill)
-            listener.start()
-        leading = Leading(store, marathon.framework, listeners)
+        sites = []
+        for name in ("first", "other"):
+            marathon = Marathon(master, name=name, keepalive=1.0, chance=random.Random(chance.random()))
+            instances = [
+                stack.enter_context(marathon.instance(redirect=redirect)) for redirect in (False, True)
+            ]
+            listeners = [
+                Listening(
+                    url,
+                    [one.url for one in instances],
+                    [one.url for one in masters],
+                    directory / f"listener-{name}-{number}.log",
+                    grace=grace,
+                    interval=1.0,
+                    gone_after=gone_after,
+                    keep_alive=1.0,
+                )
+                for number in range(2)
+            ]
+            sites.append(Site(marathon, instances, listeners))
+            for listener in listeners:
+                stack.callback(listener.kill)
+                listener.start()
+        leading = {site.marathon.framework: Framework(site.marathon) for site in sites}
         oracle = Oracle(
-            store, truth, {host.name: host for host in made}, marathon, master, grace, lambda: leading.pid
+            store,
+            truth,
+            {host.name: host for host in made},
+            leading,
+            master,
+            grace,
+            gone_after,
+            stack.enter_context(Witness()),
         )
-        tasks = [asyncio.create_task(oracle.run()), asyncio.create_task(leading.follow())]
+        tasks = [asyncio.create_task(oracle.run())]
+        tasks += [
+            asyncio.create_task(_follow_leader(store, leading[site.marathon.framework], site.listeners))
+            for site in sites
+        ]
         try:
-            yield World(
-                store,
-                watched,
-                truth,
-                master,
-                masters,
-                marathon,
-                marathons,
-                other,
-                made,
-                listeners,
-                oracle,
-                chance,
-            )
+            yield World(store, watched, truth, master, masters, sites, made, oracle, chance)
             for task in tasks:
                 assert not task.done(), task.result()
         finally:
@@ -176,30 +216,23 @@ def _where(task: asyncio.Task[None]) -> list[str]:
     return found
 
 
-@dataclass
-class Leading:
-    """Which listener leads, as the store says. pid: None if none does that also works."""
-
-    store: Store
-    framework: str
-    listeners: list[Listening]
-    pid: int | None = None
-
-    async def follow(self) -> None:
-        """Until cancelled."""
-        while True:
-            kv = await self.store.get(keys.LEADERS + self.framework)
-            working = [listener.pid for listener in self.listeners if listener.works]
-            named = [pid for pid in working if kv is not None and f"pid {pid}".encode() in kv.value]
-            self.pid = named[0] if named else None
-            await asyncio.sleep(0.1)
+async def _follow_leader(store: Store, framework: Framework, listeners: list[Listening]) -> None:
+    """Keep up which listener leads, as the store says; until cancelled."""
+    while True:
+        kv = await store.get(keys.LEADERS + framework.marathon.framework)
+        working = [listener.pid for listener in listeners if listener.works]
+        named = [pid for pid in working if kv is not None and f'pid {pid}"'.encode() in kv.value]
+        leader = named[0] if named else None
+        if leader != framework.pid:
+            framework.pid, framework.since = leader, time.monotonic()
+        await asyncio.sleep(0.1)
 
 
 # -- steps; each does one thing, and has what failed come back
 
 
 async def _deploy(world: World) -> None:
-    marathon = world.chance.choice([world.marathon, world.marathon, world.other])
+    marathon = world.site().marathon
     app = f"/app-{world.chance.randrange(15)}"
     networks = [{"mode": "container", "name": NETWORK}]
     marathon.deploy(
@@ -208,21 +241,21 @@ async def _deploy(world: World) -> None:
 
 
 async def _scale(world: World) -> None:
-    marathon = world.chance.choice([world.marathon, world.marathon, world.other])
-    if marathon.apps:
-        marathon.scale(world.chance.choice(sorted(marathon.apps)), world.chance.randrange(MOST_INSTANCES))
+    marathon = world.site().marathon
+    if apps := sorted(set(marathon.apps) - {"/keeper"}):
+        marathon.scale(world.chance.choice(apps), world.chance.randrange(MOST_INSTANCES))
 
 
 async def _destroy(world: World) -> None:
-    apps = sorted(set(world.marathon.apps) - {"/keeper"})
-    if apps:
-        world.marathon.destroy(world.chance.choice(apps))
+    marathon = world.site().marathon
+    if apps := sorted(set(marathon.apps) - {"/keeper"}):
+        marathon.destroy(world.chance.choice(apps))
 
 
 async def _kill(world: World) -> None:
-    tasks = sorted(task for task, known in world.marathon.tasks.items() if known.state == "TASK_RUNNING")
-    if tasks:
-        world.marathon.kill(world.chance.choice(tasks))
+    if tasks := world.running_tasks():
+        marathon, task = world.chance.choice(tasks)
+        marathon.kill(task)
 
 
 async def _die(world: World) -> None:
@@ -241,11 +274,12 @@ async def _gone_alone(world: World) -> None:
 
 async def _amnesia(world: World) -> None:
     """Marathon forgets a task that runs, as when its state is restored from a backup; later it is killed."""
-    known = {task for task, it in world.marathon.tasks.items() if it.state == "TASK_RUNNING"}
+    known = {task: marathon for marathon, task in world.running_tasks()}
     found = [(h, c) for h, c in world.containers() if c.tasks[0].id in known and c.tasks[0].name != "keeper"]
     if found:
         host, container = world.chance.choice(found)
-        world.marathon.forget(container.tasks[0].id)
+        task = container.tasks[0].id
+        known[task].forget(task)
         world.later(lambda: host.die(container))
 
 
@@ -256,11 +290,12 @@ async def _cut_off(world: World) -> None:
         return
     host.reaches_master = False
     world.master.lose(host.id)
-    for task in [t for t, known in world.marathon.tasks.items() if known.agent == host.id]:
-        if world.chance.random() < 0.4:
-            world.marathon.expunge(task)
-        else:
-            world.marathon.replace(task)
+    for marathon in (site.marathon for site in world.sites):
+        for task in [t for t, known in marathon.tasks.items() if known.agent == host.id]:
+            if world.chance.random() < 0.4:
+                marathon.expunge(task)
+            else:
+                marathon.replace(task)
 
     world.later(lambda: setattr(host, "reaches_master", True))
 
@@ -268,7 +303,8 @@ async def _cut_off(world: World) -> None:
 async def _expelled(world: World) -> None:
     """An operator marks an agent gone that is only cut off: its containers live on until it is back and shut down.
 
-    Its moorage agent lives, so nothing of the node is freed.
+    Its moorage agent lives, so nothing of the node is freed; not either if its sign of life is gone for a while, as
+    when its machine is so busy that the lease is over.
     """
     host = world.chance.choice(world.hosts)
     if not (host.serves and host.is_running and host.reaches_master):
@@ -276,8 +312,11 @@ async def _expelled(world: World) -> None:
     host.has_to_serve = True
     host.reaches_master = False
     world.master.mark_gone(host.id)
+    lapse = world.chance.uniform(0.0, world.oracle.gone_after / 4)
+    lapsed = asyncio.create_task(host.lapse(lapse))
 
-    def back() -> None:
+    async def back() -> None:
+        await lapsed
         host.reaches_master = True
         host.has_to_serve = False
 
@@ -318,7 +357,7 @@ async def _power_cut(world: World) -> None:
             world.master.lose(agent)
         if gone:
             world.master.mark_gone(agent)
-            await asyncio.sleep(world.chance.uniform(4.0, 16.0))
+            await asyncio.sleep(world.chance.uniform(*DEAD_FOR))
         await host.power_on(keeps_state=keeps and not gone)
 
     if agent in world.master.agents and world.chance.random() < 0.7:
@@ -327,7 +366,7 @@ async def _power_cut(world: World) -> None:
 
 
 async def _marathon_stops(world: World) -> None:
-    running = [one for one in world.marathons if one.is_running]
+    running = [one for one in world.site().instances if one.is_running]
     if running:
         one = world.chance.choice(running)
         one.stop()
@@ -335,11 +374,11 @@ async def _marathon_stops(world: World) -> None:
 
 
 async def _marathon_fails_over(world: World) -> None:
-    world.marathon.fail_over()
+    world.site().marathon.fail_over()
 
 
 async def _marathon_misbehaves(world: World) -> None:
-    one = world.chance.choice(world.marathons)
+    one = world.chance.choice(world.site().instances)
     match world.chance.randrange(3):
         case 0:
             one.faults.status = 503
@@ -351,7 +390,8 @@ async def _marathon_misbehaves(world: World) -> None:
 
 
 async def _stream_misbehaves(world: World) -> None:
-    faults = world.marathon.streams.faults
+    streams = world.site().marathon.streams
+    faults = streams.faults
     match world.chance.randrange(7):
         case 0:
             faults.lose = 0.5
@@ -364,10 +404,10 @@ async def _stream_misbehaves(world: World) -> None:
         case 4:
             faults.cut = 0.1
         case 5:
-            world.marathon.streams.silence.on = True
+            streams.silence.on = True
         case _:
             faults.lose = 1.0
-    world.later(faults.none, lambda: setattr(world.marathon.streams.silence, "on", False))
+    world.later(faults.none, lambda: setattr(streams.silence, "on", False))
 
 
 async def _master_fails_over(world: World) -> None:
@@ -398,29 +438,32 @@ STEPS: dict[Callable[[World], Awaitable[None]], int] = {
     _gone_alone: 70,
     _amnesia: 200,
     _cut_off: 45,
-    _expelled: 4,
+    _expelled: 12,
     _mesos_crash: 12,
     _agent_crash: 12,
     _power_cut: 10,
-    _marathon_stops: 3,
+    _marathon_stops: 4,
     _marathon_fails_over: 5,
     _marathon_misbehaves: 3,
     _stream_misbehaves: 15,
-    _master_fails_over: 3,
-    _listener_pauses: 2,
-    _listener_dies: 2,
+    _master_fails_over: 4,
+    _listener_pauses: 4,
+    _listener_dies: 4,
 }
 """Steps and how often each is done."""
 
-ALL_BACK_WITHIN = 40.0
+ALL_BACK_WITHIN = 80.0
 """Seconds until everything that failed is back."""
 
 MOST_DISTURBANCES = 60
 """Things that may be away at a time."""
 
 
-async def live_on(world: World, steps: int, pause: float, within: float) -> None:
-    """So many steps, ``pause`` seconds apart on the average; fewer if they take longer than ``within`` seconds."""
+async def live_on(world: World, steps: int, pause: float, within: float, enough: Callable[[], bool]) -> None:
+    """So many steps, ``pause`` seconds apart on the average, and more until it is enough.
+
+    None is begun after ``within`` seconds.
+    """
     deadline = asyncio.get_running_loop().time() + within
     keeper = {
         "id": "/keeper",
@@ -428,9 +471,10 @@ async def live_on(world: World, steps: int, pause: float, within: float) -> None
         "networks": [{"mode": "container", "name": NETWORK}],
         "cmd": "x",
     }
-    world.marathon.deploy(keeper)
+    for site in world.sites:
+        site.marathon.deploy(keeper)
     names, weights = list(STEPS), list(STEPS.values())
-    while world.done.total() < steps and asyncio.get_running_loop().time() < deadline:
+    while (world.done.total() < steps or not enough()) and asyncio.get_running_loop().time() < deadline:
         step = world.chance.choices(names, weights)[0]
         if world.disturbances < MOST_DISTURBANCES:
             await step(world)
@@ -449,6 +493,8 @@ def summary(world: World) -> dict[str, float]:
         "falsely suspected": len(truth.suspected),
         "released in time": oracle.in_time,
         "slowest": round(oracle.slowest, 1),
+        "by the wall": round(oracle.slowest_by_the_wall, 1),
+        "speed of the machine": round(oracle.witness.speed(), 2),
         "lost DELs": truth.lost_dels,
         "looks": oracle.looks,
     }
@@ -457,7 +503,8 @@ def summary(world: World) -> dict[str, float]:
 async def settle(world: World, within: float) -> set[tuple[str, str]]:
     """Everything is back and behaves; returns what is provably stale after ``within`` seconds all the same."""
     await world.everything_is_back()
-    deadline = asyncio.get_running_loop().time() + within
-    while (left := await world.oracle.look()) and asyncio.get_running_loop().time() < deadline:
+    witness = world.oracle.witness
+    deadline = witness.now() + within
+    while (left := await world.oracle.look()) and witness.now() < deadline:
         await asyncio.sleep(0.2)
     return left

@@ -15,19 +15,25 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ipam.errors import MoorageError
+from ipam.errors import MoorageError, StoreError
 from ipam.intents import IntentServer
 from ipam.journal import AddressRow
 from ipam.keys import IPAddress
 from ipam.membership import Membership
 from ipam.records import AddressState, Intent, IntentKind, Network
 from ipam.records import Node as NodeRecord
-from ipam.store import Store
+from ipam.store import Lease, Store
 from moorage.lab.simulated import SimulatedNode
 from tests.standins.mesos_agent import Agent, Contained
 from tests.standins.mesos_master import Master
 
 IFNAME = "eth0"
+
+SHOWS_LIFE = 5.0
+"""Seconds for which the sign of life of a moorage agent that is dead still stands."""
+
+LEASE = 60.0
+"""Seconds of a living one's lease. Long: it lapses when a history says so, and not because the machine is busy."""
 
 SLOW_END = (0.5, 5.0)
 """Seconds a container may live on after its task's end was reported: it is still being destroyed."""
@@ -165,18 +171,22 @@ class Host(Agent):
                 await self._start_agent()
 
     async def _start_agent(self) -> None:
+        node = self.node
         while True:
             try:
-                await self.node.start()
+                await node.start()
+                record = NodeRecord(name=self.name, version="1", mesos_agent=self.id)
+                membership = Membership(self._store, record, node.instance, node.boot_id, node.holder.fenced)
+                # Like the real one it serves nobody before: somebody may be freeing what it held at this moment.
+                await membership.register()
                 break
             except MoorageError:
-                await self.node.crash()
+                await node.crash()
                 await asyncio.sleep(0.1)
-        record = NodeRecord(name=self.name, version="1", mesos_agent=self.id)
-        node = self.node
-        self._membership = Membership(self._store, record, node.instance, node.boot_id, node.holder.fenced)
+        self._membership = membership
+        self.describe()
         intents = IntentServer(self._store, self.name, self._answer)
-        node.run_beside(self._membership.keep, intents.run)
+        node.run_beside(membership.keep, intents.run)
         for ip, held in node.holder.assigned().items():
             life = self._truth.lives.get(held.record.container_id) if held.record else None
             if (
@@ -196,7 +206,7 @@ class Host(Agent):
         return life.id not in self.containers and life.boot != self.node.boot_id
 
     async def kill_agent(self) -> None:
-        """kill -9 of the moorage agent; its sign of life stays until its lease is over."""
+        """kill -9 of the moorage agent; its sign of life stays for SHOWS_LIFE seconds."""
         async with self._changing:
             if self.up_since is None:
                 return
@@ -205,6 +215,22 @@ class Host(Agent):
             membership, self._membership = self._membership, None
             if membership is not None and membership._lease is not None:
                 await membership._lease.abandon()
+                self._spawn(self._expire(membership._lease))
+
+    @staticmethod
+    async def _expire(lease: Lease) -> None:
+        """As the store does it when nobody renews a lease."""
+        await asyncio.sleep(SHOWS_LIFE)
+        with contextlib.suppress(StoreError):  # it is closed: the history is over
+            await lease.revoke()
+
+    async def lapse(self, seconds: float) -> None:
+        """Its moorage agent's sign of life is gone for so long; the agent lives on."""
+        membership = self._membership
+        if membership is not None and membership._lease is not None:
+            async with membership._telling:
+                await membership._lease.revoke()
+                await asyncio.sleep(seconds)
 
     def _connect(self) -> None:
         """One that was marked gone is told so, ends, and is started as another agent."""

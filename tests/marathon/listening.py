@@ -24,6 +24,7 @@ class Listening:
         *,
         grace: float,
         interval: float,
+        gone_after: float,
         keep_alive: float = 10.0,
         within: Namespace | None = None,
     ) -> None:
@@ -34,6 +35,7 @@ class Listening:
             *(word for url in marathons for word in ("--url", url)),
             *(word for url in masters for word in ("--mesos-master", url)),
             "--grace", str(grace), "--interval", str(interval), "--keep-alive", str(keep_alive),
+            "--gone-after", str(gone_after),
         ]  # fmt: skip
         self._command = command if within is None else within.command(*command)
         self._environment = with_source({**others, "MOORAGE_CONFIG": os.devnull})
@@ -79,3 +81,4 @@ class Listening:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._is_paused = False

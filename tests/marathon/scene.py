@@ -18,6 +18,7 @@ from ipam.intents import IntentServer
 from ipam.networks import PoolSpec, create_network
 from ipam.records import Address, AddressState, Alive, Block, Fence, Intent, IntentKind, Network, Node
 from ipam.store import Delete, Put, Store, Txn, read_prefix
+from tests.patience import PATIENCE
 from tests.standins.marathon import Marathon, Task
 from tests.standins.tasks import TaskInfo
 
@@ -35,6 +36,24 @@ def task(number: int, app: str = "/web", state: str = "TASK_RUNNING", agent: str
 
 def ip_of(number: int) -> str:
     return str(ip_address("10.64.0.0") + number)
+
+
+class Idle:
+    """A Mesos agent as its master knows it, where nothing runs."""
+
+    hostname, port = "h", 5051
+
+    def has(self, task: str) -> bool:
+        return False
+
+    def launch(self, tasks: list[TaskInfo]) -> None:
+        """Nothing comes of it."""
+
+    def kill(self, task: str) -> None:
+        """There is none."""
+
+    def shut_down(self) -> None:
+        """Nothing runs here."""
 
 
 class Scene:
@@ -73,6 +92,14 @@ class Scene:
             puts.append(Put(keys.ALIVE + name, Alive(instance="i", boot_id="b").encode()))
             self.run(IntentServer(self.store, name, self._answer).run())
         await self.store.txn(Txn(then=tuple(puts)))
+
+    async def lose_sight_of(self, node: str) -> None:
+        """Its sign of life is gone, whether its agent runs or not."""
+        await self.store.txn(Txn(then=(Delete(keys.ALIVE + node),)))
+
+    async def show_life_of(self, node: str) -> None:
+        """Its agent is registered again."""
+        await self.store.txn(Txn(then=(Put(keys.ALIVE + node, Alive(instance="i", boot_id="b").encode()),)))
 
     def run(self, work: Any) -> asyncio.Task[None]:
         """Beside the test, until its end."""
@@ -132,7 +159,7 @@ class Scene:
         kv = await self.store.get(keys.LISTENERS + FRAMEWORK)
         return {} if kv is None else msgspec.json.decode(kv.value, type=dict[str, Any])
 
-    async def until(self, holds: Callable[[], Any], within: float = 15.0) -> None:
+    async def until(self, holds: Callable[[], Any], within: float = PATIENCE) -> None:
         """Wait for something, which may be asked of the store."""
         async with asyncio.timeout(within):
             while True:
@@ -141,7 +168,7 @@ class Scene:
                     return
                 await asyncio.sleep(0.02)
 
-    async def left(self, *numbers: int, within: float = 15.0) -> None:
+    async def left(self, *numbers: int, within: float = PATIENCE) -> None:
         """Wait until these addresses are assigned and no others."""
         wanted = {ip_of(number) for number in numbers}
         found: set[str] = set()

@@ -272,12 +272,12 @@ def test_events_come_as_they_happen(cluster: stand_in.Marathon) -> None:
 
 def test_a_stream_that_keeps_alive_is_not_dead_and_a_silent_one_is(cluster: stand_in.Marathon) -> None:
     with cluster.instance() as one:
-        marathon = Marathon([one.url], keep_alive=0.1)
+        marathon = Marathon([one.url], keep_alive=0.7)  # dead after three
         begun = time.monotonic()
-        threading.Timer(1.0, lambda: setattr(cluster.streams.silence, "on", True)).start()
+        threading.Timer(2.5, lambda: setattr(cluster.streams.silence, "on", True)).start()
         with pytest.raises(NotAnswered, match="broke off"):
             followed(marathon, 1)
-        assert time.monotonic() - begun >= 1.0
+        assert time.monotonic() - begun >= 2.5
         cluster.streams.silence.on = False
 
 

@@ -6,28 +6,33 @@ time is test_history.py's; here the machine also wires containers, and every loo
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
+from tests.marathon.drawing import LENGTH, seed
+from tests.marathon.witness import Witness
 from tests.standins.lab import NETWORK, MesosLab, eventually
 from tests.standins.mesos_agent import HookAgent
 
-pytestmark = [pytest.mark.kernel, pytest.mark.etcd, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.etcd,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("histories"),
+]
 
 GRACE = 2.0
-STEPS = 60
-SECONDS = 60.0
-"""After so long no further step is begun, on a machine that is slow."""
+STEPS = int(60 * LENGTH)
+SECONDS = 60.0 * LENGTH
+"""After so long no further step is begun, on a machine that is slow; but then something has to have been stale."""
 
 RELEASED_WITHIN = GRACE + 20.0
-"""Seconds from the first look that finds an address stale."""
+"""Seconds (by the witness) from the first look that finds an address stale."""
 
 Step = Callable[[MesosLab, random.Random], None]
 
@@ -37,6 +42,7 @@ class Looks:
     """What was seen, look after look. seen: (address, container) that the store once had as assigned."""
 
     cluster: MesosLab
+    witness: Witness
     seen: set[tuple[str, str]] = field(default_factory=set)
     live: set[tuple[str, str]] = field(default_factory=set)
     stale: set[tuple[str, str]] = field(default_factory=set)
@@ -46,7 +52,7 @@ class Looks:
 
     def look(self, *, judges_time: bool = True) -> set[tuple[str, str]]:
         """Look once; what is stale now. judges_time: whether everybody is there who is needed for a release."""
-        before = time.monotonic()
+        before = self.witness.now()
         assigned = {(ip, row["container_id"]) for ip, row in self.cluster.assigned().items()}
         live = set(self.cluster.live_addresses().items())
         self.released_live += [f"{ip} of {c}" for ip, c in sorted((self.seen & live) - assigned)]
@@ -56,7 +62,7 @@ class Looks:
         self.stale |= stale
         if not judges_time:
             self._since.clear()
-        self._since = {key: self._since.get(key, time.monotonic()) for key in stale}
+        self._since = {key: self._since.get(key, self.witness.now()) for key in stale}
         for key, since in self._since.items():
             if judges_time and before - since > RELEASED_WITHIN:
                 self.late.append(f"{key[0]} of {key[1]}, stale for {before - since:.0f} s")
@@ -110,7 +116,9 @@ def _omit(cluster: MesosLab, chance: random.Random) -> None:
 
 def _cut_off(cluster: MesosLab, chance: random.Random) -> None:
     """From its master; Marathon forgets its tasks, or has them back."""
-    agent = chance.choice(_up(cluster))
+    if not (found := _connected(cluster)):
+        return
+    agent = chance.choice(found)
     agent.reaches_master = False
     cluster.master.lose(agent.id)
     for task in [t for t, known in list(cluster.marathon.tasks.items()) if known.agent == agent.id]:
@@ -125,7 +133,9 @@ def _rejoin(cluster: MesosLab, chance: random.Random) -> None:
 
 
 def _reboot(cluster: MesosLab, chance: random.Random) -> None:
-    agent = chance.choice(_up(cluster))
+    if not (found := _connected(cluster)):
+        return
+    agent = chance.choice(found)
     before, keeps = agent.id, chance.random() < 0.5
     cluster.power_off(agent.hostname)
     cluster.master.lose(before)
@@ -167,6 +177,10 @@ def _up(cluster: MesosLab) -> list[HookAgent]:
     return [agent for agent in cluster.agents.values() if agent.is_running]
 
 
+def _connected(cluster: MesosLab) -> list[HookAgent]:
+    return [agent for agent in _up(cluster) if agent.reaches_master]
+
+
 def heal(cluster: MesosLab) -> None:
     """Everything behaves again."""
     cluster.marathon.streams.faults.none()
@@ -178,41 +192,43 @@ def heal(cluster: MesosLab) -> None:
 
 @pytest.mark.history
 def test_with_real_containers_too_live_addresses_are_kept_and_stale_ones_released(
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    seed = int(os.environ.get("HISTORY_SEED", random.randrange(1 << 32)))
-    chance = random.Random(seed)
+    drawn_from = seed()
+    chance = random.Random(drawn_from)
     done: Counter[str] = Counter()
     networks = [{"mode": "container", "name": NETWORK}]
-    with MesosLab(nodes=3, grace=GRACE, interval=1.0) as cluster:
-        looks = Looks(cluster)
+    with Witness() as witness, MesosLab(nodes=3, grace=GRACE, interval=1.0) as cluster:
+        looks = Looks(cluster, witness)
         try:
             for app in ("/a", "/b", "/keeper"):
                 cluster.deploy({"id": app, "cmd": "sleep 100000", "instances": 3, "networks": networks})
             assert eventually(lambda: cluster.running() == 9, 60)
             begun = time.monotonic()
-            while done.total() < STEPS and time.monotonic() - begun < SECONDS:
+            while done.total() < STEPS and not (looks.stale and time.monotonic() - begun > SECONDS):
                 step = chance.choices(list(STEPS_AND_WEIGHTS), list(STEPS_AND_WEIGHTS.values()))[0]
                 step(cluster, chance)
                 done[step.__name__.strip("_")] += 1
                 looks.look(judges_time=step in (_scale, _kill, _lose_dels, _omit, _rejoin))
             heal(cluster)
-            deadline = time.monotonic() + 2 * RELEASED_WITHIN
+            deadline = witness.now() + 2 * RELEASED_WITHIN
             while left := looks.look():
-                assert time.monotonic() < deadline, f"still stale: {describe(cluster, left)}"
+                assert witness.now() < deadline, f"still stale:\n{describe(cluster, left)}"
         finally:
-            with capsys.disabled():
-                print(
-                    f"\n  HISTORY_SEED={seed}, {done.total()} steps: "
-                    f"{len(looks.live)} live and {len(looks.stale)} stale addresses"
-                )
-                print(f"  {dict(done)}")
+            saw = f"{done.total()} steps: {len(looks.live)} live and {len(looks.stale)} stale addresses"
+            record_property("history", f"HISTORY_SEED={drawn_from}, {saw}\n  {dict(done)}")
         assert looks.released_live == []
         assert looks.late == []
         assert looks.stale, "no address was stale"
 
 
-def describe(cluster: MesosLab, left: set[tuple[str, str]]) -> list[Any]:
-    """What the listener says of these addresses."""
-    ips = {ip for ip, _ in left}
-    return [row for row in cluster.status().get("findings", []) if row["address"] in ips] or sorted(left)
+def describe(cluster: MesosLab, left: set[tuple[str, str]]) -> str:
+    """What the listener says of these addresses, and what is left of their containers."""
+    said = {row["address"]: f"{row['verdict']}: {row['why']}" for row in cluster.status().get("findings", [])}
+    rows = []
+    for ip, container in sorted(left):
+        found = [
+            f"{name}: {it}" for name, agent in cluster.agents.items() if (it := agent.whereabouts(container))
+        ]
+        rows.append(f"{ip} of {container}: {said.get(ip, 'no finding')}; {found or 'no agent ever had it'}")
+    return "\n".join(rows)

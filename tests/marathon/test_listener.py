@@ -5,25 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from ipam import keys
 from ipam.errors import TryAgain
-from ipam.store import Delete, Store, Txn, open_store
-from marathon import feed, http, listener, once, passes
+from ipam.records import Node
+from ipam.store import Delete, Store, Txn, read_prefix
+from marathon import actions, feed, http, listener, once, passes
 from marathon.client import Marathon
 from marathon.listener import Listener
 from marathon.mesos import Master
-from marathon.passes import Timing
-from tests.marathon.scene import FRAMEWORK, Scene, ip_of, task, task_id
+from marathon.reconcile import Timing
+from tests.marathon.scene import FRAMEWORK, Idle, Scene, ip_of, task, task_id
 from tests.standins.marathon import Instance
 from tests.standins.mesos_master import Master as MasterStandIn
 
 GRACE = 0.5
-SOON = Timing(grace=GRACE, interval=1.0)
-RARELY = Timing(grace=GRACE, interval=3600.0)
+SOON = Timing(grace=GRACE, interval=1.0, gone_after=GRACE)
+RARELY = Timing(grace=GRACE, interval=3600.0, gone_after=GRACE)
 """So that what happens is by events alone."""
 
 
@@ -34,13 +34,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "RETRY", 0.3)
     monkeypatch.setattr(listener, "TELL_EVERY", 0.1)
     monkeypatch.setattr(listener, "RETRY", 0.3)
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite://{tmp_path}/store.db")
-    yield store
-    await store.close()
 
 
 @pytest.fixture
@@ -117,7 +110,10 @@ async def test_a_live_container_is_kept_and_shown_as_an_orphan(scene: Scene, one
     await scene.counts(live=1, orphan=1)
     [row] = (await scene.told())["findings"]
     assert (row["address"], row["verdict"]) == (ip_of(2), "orphan")
-    assert "is carried by a live container" in row["why"]
+    await scene.until(lambda: len(scene.asked) >= 3)
+    [row] = (await scene.told())["findings"]
+    assert row["why"].count("is carried by a live container") == 1
+    assert row["why"].count("Marathon does not know its task") == 1
     scene.living.clear()
     await scene.left(1)
 
@@ -215,7 +211,7 @@ async def test_a_node_that_its_master_calls_gone_is_freed_wholly(scene: Scene, o
     await scene.assigned(3, node="n2", framework="another")
     with master.instance() as leading:
         for agent in ("S1", "S2"):
-            master.register(Workers(), agent)
+            master.register(Idle(), agent)
         master.lose("S2")
         listen(scene, one, master=Master([leading.url]))
         await scene.counts(live=1, unreachable=1, other_framework=1)
@@ -226,16 +222,67 @@ async def test_a_node_that_its_master_calls_gone_is_freed_wholly(scene: Scene, o
         assert await scene.store.get(keys.NODES + "n1") is not None
 
 
-class Workers:
-    """An agent as its master knows it."""
+async def test_a_node_that_is_called_gone_is_kept_while_its_agent_is_only_away_for_a_moment(
+    scene: Scene, one: Instance
+) -> None:
+    master = MasterStandIn()
+    await scene.node("n2", mesos_agent="S2")
+    scene.listed(1)
+    await scene.assigned(1)
+    await scene.assigned(2, 3, node="n2", framework="another")
+    with master.instance() as leading:
+        for agent in ("S1", "S2"):
+            master.register(Idle(), agent)
+        master.mark_gone("S2")
+        patient = Timing(grace=0.0, interval=1.0, gone_after=2.5)
+        listen(scene, one, patient, Master([leading.url]))
+        await scene.counts(live=1, other_framework=2)
+        for _ in range(3):
+            await scene.lose_sight_of("n2")
+            await scene.until(lambda: _shows(scene, "n2", "doubted"))
+            await scene.show_life_of("n2")
+            await scene.until(lambda: _shows(scene, "n2", ""))
+        assert await scene.addresses() == {ip_of(1), ip_of(2), ip_of(3)}
+        begun = time.monotonic()
+        await scene.lose_sight_of("n2")
+        await scene.left(1)
+        assert time.monotonic() - begun >= patient.gone_after
 
-    hostname, port = "h", 5051
 
-    def has(self, task: str) -> bool:
-        return False
+async def test_an_agent_that_registers_in_the_last_moment_keeps_what_its_node_holds(
+    scene: Scene, one: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = MasterStandIn()
+    await scene.node("n2", alive=False, mesos_agent="S2")
+    scene.listed(1)
+    await scene.assigned(1)
+    await scene.assigned(2, node="n2", framework="another")
 
-    def shut_down(self) -> None:
-        """Nothing runs there."""
+    async def late(store: Store, name: str, **options: object) -> object:
+        await scene.node(name, alive=False, mesos_agent="S7")  # it was there, and is away again
+        return await remove_node(store, name, **options)  # type: ignore[arg-type]  # passed on as they are
+
+    remove_node = actions.remove_node
+    monkeypatch.setattr(actions, "remove_node", late)
+    with master.instance() as leading:
+        for agent in ("S1", "S2"):
+            master.register(Idle(), agent)
+        master.mark_gone("S2")
+        listen(scene, one, master=Master([leading.url]))
+        await scene.until(lambda: _knows_as(scene, "n2", "S7"))
+        await asyncio.sleep(3 * GRACE)
+        assert await scene.addresses() == {ip_of(1), ip_of(2)}
+
+
+async def _knows_as(scene: Scene, node: str, mesos_agent: str) -> bool:
+    kv = await scene.store.get(keys.NODES + node)
+    return kv is not None and Node.decode(kv.key, kv.value).mesos_agent == mesos_agent
+
+
+async def _shows(scene: Scene, node: str, state: str) -> bool:
+    """Whether the leader tells that of a node that Mesos calls gone; "": nothing."""
+    told = {row["name"]: row["state"] for row in (await scene.told()).get("gone", [])}
+    return told.get(node, "") == state
 
 
 async def _absent(store: Store, key: str) -> bool:
@@ -291,6 +338,22 @@ async def _present(store: Store, key: str) -> bool:
     return await store.get(key) is not None
 
 
+async def test_a_big_cluster_is_looked_at_less_often(
+    scene: Scene, one: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "ROWS_A_SECOND", 4)
+    scene.listed(*range(1, 7))
+    await scene.assigned(*range(1, 7))
+    listen(scene, one, Timing(grace=GRACE, interval=0.1))
+    await scene.counts(live=6)
+    # It looks once more when the stream is open.
+    await scene.until(lambda: one.asked.count("GET /v2/tasks") >= 1)
+    await asyncio.sleep(1.0)
+    before, since = one.asked.count("GET /v2/tasks"), time.monotonic()
+    await scene.until(lambda: one.asked.count("GET /v2/tasks") >= before + 2)
+    assert time.monotonic() - since >= 12 / listener.ROWS_A_SECOND
+
+
 # -- two listeners
 
 
@@ -344,6 +407,25 @@ async def test_an_apps_labels_reach_its_running_endpoints(scene: Scene, one: Ins
     ]
 
 
+async def test_an_apps_labels_wait_for_the_agent_of_its_endpoints_node(scene: Scene, one: Instance) -> None:
+    await scene.network(allow_netgroups=["a"])
+    await scene.node("n2", alive=False, mesos_agent="S2")
+    scene.marathon.fill({"id": "/web", "labels": {"MOORAGE_NETGROUPS": "a"}}, [])
+    scene.marathon.tasks.update({t.info.id: t for t in (task(1), task(2))})
+    await scene.assigned(1)
+    await scene.assigned(2, node="n2")
+    listen(scene, one)
+    await scene.until(lambda: [i.ip for i in scene.asked] == [ip_of(1)])
+    assert [key for key in await _intents(scene.store) if "/n2/" in key] == []
+    await scene.node("n2", mesos_agent="S2")
+    await scene.until(lambda: [i.ip for i in scene.asked] == [ip_of(1), ip_of(2)])
+
+
+async def _intents(store: Store) -> list[str]:
+    items, _ = await read_prefix(store, keys.INTENTS)
+    return [kv.key for kv in items]
+
+
 async def test_a_label_that_the_network_does_not_allow_is_told_and_not_applied(
     scene: Scene, one: Instance
 ) -> None:
@@ -379,6 +461,23 @@ async def test_one_reconciliation_waits_for_the_grace_and_acts(scene: Scene, one
     assert told["done"] == {"released": 1}
     assert await scene.addresses() == {ip_of(1)}
     assert await scene.store.get(keys.LEADERS + FRAMEWORK) is None
+
+
+async def test_one_reconciliation_waits_for_a_node_that_is_called_gone(scene: Scene, one: Instance) -> None:
+    master = MasterStandIn()
+    await scene.node("n2", alive=False, mesos_agent="S2")
+    scene.listed(1)
+    await scene.assigned(1)
+    await scene.assigned(2, node="n2")
+    with master.instance() as leading:
+        master.register(Idle(), "S2")
+        master.mark_gone("S2")
+        patient = Timing(grace=GRACE, interval=1.0, gone_after=2.0)
+        looked = await once.look(scene.store, client(one), Master([leading.url]), patient)
+        assert [(row["name"], row["state"]) for row in looked["gone"]] == [("n2", "doubted")]
+        told = await once.reconcile(scene.store, client(one), Master([leading.url]), patient)
+    assert (told["done"], told["gone"]) == ({"nodes removed": 1}, [])
+    assert await scene.addresses() == {ip_of(1)}
 
 
 async def test_nobody_reconciles_beside_a_listener(scene: Scene, one: Instance) -> None:

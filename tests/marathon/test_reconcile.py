@@ -13,17 +13,21 @@ from marathon.reconcile import (
     Judgement,
     Sighting,
     Sightings,
+    Timing,
     Verdict,
     answered_kept,
     answers_for,
-    gone_nodes,
+    called_gone,
     judge,
 )
 
 MINE = "framework-1"
 WEB = "web.instance-00000000-0000-0000-0000-00000000000{}._app.1"
-ALIVE = {"n1": NodeFacts("n1", True, "S1"), "n2": NodeFacts("n2", True, "S2")}
+ALIVE = {"n1": NodeFacts("n1", "S1"), "n2": NodeFacts("n2", "S2")}
 GRACE = 30.0
+GONE_AFTER = 60.0
+TIMING = Timing(GRACE, 5.0, GONE_AFTER)
+LONG_AGO = -1000.0
 
 
 def address(number: int = 1, **fields: Any) -> Assigned:
@@ -60,9 +64,9 @@ def judged(
         known,
         sightings or {},
         now,
-        GRACE,
+        TIMING,
         answered=answers_for(assigned, known),
-        gone=gone_nodes(assigned, known),
+        called_gone=called_gone(assigned, known),
     )
 
 
@@ -136,7 +140,7 @@ def test_task_lost_may_mean_anything_and_keeps_its_address() -> None:
 
 
 def test_a_node_whose_agent_does_not_run_is_not_asked_and_its_addresses_are_kept() -> None:
-    known = facts(tasks(1), nodes={**ALIVE, "n2": NodeFacts("n2", False, "S2")})
+    known = facts(tasks(1), nodes={**ALIVE, "n2": NodeFacts("n2", "S2", LONG_AGO)})
     first = judged([address(1), address(2, node="n2")], known)
     late = judged([address(1), address(2, node="n2")], known, first.sightings, now=1000.0)
     assert (late.counts[Verdict.UNREACHABLE], late.verify, late.remove) == (1, [], [])
@@ -155,10 +159,10 @@ def test_an_orphan_is_reported_with_what_its_agent_said_and_asked_about_again_la
 
 def gone(node: NodeFacts, **fields: Any) -> set[str]:
     known = facts({}, nodes={"n2": node}, **fields)
-    return set(gone_nodes([address(1, node="n2")], known))
+    return set(called_gone([address(1, node="n2")], known))
 
 
-DEAD = NodeFacts("n2", False, "S2")
+DEAD = NodeFacts("n2", "S2", LONG_AGO)
 
 
 def test_a_node_is_gone_when_the_masters_registry_says_so() -> None:
@@ -182,17 +186,17 @@ def test_an_agent_that_is_in_no_list_may_be_anything() -> None:
 
 
 def test_a_node_whose_agent_of_ours_lives_is_never_gone() -> None:
-    alive = NodeFacts("n2", True, "S2")
+    alive = NodeFacts("n2", "S2")
     assert gone(alive, agents=Agents(gone=frozenset({"S2"}))) == set()
 
 
 def test_a_node_of_which_nobody_told_its_mesos_agent_is_never_gone() -> None:
-    assert gone(NodeFacts("n2", False), agents=Agents(gone=frozenset({"", "S2"}))) == set()
+    assert gone(NodeFacts("n2", "", LONG_AGO), agents=Agents(gone=frozenset({"", "S2"}))) == set()
 
 
 def test_mesos_knows_nothing_of_a_node_that_has_another_engines_addresses() -> None:
     known = facts({}, nodes={"n2": DEAD}, agents=Agents(gone=frozenset({"S2"})))
-    assert set(gone_nodes([address(1, node="n2"), address(2, node="n2", engine="cni")], known)) == set()
+    assert set(called_gone([address(1, node="n2"), address(2, node="n2", engine="cni")], known)) == set()
 
 
 def test_a_gone_node_is_freed_when_the_grace_is_over() -> None:
@@ -205,15 +209,42 @@ def test_a_gone_node_is_freed_when_the_grace_is_over() -> None:
     assert "registry" in due.remove[0].why
 
 
+def without_agent(since: float | None) -> Facts:
+    """n2 is called gone, and its agent is away since then."""
+    nodes = {**ALIVE, "n2": NodeFacts("n2", "S2", since, revision=7)}
+    return facts(tasks(1, 2), nodes=nodes, agents=Agents(gone=frozenset({"S2"})))
+
+
+def test_a_node_is_not_gone_before_its_agent_was_away_for_long_enough() -> None:
+    both = [address(1), address(2, node="n2")]
+    doubted = judged(both, without_agent(100.0), now=159.9)
+    assert (doubted.counts[Verdict.LIVE], doubted.gone, doubted.next_due) == (2, [], 160.0)
+    assert [(node.name, node.due, node.revision) for node in doubted.doubted] == [("n2", 160.0, 7)]
+    gone = judged(both, without_agent(100.0), doubted.sightings, now=160.0)
+    assert (gone.counts[Verdict.GONE], gone.doubted, gone.remove, gone.next_due) == (1, [], [], 190.0)
+    assert len(judged(both, without_agent(100.0), gone.sightings, now=190.0).remove) == 1
+
+
+def test_an_agent_that_was_back_for_a_moment_has_to_be_away_for_as_long_again() -> None:
+    both = [address(1), address(2, node="n2")]
+    gone = judged(both, without_agent(100.0), now=185.0)
+    again = judged(both, without_agent(187.0), gone.sightings, now=190.0)
+    assert (again.gone, again.remove, [node.due for node in again.doubted]) == ([], [], [247.0])
+    # Nobody looked in between, and what was seen then is of another absence.
+    anew = judged(both, without_agent(187.0), gone.sightings, now=250.0)
+    assert (anew.counts[Verdict.GONE], anew.remove, anew.next_due) == (1, [], 280.0)
+
+
 # -- against a slow judge
 
 FRAMEWORKS = st.sampled_from([MINE, "framework-2", ""])
+NOW = 110.0
 NODES = st.builds(
-    lambda flags, agents: {
-        f"n{i}": NodeFacts(f"n{i}", alive, agent)
-        for i, (alive, agent) in enumerate(zip(flags, agents, strict=True))
+    lambda away, agents: {
+        f"n{i}": NodeFacts(f"n{i}", agent, since)
+        for i, (since, agent) in enumerate(zip(away, agents, strict=True))
     },
-    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.lists(st.sampled_from([None, None, 0.0, 10.0, 50.0, 50.1, 100.0]), min_size=3, max_size=3),
     st.lists(st.sampled_from(["S0", "S1", "S2", ""]), min_size=3, max_size=3),
 )
 AGENTS = st.one_of(
@@ -249,12 +280,17 @@ ENDED = st.dictionaries(
 )
 IDS = st.frozensets(st.sampled_from(["S0", "S1", "S2"]))
 SIGHTED = st.dictionaries(st.integers(1, 8), st.sampled_from([0.0, 80.0, 100.0]))
+NODES_SIGHTED = st.dictionaries(
+    st.sampled_from(["n0", "n1", "n2"]), st.sampled_from([0.0, 60.0, 80.0, 100.0])
+)
 
 
 def is_gone(name: str, everything: list[Assigned], known: Facts) -> bool:
     """Whether all of what makes a node gone holds, asked one by one."""
     node = known.nodes.get(name)
-    if node is None or node.alive or node.mesos_agent == "":
+    if node is None or node.away_since is None or node.mesos_agent == "":
+        return False
+    if NOW - node.away_since < GONE_AFTER:
         return False
     if any(a.node == name and a.engine != "mesos" for a in everything):
         return False
@@ -305,7 +341,7 @@ def slow_verdict(subject: Assigned, everything: list[Assigned], known: Facts) ->
 
 
 @settings(max_examples=500, deadline=None)
-@given(SUBJECTS, LISTS, NODES, ENDED, IDS, IDS, AGENTS, SIGHTED)
+@given(SUBJECTS, LISTS, NODES, ENDED, IDS, IDS, AGENTS, SIGHTED, NODES_SIGHTED)
 def test_verdicts_are_those_of_a_judge_that_is_told_the_rules(
     subjects: list[Assigned],
     listed: dict[str, Task] | None,
@@ -315,13 +351,14 @@ def test_verdicts_are_those_of_a_judge_that_is_told_the_rules(
     expelled: frozenset[str],
     agents: Agents | None,
     sighted: dict[int, float],
+    nodes_sighted: dict[str, float],
 ) -> None:
     known = Facts(MINE, listed, nodes, ended, reported, expelled, agents)
     sightings = {
         (f"10.64.0.{n}", f"assignment-{n}"): Sighting(first, first + GRACE) for n, first in sighted.items()
     }
-    now = 110.0
-    found = judged(subjects, known, sightings, now)
+    sightings |= {(NODE, name): Sighting(first, first + GRACE) for name, first in nodes_sighted.items()}
+    found = judged(subjects, known, sightings, NOW)
     wanted = {a.ip: slow_verdict(a, subjects, known) for a in subjects}
 
     told = {f.address.ip: f.verdict for f in found.findings}
@@ -330,9 +367,15 @@ def test_verdicts_are_those_of_a_judge_that_is_told_the_rules(
     assert {f.address.ip for f in found.verify} == {
         a.ip
         for a in subjects
-        if wanted[a.ip] is Verdict.STALE and a.key in sightings and now - sightings[a.key].first >= GRACE
+        if wanted[a.ip] is Verdict.STALE and a.key in sightings and NOW - sightings[a.key].first >= GRACE
     }
-    assert found.remove == [], "a node has a grace of its own, from now on"
+    assert {node.name for node in found.remove} == {
+        name
+        for name, first in nodes_sighted.items()
+        if is_gone(name, subjects, known)
+        and first - (nodes[name].away_since or 0.0) >= GONE_AFTER
+        and NOW - first >= GRACE
+    }
     assert {key[1] for key in found.sightings if key[0] == NODE} == {
         name for name in nodes if is_gone(name, subjects, known)
     }
@@ -340,3 +383,36 @@ def test_verdicts_are_those_of_a_judge_that_is_told_the_rules(
     for a in subjects:
         if a.key in found.sightings and a.key in sightings:
             assert found.sightings[a.key] == sightings[a.key]
+
+
+# -- a node over time
+
+PASSES = st.lists(
+    st.tuples(
+        st.sampled_from([1.0, 7.0, 20.0, 45.0]), st.booleans(), st.sampled_from([True, True, True, False])
+    ),
+    max_size=25,
+)
+"""Of each pass: seconds since the one before, whether the node's agent ran in between, whether Mesos calls it gone."""
+
+
+@settings(max_examples=500, deadline=None)
+@given(PASSES)
+def test_a_node_is_freed_only_after_an_absence_and_a_grace_without_a_break(
+    passes: list[tuple[float, bool, bool]],
+) -> None:
+    now, away_since = 0.0, 0.0
+    sightings: Sightings = {}
+    gone_at: list[float] = []
+    for pause, returned, called in passes:
+        if returned:
+            away_since, gone_at = now + pause / 2, []
+        now += pause
+        known = (
+            without_agent(away_since) if called else facts(tasks(1, 2), nodes=without_agent(away_since).nodes)
+        )
+        found = judged([address(1), address(2, node="n2")], known, sightings, now)
+        sightings = found.sightings
+        # All moments since the absence began in which one could have known, back to the last in which one could not.
+        gone_at = [*gone_at, now] if called and now - away_since >= GONE_AFTER else []
+        assert bool(found.remove) == bool(gone_at and now - gone_at[0] >= GRACE)

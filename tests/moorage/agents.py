@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from netmodules import frame
+from tests.patience import PATIENCE
 
 Answers = dict[str, tuple[int, Any]]
 
@@ -54,4 +55,4 @@ def serving(path: Path, reply_to: Any) -> Iterator[None]:
     finally:
         server.shutdown(socket.SHUT_RDWR)
         server.close()
-        thread.join(5)
+        thread.join(PATIENCE)

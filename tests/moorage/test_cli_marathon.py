@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 
 from ipam.store import Store
-from tests.marathon.scene import FRAMEWORK, Scene, ip_of
+from tests.marathon.scene import FRAMEWORK, Idle, Scene, ip_of
 from tests.moorage.conftest import CommandLine
+from tests.patience import PATIENCE
 from tests.standins.marathon import Instance, Marathon
+from tests.standins.mesos_master import Master
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +62,23 @@ def test_a_dry_run_says_what_and_why(moorage: CommandLine, marathon: Instance, u
     assert (told["dry_run"], told["counts"]["live"], told["counts"]["unreachable"]) == (True, 1, 1)
 
 
+def test_a_node_that_mesos_calls_gone_is_told_with_how_long_it_is_kept(
+    moorage: CommandLine, marathon: Instance, user: str
+) -> None:
+    one_is_stale_in(moorage, marathon)
+    master = Master()
+    with master.instance() as leading:
+        master.register(Idle(), "S1")
+        master.mark_gone("S1")
+        asked = ["--url", marathon.url, "--user", user, "--mesos-master", leading.url, "--gone-after", "900"]
+        said = moorage.ok("marathon", "reconcile", *asked, "--dry-run")
+    assert re.search(
+        r"^node n1 is kept until its agent has been away for another \d{3} s: .*registry says",
+        said,
+        re.MULTILINE,
+    )
+
+
 def test_nobody_leads_is_said_with_what_to_do(moorage: CommandLine) -> None:
     moorage.run("network", "create", "web", "--pool", "10.64.0.0/24")
     assert "no listener leads; start one with `moorage marathon listen" in moorage.fails("marathon", "status")
@@ -99,7 +119,7 @@ def test_a_listener_leads_tells_how_it_is_and_ends_on_sigterm(
         assert "steady" in shown
         assert "1 live, 1 unreachable" in shown
         process.send_signal(signal.SIGTERM)
-        _, logs = process.communicate(timeout=20)
+        _, logs = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, logs
         assert "u:p" not in logs
         moorage.fails("marathon", "status")
@@ -109,7 +129,7 @@ def test_a_listener_leads_tells_how_it_is_and_ends_on_sigterm(
 
 
 def steady(moorage: CommandLine) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         said = moorage.run("-o", "json", "marathon", "status")
         if said.exit_code == 0:

@@ -14,6 +14,7 @@ import pytest
 from isolator.netlink import Node
 from moorage.lab import DelayingProxy, Namespace, Switch, unique
 from moorage.lab.switch import address
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kernel
 
@@ -55,16 +56,21 @@ def line() -> Iterator[Line]:
             near = stack.enter_context(socket.create_connection((proxy.address.split(":")[0], PORT)))
         far = stack.enter_context(listener.accept()[0])
         for end in (near, far):
-            end.settimeout(30)
+            end.settimeout(PATIENCE)
         yield Line(near, far, proxy)
 
 
 def test_a_round_trip_takes_as_long_as_was_set_and_the_next_as_it_is_then(line: Line) -> None:
-    assert line.round_trip() < 0.2
+    assert quickest(line) < 0.3
     line.proxy.delay(round_trip=0.3)
-    assert 0.3 <= line.round_trip() < 3.0
+    assert 0.3 <= quickest(line) < 0.9
     line.proxy.delay(round_trip=0.0)
-    assert line.round_trip() < 0.2
+    assert quickest(line) < 0.3
+
+
+def quickest(line: Line) -> float:
+    """Of ten round trips: a busy machine holds some of them up."""
+    return min(line.round_trip() for _ in range(10))
 
 
 def test_much_arrives_whole_and_in_order_and_is_not_held_up_piece_by_piece(line: Line) -> None:
@@ -78,7 +84,7 @@ def test_much_arrives_whole_and_in_order_and_is_not_held_up_piece_by_piece(line:
         received += line.far.recv(1 << 20)
     sender.join()
     assert received == sent
-    assert time.monotonic() - begun < 10  # one piece after the other, 128 of 64 KiB, would take 25 s
+    assert time.monotonic() - begun < 20  # one piece after the other, 128 of 64 KiB, would take 25 s
 
 
 def test_an_end_is_passed_on_and_the_other_direction_stays_open(line: Line) -> None:

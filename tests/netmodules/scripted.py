@@ -13,6 +13,7 @@ from typing import TypeAlias
 from isolator.model import EndpointKey
 from netmodules import frame
 from netmodules.spool import Spool
+from tests.patience import PATIENCE
 
 Fields: TypeAlias = dict[str, bytes]
 Conversation: TypeAlias = Callable[[socket.socket, Fields], None]
@@ -30,16 +31,23 @@ def break_off(link: socket.socket, _: Fields) -> None:
     link.sendall(RESULT[:-3])
 
 
+def be_silent(link: socket.socket, _: Fields) -> None:
+    """Never answer, for as long as the hook waits."""
+    link.recv(1)
+
+
 @contextmanager
 def agent(path: Path, *conversations: Conversation, after: float = 0.0) -> Iterator[list[Fields]]:
     """One connection a conversation, then the agent is gone. Yields the requests it saw."""
     seen: list[Fields] = []
     listening = socket.socket(socket.AF_UNIX)
+    listens = threading.Event()
 
     def serve() -> None:
         time.sleep(after)
         listening.bind(str(path))
         listening.listen()
+        listens.set()
         for converse in conversations:
             link, _ = listening.accept()
             with link:
@@ -50,10 +58,9 @@ def agent(path: Path, *conversations: Conversation, after: float = 0.0) -> Itera
 
     thread = threading.Thread(target=serve)
     thread.start()
-    while not after and not path.exists():
-        time.sleep(0.001)
+    assert after or listens.wait(PATIENCE)
     yield seen
-    thread.join(5)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 

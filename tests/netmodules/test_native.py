@@ -26,7 +26,8 @@ from isolator.model import EndpointKey
 from netmodules import frame, hook
 from netmodules.spool import Spool
 from tests.netmodules.fakes import CHECKOUT, NATIVE, SCRIPT, cni_env
-from tests.netmodules.scripted import Fields, agent, break_off, reply, spooled
+from tests.netmodules.scripted import Fields, agent, be_silent, break_off, reply, spooled
+from tests.patience import PATIENCE
 
 KEY = EndpointKey("c0ffee", "eth0")
 HANDED_OVER = 99
@@ -57,7 +58,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def execute(program: Path, env: Mapping[str, str], stdin: bytes = b"", *arguments: str) -> Answer:
     """Exit code and stdout; nothing may be said on stderr, where sanitizers report."""
     done = subprocess.run([program, *arguments], env={"PATH": os.environ["PATH"], **env}, input=stdin,
-                          capture_output=True, timeout=30)  # fmt: skip
+                          capture_output=True, timeout=PATIENCE)  # fmt: skip
     assert done.stderr == b""
     return done.returncode, done.stdout
 
@@ -222,7 +223,7 @@ def test_a_broken_del_is_spooled_with_the_id_that_the_agent_saw(
         time.sleep(0.005)
     assert [entry.request.request_id.encode() for entry in entries] == [first[0]["request"]]
     with agent(agent_socket, reply) as second:
-        asking.join(5)
+        asking.join(PATIENCE)
     assert answers == [(0, b"result")]
     assert first == second
     assert spooled(agent_socket) == []
@@ -358,7 +359,7 @@ def test_an_agent_that_is_silent_is_left_to_the_python_hook(tmp_path: Path, agen
     subprocess.run(["cc", f"@{NATIVE / 'flags'}", "-o", program, tmp_path / "hasty.c"], check=True)
     (tmp_path / "moorage-cni-py").write_text(STUB)
     (tmp_path / "moorage-cni-py").chmod(0o755)
-    with agent(agent_socket, lambda *_: time.sleep(1.5)) as seen:
+    with agent(agent_socket, be_silent) as seen:
         given = execute(program, environment("DEL", agent_socket), b"stdin")
     assert handed_over(given)[0][:2] == ["--resume", seen[0]["request"].decode()]
 

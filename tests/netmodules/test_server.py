@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,8 +15,12 @@ import pytest
 from isolator.errors import AgentBusy
 from netmodules import frame
 from netmodules.server import Reply, Request, Server
+from tests.patience import PATIENCE
 
 REPLY = Reply(0, b"done")
+
+WINDOW = 0.2
+"""Seconds in which a caller may return."""
 
 
 class Agent:
@@ -30,7 +35,7 @@ class Agent:
         self.go_on.set()
         self.called = asyncio.Event()
         self.server = Server(
-            path, {"cni": self.handle}, self.on_abandoned, **{"return_window": 0.2, **options}
+            path, {"cni": self.handle}, self.on_abandoned, **{"return_window": WINDOW, **options}
         )
 
     async def handle(self, request: Request) -> Reply:
@@ -84,6 +89,13 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
         yield agent
 
 
+@pytest.fixture
+async def patient(tmp_path: Path) -> AsyncIterator[Agent]:
+    """An agent whose callers have all the time to return."""
+    async with running(tmp_path, return_window=PATIENCE) as agent:
+        yield agent
+
+
 def request(call_id: str = "0" * 32, command: str = "ADD", **fields: bytes) -> bytes:
     return frame.encode(
         {
@@ -98,12 +110,10 @@ def request(call_id: str = "0" * 32, command: str = "ADD", **fields: bytes) -> b
     )
 
 
-async def until(condition: Callable[[], object], seconds: float = 2.0) -> None:
-    for _ in range(int(seconds / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    assert condition()
+async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 async def test_one_request_one_reply(agent: Agent) -> None:
@@ -167,12 +177,26 @@ async def test_a_handler_that_raises_is_an_error_without_traceback(agent: Agent)
     assert b"secret" not in answer["stdout"]
 
 
-async def test_slow_and_silent_clients_block_nobody_and_are_cut_off(tmp_path: Path) -> None:
-    async with running(tmp_path, read_timeout=0.2) as agent:
-        slow = [await agent.send(request()[:n]) for n in (0, 5, 20) for _ in range(20)]
-        async with asyncio.timeout(0.15):
+Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def slow_and_silent(agent: Agent) -> list[Client]:
+    return [await agent.send(request()[:n]) for n in (0, 5, 20) for _ in range(20)]
+
+
+async def test_slow_and_silent_clients_block_nobody(tmp_path: Path) -> None:
+    async with running(tmp_path, read_timeout=PATIENCE) as agent:
+        slow = await slow_and_silent(agent)
+        async with asyncio.timeout(PATIENCE / 2):
             assert await agent.ask(request())
-        for reader, writer in slow:
+        assert not any(reader.at_eof() for reader, _ in slow)
+        for _, writer in slow:
+            writer.close()
+
+
+async def test_slow_and_silent_clients_are_cut_off(tmp_path: Path) -> None:
+    async with running(tmp_path, read_timeout=0.1) as agent:
+        for reader, writer in await slow_and_silent(agent):
             assert await reader.read() == b""
             writer.close()
 
@@ -233,21 +257,20 @@ async def leave_with_the_reply_unread(agent: Agent) -> None:
 
 @pytest.mark.parametrize("leave", [leave_while_it_runs, leave_with_the_reply_unread])
 async def test_an_add_nobody_comes_back_for_is_undone(agent: Agent, leave: Leave) -> None:
+    begun = time.monotonic()
     await leave(agent)
-    await asyncio.sleep(0.1)
-    assert agent.abandoned == []
     await until(lambda: agent.abandoned == agent.requests)
+    assert time.monotonic() - begun >= WINDOW
     assert agent.server._calls == {}
 
 
 @pytest.mark.parametrize("leave", [leave_while_it_runs, leave_with_the_reply_unread])
-async def test_an_add_whose_caller_returns_is_kept_and_answered(agent: Agent, leave: Leave) -> None:
-    await leave(agent)
+async def test_an_add_whose_caller_returns_is_kept_and_answered(patient: Agent, leave: Leave) -> None:
+    await leave(patient)
     await asyncio.sleep(0.05)
-    assert (await agent.ask(request()))["stdout"] == b"done"
-    await asyncio.sleep(0.3)
-    assert (len(agent.requests), agent.abandoned) == (1, [])
-    assert agent.server._calls == {}
+    assert (await patient.ask(request()))["stdout"] == b"done"
+    await until(lambda: patient.server._calls == {} and not patient.server._watches)
+    assert (len(patient.requests), patient.abandoned) == (1, [])
 
 
 async def test_an_add_that_ends_after_the_window_is_undone_then(agent: Agent) -> None:
@@ -287,7 +310,7 @@ async def test_stop_finishes_what_is_in_flight_and_removes_the_socket(agent: Age
     assert not stopping.done()
     agent.go_on.set()
     assert (await asking)["stdout"] == b"done"
-    await asyncio.wait_for(stopping, 1.0)
+    await asyncio.wait_for(stopping, PATIENCE)
     idle_writer.close()
 
 
@@ -295,16 +318,15 @@ async def test_stop_does_not_wait_for_ever(agent: Agent) -> None:
     agent.go_on.clear()
     asking = asyncio.create_task(agent.ask(request()))
     await agent.called.wait()
-    await asyncio.wait_for(agent.server.stop(0.1), 1.0)
+    await asyncio.wait_for(agent.server.stop(0.1), PATIENCE)
     assert await asking == {}
 
 
-async def test_stop_keeps_an_add_whose_caller_may_return_to_the_next_agent(agent: Agent) -> None:
-    await leave_while_it_runs(agent)
+async def test_stop_keeps_an_add_whose_caller_may_return_to_the_next_agent(patient: Agent) -> None:
+    await leave_while_it_runs(patient)
     await asyncio.sleep(0.05)
-    await asyncio.wait_for(agent.server.stop(), 0.1)
-    await asyncio.sleep(0.3)
-    assert agent.abandoned == []
+    await asyncio.wait_for(patient.server.stop(), PATIENCE / 2)
+    assert (patient.abandoned, patient.server._watches) == ([], set())
 
 
 async def test_a_dead_agents_socket_is_replaced_and_a_live_ones_is_not(agent: Agent, tmp_path: Path) -> None:

@@ -38,16 +38,24 @@ sys.stdout.write(urllib.request.urlopen(request, timeout=10).read().decode())
 
 
 class MesosLab(contextlib.ExitStack):
-    """See the module's docstring. grace, interval: the listener's, seconds. fabric: the network's."""
+    """See the module's docstring. grace, interval, gone_after: the listener's, seconds. fabric: the network's."""
 
-    def __init__(self, nodes: int, *, grace: float, interval: float = 2.0, fabric: str = "none") -> None:
+    def __init__(
+        self,
+        nodes: int,
+        *,
+        grace: float,
+        interval: float = 2.0,
+        gone_after: float = 10.0,
+        fabric: str = "none",
+    ) -> None:
         super().__init__()
         self.lab = Lab(nodes=nodes, etcd=1)
         self.services = Namespace(unique("mesos"))
         self.master = Master()
         self.marathon = Marathon(self.master, keepalive=2.0)
         self.agents: dict[str, HookAgent] = {}
-        self._timing = (grace, interval)
+        self._timing = (grace, interval, gone_after)
         self._fabric = fabric
 
     def __enter__(self) -> MesosLab:
@@ -72,7 +80,7 @@ class MesosLab(contextlib.ExitStack):
         self.lab.nodes[0].cli(
             "network", "create", NETWORK, "--pool", POOL, "--block-size", "28", "--fabric", self._fabric
         )
-        grace, interval = self._timing
+        grace, interval, gone_after = self._timing
         self.listener = Listening(
             self.lab.etcd.url,
             [self.marathon_url],
@@ -80,6 +88,7 @@ class MesosLab(contextlib.ExitStack):
             self.lab.directory / "listener.log",
             grace=grace,
             interval=interval,
+            gone_after=gone_after,
             keep_alive=2.0,
             within=self.services,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -21,6 +22,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -391,14 +393,16 @@ class Hooked(Container):
 class Running:
     """What really is there of a container.
 
-    launched: all networks were joined, so that its command runs. kept: ifname -> the configuration of its ADD, byte for
-    byte.
+    launched: all networks were joined, so that its command runs. destroyed: nothing is to be started any more. kept:
+    ifname -> the configuration of its ADD, byte for byte. starting: held by who starts or destroys it.
     """
 
     container: Contained
     hooked: Hooked
     process: subprocess.Popen[bytes] | None = None
     launched: bool = False
+    destroyed: bool = False
+    starting: threading.Lock = field(default_factory=threading.Lock)
     kept: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -433,26 +437,31 @@ class HookAgent(Agent):
             thread.join()
 
     def _begin(self, container: Contained) -> None:
-        self._start_thread(self._live, container)
+        hooked = Hooked(self.node.socket, id=container.id, namespace=Namespace(unique("task")))
+        self._running[container.id] = running = Running(container, hooked)
+        self._start_thread(self._live, running)
 
     def _start_thread(self, work: Any, *arguments: Any) -> None:
         thread = threading.Thread(target=work, args=arguments, daemon=True)
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
 
-    def _live(self, container: Contained) -> None:
+    def _live(self, running: Running) -> None:
         """A container's whole life."""
-        hooked = Hooked(self.node.socket, id=container.id, namespace=Namespace(unique("task")))
-        running = Running(container, hooked)
-        self._running[container.id] = running
-        hooked.namespace.create()
-        running.process = _start(hooked.namespace, container.tasks[0].command)
-        container.pid = running.process.pid
+        container = running.container
+        with running.starting:
+            if running.destroyed:
+                return
+            running.hooked.namespace.create()
+            running.process = _start(running.hooked.namespace, container.tasks[0].command)
+            container.pid = running.process.pid
+            if container.killed:
+                _kill(running)
         failed = self._add(running)
         if failed is not None:
             message = f"Failed to launch container: {failed.stdout}{failed.stderr}"
             self.report(container, "TASK_FAILED", message, "REASON_CONTAINER_LAUNCH_FAILED")
-        elif not self._down:
+        elif not self._down and not running.destroyed:
             _go(running.process)
             running.launched = True
             self.report(container, "TASK_STARTING")
@@ -483,14 +492,18 @@ class HookAgent(Agent):
 
     def _end(self, container: Contained) -> None:
         running = self._running.get(container.id)
-        if running is not None and running.process is not None:
-            _kill(running)
+        if running is not None:
+            with running.starting:
+                if running.process is not None:
+                    _kill(running)
 
     def _destroy(self, running: Running) -> None:
         """Its process has ended: DEL, the handle away, and the task's end reported. Nothing the second time."""
         container = running.container
         if self._running.pop(container.id, None) is None:
             return
+        with running.starting:
+            running.destroyed = True
         if running.process is not None:
             _kill(running)
             running.hooked.namespace.end_processes()
@@ -589,6 +602,8 @@ class HookAgent(Agent):
 
     def _cut_off(self, running: Running) -> None:
         """Its processes and its namespace are gone."""
+        with running.starting:
+            running.destroyed = True
         if running.process is not None:
             _kill(running)
         running.hooked.namespace.end_processes()
@@ -604,6 +619,30 @@ class HookAgent(Agent):
                 for link in msgspec.json.decode(shown or "[]"):
                     found |= {a["local"]: running.container.id for a in link.get("addr_info", ())}
         return found
+
+    def whereabouts(self, container: str) -> str:
+        """What is left of a container, for people who ask why its address is kept: "" if it never was one here."""
+        kept = {"running": list(self._running.values()), "DEL lost": self.lost, "DEL failed": self._undeleted}
+        for how, some in kept.items():
+            for running in some:
+                if running.container.id == container:
+                    return f"{how}, launched: {running.launched}; {_occupants(running.hooked.namespace)}"
+        calls = [(command, exit_) for command, id_, _, exit_ in self.calls if id_ == container]
+        return f"ended; its hook's calls: {calls}" if calls else ""
+
+
+def _occupants(namespace: Namespace) -> str:
+    """Who is in a namespace, and who started them."""
+    if not namespace.exists:
+        return f"{namespace.name} has no handle any more"
+    rows = []
+    for pid in namespace.processes():
+        with contextlib.suppress(OSError):
+            process = Path(f"/proc/{pid}")
+            command = process.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            parent = re.search(r"^PPid:\s*(\d+)", process.joinpath("status").read_text(), re.MULTILINE)
+            rows.append(f"{pid} ({command.strip()}) of parent {parent and parent[1]}")
+    return f"in {namespace.name}: {', '.join(rows) or 'no process'}"
 
 
 def _start(namespace: Namespace, command: tuple[str, ...]) -> subprocess.Popen[bytes]:

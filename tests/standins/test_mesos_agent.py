@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from moorage.lab import LabNode
+from moorage.lab import LabNode, Namespace
 from tests.standins.conftest import ask
 from tests.standins.marathon import Instance, Marathon
 from tests.standins.mesos_agent import HookAgent
@@ -133,6 +135,32 @@ def test_containers_outlive_their_agent_and_are_destroyed_when_it_is_back(
     agent.restart()
     eventually(lambda: list(agent.containers.values()) == [second])
     assert agent.calls[-1][:2] == ("DEL", first.id)
+
+
+def test_a_container_that_is_destroyed_while_it_is_started_leaves_no_process(
+    marathon: Instance, agent: HookAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    create, created = Namespace.create, []
+
+    def slowly(namespace: Namespace) -> None:
+        entered.set()
+        assert go_on.wait(30)
+        created.append(namespace)
+        create(namespace)
+
+    monkeypatch.setattr(Namespace, "create", slowly)
+    marathon.marathon.deploy(APP)
+    assert entered.wait(30)
+    marathon.marathon.apps["/web"]["instances"] = 0
+    agent.crash()
+    agent.restart()
+    time.sleep(1.0)  # its destruction has begun
+    go_on.set()
+    eventually(lambda: agent.containers == {} and states(marathon) == [])
+    eventually(lambda: not any(namespace.exists and namespace.processes() for namespace in created))
+    eventually(lambda: assigned(agent.node) == [])
+    assert_nothing_left(agent.node)
 
 
 @pytest.mark.parametrize("keeps_state", [True, False])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moorage.lab import Container, LabNode
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def node() -> Iterator[LabNode]:
         yield node
 
 
-def eventually(holds: Callable[[], object], within: float = 10.0) -> None:
+def eventually(holds: Callable[[], object], within: float = PATIENCE) -> None:
     """Wait until it holds. Fails with what it returned last."""
     deadline = time.monotonic() + within
     while not (last := holds()):

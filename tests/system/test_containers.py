@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moorage.lab import LabNode
+from tests.patience import PATIENCE
 from tests.system.conftest import assert_nothing_left, eventually, links, routes, rules
 
 pytestmark = pytest.mark.kernel
@@ -173,7 +174,7 @@ def test_a_network_is_deleted_when_its_last_address_has_cooled_down(node: LabNod
         eventually(lambda: "1 assigned" in refusal())
         container.delete("brief")
         eventually(lambda: "1 cooling" in refusal())
-    eventually(lambda: refusal() == "", within=60)
+    eventually(lambda: refusal() == "", within=2 * PATIENCE)
     assert [network["name"] for network in node.ask("network", "list")] == ["web"]
     assert not [row for row in node.ask("ip", "list") if row["network"] == "brief"]
 

@@ -24,7 +24,7 @@ def test_the_older_of_two_agents_under_one_name_is_fenced_until_the_newer_one_en
         assert before.delete("web").exit == 0
         assert twin.ask("status")["problem"] == ""
         twin.stop()
-        eventually(lambda: node.ask("status")["problem"] == "", within=30)
+        eventually(lambda: node.ask("status")["problem"] == "")
         assert after.status("web").exit == 0
         assert after.add("web").exit == 0
         after.delete("web")

@@ -21,7 +21,7 @@ class Hello(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("", 80), Hello).serve_forever()
 """
-FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=1).read().decode())"
+FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
 
 
 @pytest.fixture
@@ -64,7 +64,11 @@ def test_netgroups_outlive_the_agent_and_are_shown_by_everybody(node: LabNode) -
         a.add("web", labels={"moorage.netgroups": "red"})
         ips = b.add("web", labels={"moorage.netgroups": "blue"}).ips
         assert not any(a.namespace.pings(ips[family], wait=1) for family in (4, 6))
-        node.cli("endpoint", "set-netgroups", b.id, "blue", "red")
+        denied = node.ask("policy", "test", a.id, b.id, check=False)
+        assert {row["allowed"] for row in denied} == {False}
+        (command,) = {row["command"] for row in denied}
+        assert command == f"moorage endpoint set-netgroups {b.id}/eth0 blue red"
+        node.cli(*command.split()[1:])
         assert all(a.namespace.pings(ips[family]) for family in (4, 6))
         node.kill()
         assert a.namespace.pings(ips[4])
@@ -117,6 +121,11 @@ def test_a_mapped_port_reaches_the_container_and_a_taken_one_names_its_holder(
         for place in (world, node.namespace, other.namespace, one.namespace):
             assert fetched(place, "http://192.0.2.1:31080/")
         assert fetched(node.namespace, "http://127.0.0.1:31080/")
+        for port, words in (
+            ("31080", f"mapped to {one.id}/eth0"),
+            ("31081", "tcp port 31081 is not mapped to a container"),
+        ):
+            assert words in node.cli("policy", "test", other.id, "192.0.2.1", "--port", port).stdout
         answer = two.add("web", port_mappings=[mapping])
         assert answer.json["code"] == 107
         assert one.id in answer.json["msg"]

@@ -201,7 +201,7 @@ def test_a_member_of_etcd_is_killed_and_started(user: User) -> None:
     assert "unknown" in user.runs("status").stdout
     assert "etcd0 is no node" in user.fails("kill", "etcd0", "--power")
     user.runs("start", "etcd0")
-    eventually(lambda: all(not row["problem"] for row in user.nodes().values()), within=30)
+    eventually(lambda: all(not row["problem"] for row in user.nodes().values()))
     assert user.pings("n1", "198.18.0.201")
 
 
@@ -234,7 +234,7 @@ def test_a_killed_up_is_taken_down_by_name(user: User) -> None:
     broken = User()
     with subprocess.Popen(broken.command("up", "--nodes", "3"), stderr=subprocess.PIPE) as up:
         agent = names.directory_of(broken.lab) / "n2" / "agent.pid"
-        eventually(agent.exists, within=30)
+        eventually(agent.exists)
         up.kill()
     try:
         assert broken.json("status")["complete"] is False
@@ -248,7 +248,7 @@ def test_a_killed_up_is_taken_down_by_name(user: User) -> None:
 def test_an_up_that_is_ended_leaves_nothing(user: User) -> None:
     ended = User()
     with subprocess.Popen(ended.command("up", "--nodes", "3"), stderr=subprocess.PIPE) as up:
-        eventually((names.directory_of(ended.lab) / "n1" / "agent.pid").exists, within=30)
+        eventually((names.directory_of(ended.lab) / "n1" / "agent.pid").exists)
         up.terminate()
         assert up.wait(60) == 128 + 15
     assert ended.left() == []

@@ -13,10 +13,6 @@ from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
 
-WITHIN = 5.0
-SLACK = 3.0
-"""Seconds more for a machine under load."""
-
 
 @dataclass
 class Pair:
@@ -75,10 +71,8 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_what_is_taken_away_comes_back_and_the_log_says_what_it_was(pair: Pair, what: str) -> None:
     damage, words = DAMAGE[what]
-    begun = time.monotonic()
     damage(pair)
-    eventually(lambda: _filled(pair, words) in pair.node.log.read_text(), within=WITHIN + SLACK)
-    assert time.monotonic() - begun < WITHIN + SLACK
+    eventually(lambda: _filled(pair, words) in pair.node.log.read_text())
     eventually(pair.talk)
 
 

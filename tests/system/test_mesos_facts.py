@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moorage.lab import Container, LabNode
+from tests.patience import PATIENCE
 from tests.standins.service import Asked, Reply, Service, reply
 from tests.system.conftest import assert_nothing_left, eventually
 
@@ -81,7 +82,7 @@ def test_a_task_that_ended_before_anybody_asked_is_told_all_the_same(
         add(node, mesos, container)
         mesos.over[container.id] = mesos.running.pop(container.id)
         mesos.faults.none()
-        eventually(lambda: [row for row in assigned(node) if row["task"] == TASK], within=20)
+        eventually(lambda: [row for row in assigned(node) if row["task"] == TASK])
 
 
 @pytest.mark.slow
@@ -94,11 +95,11 @@ def test_a_lost_del_is_made_up_for_when_no_process_is_left(told: tuple[LabNode, 
         for container in (over, going):
             mesos.over[container.id] = mesos.running.pop(container.id)
         del mesos.running[left_out.id]  # as for a caller that may not see it
-        eventually(lambda: {row["address"] for row in assigned(node)} == {kept, unseen}, within=60)
+        eventually(lambda: {row["address"] for row in assigned(node)} == {kept, unseen}, within=2 * PATIENCE)
         assert all(node.namespace.pings(ip) for ip in (kept, unseen))
         processes[0].kill()
         processes[0].wait()
-        eventually(lambda: {row["address"] for row in assigned(node)} == {unseen}, within=60)
+        eventually(lambda: {row["address"] for row in assigned(node)} == {unseen}, within=2 * PATIENCE)
         assert gone not in {row["address"] for row in assigned(node)}
         processes[1].kill()
         processes[1].wait()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moorage.lab import Lab, LabNode
+from tests.patience import PATIENCE
 from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
@@ -127,5 +128,7 @@ def test_a_block_is_released_once_its_containers_ended(node: LabNode) -> None:
         assert refused.returncode == 1
         assert "is assigned to" in refused.stderr
         container.delete("web")
-        eventually(lambda: node.cli("block", "release", block, check=False).returncode == 0, within=60)
+        eventually(
+            lambda: node.cli("block", "release", block, check=False).returncode == 0, within=2 * PATIENCE
+        )
         assert node.cli("ip", "check").returncode == 0

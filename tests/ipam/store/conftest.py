@@ -21,6 +21,8 @@ from ipam.store.sqlite_file import Database
 from tests.ipam.store.etcd_members import Cluster
 
 ROOT = Path(__file__).parents[3]
+KEPT = 3
+"""Leases that have to be kept alive are so many times longer than the shortest: a machine may stand still meanwhile."""
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -53,7 +55,7 @@ async def sqlite_backend(request: pytest.FixtureRequest) -> AsyncIterator[Backen
         with contextlib.closing(Database(path)) as database, database.writing() as db:
             mvcc.compact(db, revision)
 
-    yield Backend(f"sqlite://{path}", shortest_ttl=0.3, compact=compact)
+    yield Backend(f"sqlite://{path}", shortest_ttl=1, compact=compact)
 
 
 @pytest.fixture(scope="session")

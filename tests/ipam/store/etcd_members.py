@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-STARTED = 15.0
-"""Seconds a cluster may take to elect its leader."""
+from tests.patience import PATIENCE
 
 ATTEMPTS = 3
 """Somebody else may take a port between our looking for a free one and etcd's use of it."""
@@ -133,18 +132,20 @@ class Cluster:
             env={**os.environ, "ETCDCTL_API": "3"},
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def leader(self) -> Member:
-        """Who leads; there is one."""
-        for member in self.members:
-            with contextlib.suppress(AssertionError):
-                (status,) = json.loads(self.ctl("endpoint", "status", "-w", "json", member=member))
-                if status["Status"]["leader"] == status["Status"]["header"]["member_id"]:
-                    return member
+        """Who leads, as soon as somebody does."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            for member in self.members:
+                with contextlib.suppress(AssertionError):
+                    (status,) = json.loads(self.ctl("endpoint", "status", "-w", "json", member=member))
+                    if status["Status"]["leader"] == status["Status"]["header"]["member_id"]:
+                        return member
         raise AssertionError("no member leads")
 
     def restart(self, member: Member) -> None:
@@ -176,7 +177,7 @@ class Cluster:
 
     def await_leader(self) -> None:
         """Until every member answers a linearizable read."""
-        deadline = time.monotonic() + STARTED
+        deadline = time.monotonic() + PATIENCE
         while True:
             for member in self.members:
                 assert member.running, member.log()

@@ -9,7 +9,8 @@ import pytest
 
 from ipam.errors import StoreError
 from ipam.store import Put, Store, Txn
-from tests.ipam.store.conftest import Backend
+from tests.ipam.store.conftest import KEPT, Backend
+from tests.patience import PATIENCE
 
 
 async def put_on(store: Store, lease: int, *keys: str) -> int:
@@ -33,19 +34,21 @@ async def test_a_leased_key_names_its_lease(store: Store) -> None:
     await lease.revoke()
 
 
+@pytest.mark.slow
 async def test_a_kept_lease_outlives_its_ttl(backend: Backend, store: Store) -> None:
-    lease = await store.lease(backend.shortest_ttl)
+    ttl = backend.shortest_ttl * KEPT
+    lease = await store.lease(ttl)
     await put_on(store, lease.id, "a")
-    await asyncio.sleep(backend.shortest_ttl * 3)
+    await asyncio.sleep(ttl * 1.5)
     assert lease.alive
     assert await store.get("a") is not None
     await lease.revoke()
 
 
 async def test_renewals_do_not_raise_the_revision(backend: Backend, store: Store) -> None:
-    lease = await store.lease(backend.shortest_ttl)
+    lease = await store.lease(backend.shortest_ttl * KEPT)
     revision = await put_on(store, lease.id, "a")
-    await asyncio.sleep(backend.shortest_ttl * 2)
+    await asyncio.sleep(backend.shortest_ttl * KEPT / 2)  # renewed after a third
     assert (await store.txn(Txn())).revision == revision
     await lease.revoke()
 
@@ -59,7 +62,7 @@ async def test_revoke_deletes_all_keys_now_as_one_revision(store: Store) -> None
     assert not lease.alive
     assert [await store.get(f"k/{name}") for name in "abc"] == [None] * 3
     assert await store.get("k/other") is not None
-    batch = await asyncio.wait_for(anext(watch), 2)
+    batch = await asyncio.wait_for(anext(watch), PATIENCE)
     assert sorted((e.key, e.revision, e.kv) for e in batch.events) == [
         (f"k/{name}", revision + 2, None) for name in "abc"
     ]
@@ -71,7 +74,7 @@ async def test_an_abandoned_lease_ends_by_itself_and_not_before(backend: Backend
     await put_on(store, lease.id, "a")
     await lease.abandon()
     assert await store.get("a") is not None
-    waited = await gone(store, "a", within=backend.shortest_ttl * 3 + 2)
+    waited = await gone(store, "a", within=PATIENCE)
     assert waited > backend.shortest_ttl / 2
     assert not lease.alive
 
@@ -81,7 +84,7 @@ async def test_expiry_is_one_revision_that_watches_hear_though_nobody_reads(back
     lease = await holder.lease(backend.shortest_ttl)
     revision = await put_on(holder, lease.id, "k/a", "k/b")
     await holder.close()
-    batch = await asyncio.wait_for(anext(watcher.watch("k/", revision + 1)), backend.shortest_ttl * 3 + 2)
+    batch = await asyncio.wait_for(anext(watcher.watch("k/", revision + 1)), PATIENCE)
     assert sorted(e.key for e in batch.events) == ["k/a", "k/b"]
     assert {(e.revision, e.kv) for e in batch.events} == {(revision + 1, None)}
 
@@ -90,7 +93,7 @@ async def test_nothing_can_be_put_on_a_lease_that_is_over(backend: Backend, stor
     lease = await store.lease(backend.shortest_ttl)
     await put_on(store, lease.id, "a")
     await lease.abandon()
-    await gone(store, "a", within=backend.shortest_ttl * 3 + 2)
+    await gone(store, "a", within=PATIENCE)
     with pytest.raises(StoreError, match="lease"):
         await put_on(store, lease.id, "a")
     assert await store.get("a") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from ipam.store import Put, Store, Txn
+from tests.patience import PATIENCE
 
 
 async def put(store: Store, key: str) -> int:
@@ -12,14 +13,14 @@ async def put(store: Store, key: str) -> int:
 
 
 async def test_calls_go_on_and_so_do_watches_and_leases_that_were_there_before(store: Store) -> None:
-    lease = await store.lease(10)
+    lease = await store.lease(PATIENCE)
     revision = await put(store, "k/1")
     watch = store.watch("k/", revision + 1)
     heard = asyncio.ensure_future(anext(watch))
     await asyncio.sleep(0.1)
     store.reconnect()
     await put(store, "k/2")
-    assert [event.key for event in (await asyncio.wait_for(heard, 10)).events] == ["k/2"]
+    assert [event.key for event in (await asyncio.wait_for(heard, PATIENCE)).events] == ["k/2"]
     assert await store.get("k/2") is not None
     assert lease.alive
     await lease.revoke()

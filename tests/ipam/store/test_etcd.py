@@ -26,6 +26,7 @@ from ipam.store import (
 )
 from tests.ipam.store.conftest import Backend, etcd_backend
 from tests.ipam.store.etcd_members import Cluster, free_ports
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.etcd
 
@@ -65,7 +66,9 @@ async def put(store: Store, *keys: str, value: bytes = b"") -> int:
     return (await store.txn(Txn(then=tuple(Put(key, value) for key in keys)))).revision
 
 
-async def until(watch: AsyncIterator[WatchBatch], revision: int, within: float = 10) -> list[WatchBatch]:
+async def until(
+    watch: AsyncIterator[WatchBatch], revision: int, within: float = PATIENCE
+) -> list[WatchBatch]:
     batches = []
     async with asyncio.timeout(within):
         async for batch in watch:
@@ -75,7 +78,7 @@ async def until(watch: AsyncIterator[WatchBatch], revision: int, within: float =
     return batches
 
 
-async def patiently(action: Callable[[], Awaitable[object]], within: float = 10) -> None:
+async def patiently(action: Callable[[], Awaitable[object]], within: float = PATIENCE) -> None:
     """Repeat it while the store is unavailable."""
     async with asyncio.timeout(within):
         while True:
@@ -185,7 +188,7 @@ async def test_a_quiet_watch_keeps_up_with_compaction(opened: Open) -> None:
         await asyncio.to_thread(member.kill)
         cluster.restart(member)
         await patiently(lambda: put(store, "quiet/b"))
-        batch = await asyncio.wait_for(first, 10)
+        batch = await asyncio.wait_for(first, PATIENCE)
         assert [event.key for event in batch.events] == ["quiet/b"]
 
 
@@ -198,7 +201,7 @@ async def test_a_torrent_of_changes_comes_in_few_batches_and_whole(backend: Back
     told = {await put(store, f"k/{i}"): f"k/{i}" for i in range(400)}
     batches = [await first]
     while batches[-1].revision < max(told):
-        batches.append(await asyncio.wait_for(anext(watch), 5))
+        batches.append(await asyncio.wait_for(anext(watch), PATIENCE))
     events = [event for batch in batches for event in batch.events]
     assert [(event.revision, event.key) for event in events] == sorted(told.items())
     assert len(batches) < len(told) / 2
@@ -209,12 +212,19 @@ async def test_after_a_torrent_a_watch_hears_at_once_again(backend: Backend) -> 
     start = await put(store, "k/start")
     watch = store.watch("k/", start + 1)
     await until(watch, max(await asyncio.gather(*(put(store, f"k/{i}") for i in range(100)))))
-    coming = asyncio.ensure_future(anext(watch))
-    await asyncio.sleep(1)
-    began = time.monotonic()
-    last = await put(store, "k/last")
-    assert (await asyncio.wait_for(coming, 5)).revision == last
-    assert time.monotonic() - began < etcd_watch.REST
+    quickest = PATIENCE
+    for _ in range(
+        10
+    ):  # a watch that rests is never that quick, one that does not may be held up by the machine
+        coming = asyncio.ensure_future(anext(watch))
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        last = await put(store, "k/last")
+        assert (await asyncio.wait_for(coming, PATIENCE)).revision == last
+        quickest = min(quickest, time.monotonic() - began)
+        if quickest < etcd_watch.REST:
+            break
+    assert quickest < etcd_watch.REST
 
 
 # --- absence
@@ -227,13 +237,13 @@ async def test_a_store_that_nobody_serves_opens_at_once_and_says_why_it_cannot_w
     with pytest.raises(StoreUnavailable, match=f"cannot be reached at 127.0.0.1:{port} .*refused") as caught:
         await put(store, "a")
     assert not isinstance(caught.value, Ambiguous)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < PATIENCE / 2
     watch = asyncio.ensure_future(anext(store.watch("k/", 1)))
     await asyncio.sleep(0.2)
     assert not watch.done()
     await store.close()
     with pytest.raises(StopAsyncIteration):
-        await asyncio.wait_for(watch, 1)
+        await asyncio.wait_for(watch, PATIENCE)
 
 
 async def test_reads_wait_for_an_etcd_that_comes_back_and_no_longer_than_their_bound(
@@ -245,7 +255,7 @@ async def test_reads_wait_for_an_etcd_that_comes_back_and_no_longer_than_their_b
     began = time.monotonic()
     with pytest.raises(StoreUnavailable, match="cannot be reached"):
         await store.get("a")
-    assert 0.5 < time.monotonic() - began < 3.5
+    assert 0.5 < time.monotonic() - began < PATIENCE / 2
 
 
 async def test_a_name_that_does_not_resolve_is_named(opened: Open) -> None:
@@ -263,7 +273,7 @@ async def test_a_silent_endpoint_is_given_up_on(opened: Open, monkeypatch: pytes
     with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
         await put(store, "a")
     assert not isinstance(caught.value, Ambiguous)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < PATIENCE / 2
     await store.close()
     server.close()
 
@@ -271,7 +281,7 @@ async def test_a_silent_endpoint_is_given_up_on(opened: Open, monkeypatch: pytes
 async def test_a_watch_goes_on_over_a_restart_and_misses_nothing(own: Cluster, opened: Open) -> None:
     store = await opened(own.url())
     start = await put(store, "k/0")
-    watching = asyncio.create_task(until(store.watch("k/", start), start + 6, within=15))
+    watching = asyncio.create_task(until(store.watch("k/", start), start + 6))
     (member,) = own.members
     for i in range(1, 7):
         if i % 3 == 0:
@@ -286,12 +296,12 @@ async def test_a_watch_goes_on_over_a_restart_and_misses_nothing(own: Cluster, o
 @pytest.mark.slow
 async def test_a_lease_outlives_a_restart_shorter_than_its_ttl(own: Cluster, opened: Open) -> None:
     store = await opened(own.url())
-    lease = await store.lease(2)
+    lease = await store.lease(6)
     await store.txn(Txn(then=(Put("alive", b"", lease.id),)))
     (member,) = own.members
     await asyncio.to_thread(member.kill)
     own.restart(member)
-    await asyncio.sleep(2.5)
+    await asyncio.sleep(7)
     assert lease.alive
     assert await store.get("alive") is not None
 
@@ -303,7 +313,7 @@ async def test_out_of_space_is_said_with_its_cure_and_nothing_was_applied(own: C
     store = await opened(own.url())
     await put(store, "before")
     with pytest.raises(StoreUnavailable, match="out of space") as caught:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:  # etcd looks at its size ten times a second
                 last = await put(store, "filler", value=bytes(500_000))
                 await asyncio.sleep(0.02)

@@ -11,6 +11,7 @@ import pytest
 from ipam.errors import Ambiguous, StoreUnavailable
 from ipam.store import Put, Store, Txn, open_store
 from tests.ipam.store.etcd_members import Cluster
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.etcd
 
@@ -75,7 +76,7 @@ async def test_a_token_that_expired_is_renewed_in_passing(
     await asyncio.sleep(TOKEN_TTL + 1.2)
     assert await put(store, "k/b") == last + 1
     assert await reader.get("k/b") is not None
-    batch = await asyncio.wait_for(anext(watcher.watch("k/", last + 1)), 5)
+    batch = await asyncio.wait_for(anext(watcher.watch("k/", last + 1)), PATIENCE)
     assert [event.key for event in batch.events] == ["k/b"]
     await asyncio.gather(*(put(many, f"k/many{i}") for i in range(20)))
     for one in (reader, watcher, many):
@@ -92,9 +93,9 @@ async def test_a_change_of_users_is_survived(store: Store, guarded: Cluster) -> 
 
 @pytest.mark.slow
 async def test_leases_work_with_users(store: Store) -> None:
-    lease = await store.lease(2)
+    lease = await store.lease(4)
     await store.txn(Txn(then=(Put("k/leased", b"", lease.id),)))
-    await asyncio.sleep(2.2)
+    await asyncio.sleep(4.4)
     assert lease.alive
     await lease.revoke()
     assert await store.get("k/leased") is None
@@ -123,7 +124,7 @@ async def test_a_user_without_rights(guarded: Cluster, tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="grant-permission"):
         await store.get("k/a")
     with pytest.raises(StoreUnavailable, match="grant-permission"):
-        await asyncio.wait_for(anext(store.watch("k/", 1)), 5)
+        await asyncio.wait_for(anext(store.watch("k/", 1)), PATIENCE)
     assert "grant-permission" in await refused(store)
 
 

@@ -11,6 +11,7 @@ import pytest
 from ipam.errors import Ambiguous, StoreUnavailable
 from ipam.store import Put, Txn, open_store
 from tests.ipam.store.etcd_members import Cluster
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.etcd
 
@@ -41,7 +42,9 @@ class Authority:
         return (*key, "-keyout", self.directory / f"{name}.key", "-subj", f"/CN={name}")
 
     def _openssl(self, *arguments: object) -> None:
-        done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stderr
 
 

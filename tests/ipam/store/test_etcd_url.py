@@ -12,6 +12,7 @@ from ipam.errors import InvalidInput
 from ipam.logins import Login
 from ipam.store import open_store
 from ipam.store.etcd_url import Address, EtcdUrl, certificates, login, parse
+from tests.patience import PATIENCE
 
 SECRET = "hunter2"
 
@@ -144,5 +145,5 @@ async def etcd():
 asyncio.run(etcd())
 assert "grpc" in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")

@@ -24,6 +24,7 @@ from tests.isolator.rooms import (
     NODE6,
     NOTHING,
     NOTHING_INSIDE,
+    SILENCE,
     WORLD4,
     WORLD6,
     Machine,
@@ -35,6 +36,7 @@ from tests.isolator.rooms import (
     settings,
     wire,
 )
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kernel
 
@@ -112,15 +114,13 @@ def test_ipv6_works_at_once_without_waiting_for_duplicate_address_detection(
 ) -> None:
     machine.attach(container, "eth0", A6)
     socket = container.udp(ip_address(A6))  # binding to a tentative address fails
-    started = time.monotonic()
     assert heard(container, ip_address(A6), machine.world) == str(WORLD6)
-    assert time.monotonic() - started < 0.8
     socket.close()
 
 
-def test_both_ends_are_operational_at_once(machine: Machine, container: Room) -> None:
+def test_both_ends_become_operational(machine: Machine, container: Room) -> None:
     name = machine.attach(container, "eth0", A4, A6).host_ifname
-    deadline = time.monotonic() + 0.5
+    deadline = time.monotonic() + PATIENCE
     while "state UP" not in machine.sh(f"ip link show {name}") or "state UP" not in container.sh(
         "ip link show eth0"
     ):
@@ -293,9 +293,9 @@ def test_withdraw_stops_traffic_at_once_and_may_be_repeated(machine: Machine, co
     wiring = machine.attach(container, "eth0", A4, A6)
     assert heard(machine.world, WORLD4, container) is not None
     machine.do(machine.driver.withdraw, wiring)
-    assert heard(machine.world, WORLD4, container) is None
-    assert heard(container, ip_address(A4), machine) is None
-    assert heard(container, ip_address(A6), machine) is None
+    assert heard(machine.world, WORLD4, container, within=SILENCE) is None
+    assert heard(container, ip_address(A4), machine, within=SILENCE) is None
+    assert heard(container, ip_address(A6), machine, within=SILENCE) is None
     assert machine.holds()["routes"] == []
     machine.do(machine.driver.withdraw, wiring)
     machine.do(machine.driver.remove, [wiring])
@@ -343,11 +343,22 @@ def test_removing_by_a_path_that_now_leads_to_another_container_leaves_that_one_
     assert heard(new, ip_address(A6), machine.world) == str(WORLD6)
 
 
-def test_thirty_endpoints_are_removed_in_one_wait(machine: Machine, container: Room) -> None:
+def test_thirty_endpoints_are_removed_in_one_wait(
+    machine: Machine, container: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each deletion of a link waits for the kernel; those of a group wait together."""
     wirings = [machine.attach(container, f"eth{i}", f"10.0.1.{i}") for i in range(30)]
-    started = time.monotonic()
+    sent: list[Request] = []
+    execute = NetlinkSocket.execute
+
+    def noted(self: NetlinkSocket, requests: Sequence[Request]) -> None:
+        sent.extend(requests)
+        execute(self, requests)
+
+    monkeypatch.setattr(NetlinkSocket, "execute", noted)
     machine.do(machine.driver.remove, wirings)
-    assert time.monotonic() - started < 0.45, "30 single deletions take half a second"
+    deletion = messages.delete_link("any").kind
+    assert sum(request.kind == deletion for request in sent) == 1
     assert machine.holds()["links"] == []
     assert holds_inside(container) == NOTHING_INSIDE
 
@@ -422,7 +433,7 @@ def test_a_process_path_works_like_a_name(machine: Machine, container: Room) -> 
     try:
         wiring = dataclasses.replace(wire(container, "eth0", A4), netns=f"/proc/{process.pid}/ns/net")
         machine.do(machine.policy.admit, admission(wiring))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while (
             container.name
             not in subprocess.run(

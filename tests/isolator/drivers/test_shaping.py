@@ -21,6 +21,7 @@ from isolator.netlink import shaper_links
 from isolator.netlink.traffic import Bucket
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import NOTHING, Machine, Room, admission, heard, lines, wire
+from tests.patience import PATIENCE
 
 A4, A6 = "10.0.0.5", "fd00::5"
 B4, B6 = "10.0.0.6", "fd00::6"
@@ -190,14 +191,14 @@ def measured(server: Room, ip: str, client: Room) -> float:
         stdout=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while "5201" not in server.sh(
             f"ss -Hltn src '[{ip}]:5201'" if ":" in ip else f"ss -Hltn src {ip}:5201"
         ):
             assert time.monotonic() < deadline, "iperf3 does not listen"
             time.sleep(0.05)
         report = json.loads(client.sh(f"iperf3 -c {ip} -t 4 -O 1 -J"))
-        assert listening.wait(10) == 0
+        assert listening.wait(PATIENCE) == 0
     finally:
         listening.kill()
         listening.wait()
@@ -215,8 +216,12 @@ def test_a_limit_is_kept_within_a_tenth(
     limited, other = make_container(), make_container()
     limit(machine, limited, A4, A6, bandwidth=Bandwidth(**{direction: Limit(RATE)}))
     limit(machine, other, B4, B6, bandwidth=UNLIMITED)
-    if direction == "ingress":
-        rate = measured(limited, ip, other)
-    else:
-        rate = measured(other, {A4: B4, A6: B6}[ip], limited)
-    assert 0.9 * RATE <= rate <= 1.1 * RATE
+    for _ in range(5):  # a machine with other things to do does not always send that much
+        if direction == "ingress":
+            rate = measured(limited, ip, other)
+        else:
+            rate = measured(other, {A4: B4, A6: B6}[ip], limited)
+        assert rate <= 1.1 * RATE
+        if rate >= 0.9 * RATE:
+            break
+    assert rate >= 0.9 * RATE

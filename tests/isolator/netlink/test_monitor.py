@@ -16,6 +16,7 @@ from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.netlink.socket import NetlinkSocket
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import Room
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kernel
 
@@ -35,7 +36,7 @@ class Seen:
 
     async def until(self, *names: str) -> None:
         """Wait until exactly these names vanished."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not self.vanished >= set(names):
                 await asyncio.sleep(0.01)
         assert self.vanished == set(names)
@@ -87,7 +88,7 @@ async def test_lost_events_ask_for_a_resync(container: Room) -> None:
     monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     container.sh("for i in $(seq 20); do ip link add mrg$i type veth peer name p$i; ip link del mrg$i; done")
     monitor.start(asyncio.get_running_loop())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not seen.resyncs:
             await asyncio.sleep(0.01)
     monitor.stop()
@@ -103,13 +104,14 @@ class Changes:
     def on_change(self) -> None:
         self.count += 1
 
-    async def told(self) -> bool:
-        """Whether it did, once the kernel has told everything."""
-        before, self.count = self.count, 0
-        if not before:
-            await asyncio.sleep(0.1)
-            before, self.count = self.count, 0
-        return before > 0
+    async def told(self, within: float = PATIENCE) -> bool:
+        """Whether it did."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while not self.count:
+                    await asyncio.sleep(0.01)
+        told, self.count = self.count > 0, 0
+        return told
 
 
 PREPARED = (
@@ -124,11 +126,12 @@ PREPARED = (
 @contextlib.asynccontextmanager
 async def changes(room: Room) -> AsyncIterator[Changes]:
     room.sh(PREPARED)
-    await asyncio.sleep(0.2)  # carriers, and what the kernel does in the background
     seen = Changes()
     monitor = room.do(ChangeMonitor, seen.on_change)
     monitor.start(asyncio.get_running_loop())
     try:
+        while await seen.told(within=0.3):
+            pass  # carriers, and what the kernel does in the background
         yield seen
     finally:
         monitor.stop()
@@ -172,7 +175,7 @@ async def test_what_underlay_and_fabric_rest_on_is_told(container: Room, what: s
 async def test_what_comes_and_goes_with_endpoints_is_not(container: Room, what: str) -> None:
     async with changes(container) as seen:
         container.sh(what)
-        assert not await seen.told()
+        assert not await seen.told(within=0.2)
 
 
 async def test_lost_events_count_as_a_change(container: Room) -> None:
@@ -206,7 +209,7 @@ async def test_the_fabrics_own_changes_are_not_told_and_others_are(container: Ro
         await asyncio.sleep(0.2)
         assert not told.is_set()
         other.execute([add, delete])
-        await asyncio.wait_for(told.wait(), 5)
+        await asyncio.wait_for(told.wait(), PATIENCE)
     finally:
         monitor.stop()
         ours.close()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from isolator.policy.foreign import blocked
+from isolator.policy.foreign import Blocked, blocked
 from tests.isolator.rooms import Room
 
 pytestmark = pytest.mark.kernel
@@ -38,34 +38,51 @@ HARMFUL = {
 }
 
 
-def listing(room: Room) -> dict[str, object]:
-    return dict(json.loads(room.sh("nft -j list ruleset")))
+def found(room: Room, *, has_iptables: bool = True) -> list[Blocked]:
+    return blocked(json.loads(room.sh("nft -j list ruleset")), has_iptables=has_iptables)
 
 
 @pytest.mark.parametrize("what", HARMLESS)
 def test_what_lets_containers_pass_is_no_finding(container: Room, what: str) -> None:
     if HARMLESS[what]:
         container.sh(f"nft '{HARMLESS[what]}'")
-    assert blocked(listing(container)) == []
+    assert found(container) == []
 
 
 @pytest.mark.parametrize("what", HARMFUL)
 def test_what_drops_is_named_and_its_commands_help(container: Room, what: str) -> None:
     container.sh(f"nft '{HARMFUL[what]}'")
-    (found,) = blocked(listing(container))
-    assert str(found.chain).startswith("chain c of table")
-    for command in found.commands:
+    (one,) = found(container)
+    assert str(one.chain).startswith("chain c of table")
+    for command in one.commands:
         container.sh(command)
-    assert blocked(listing(container)) == []
+    assert found(container) == []
 
 
 def test_a_docker_host_is_helped_where_docker_leaves_rules_alone(container: Room) -> None:
     container.sh(
-        "nft 'table ip filter { chain DOCKER-USER { counter return; }; "
-        "chain FORWARD { type filter hook forward priority 0; policy drop; jump DOCKER-USER; }; }'"
+        "iptables-nft -N DOCKER-USER; iptables-nft -A DOCKER-USER -j RETURN; "
+        "iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -j DOCKER-USER"
     )
-    (found,) = blocked(listing(container))
-    assert found.commands == (
-        "iptables -I DOCKER-USER -i mrg+ -j ACCEPT",
-        "iptables -I DOCKER-USER -o mrg+ -j ACCEPT",
+    (one,) = found(container)
+    assert one.commands == (
+        "iptables-nft -I DOCKER-USER -i mrg+ -j ACCEPT",
+        "iptables-nft -I DOCKER-USER -o mrg+ -j ACCEPT",
     )
+    for command in one.commands:
+        container.sh(command)
+    assert found(container) == []
+
+
+@pytest.mark.parametrize("program", ["iptables-nft", "ip6tables-nft"])
+@pytest.mark.parametrize("has_iptables", [True, False])
+def test_a_policy_set_by_iptables_is_found_also_where_that_is_gone(
+    container: Room, program: str, has_iptables: bool
+) -> None:
+    container.sh(f"{program} -P FORWARD DROP")
+    (one,) = found(container, has_iptables=has_iptables)
+    assert one.why.startswith("its policy is drop")
+    assert all(command.startswith(program if has_iptables else "nft ") for command in one.commands)
+    for command in one.commands:
+        container.sh(command)
+    assert found(container) == []

@@ -15,7 +15,8 @@ from isolator.netlink import flush_ports
 from isolator.policy import Admission, Isolation, ruleset
 from isolator.policy.book import Book
 from tests.isolator.conftest import MakeRoom
-from tests.isolator.rooms import NODE4, NODE6, Machine, Room
+from tests.isolator.rooms import NODE4, NODE6, SILENCE, Machine, Room
+from tests.patience import PATIENCE
 
 A4, A6 = "10.0.0.5", "fd00::5"
 B4, B6 = "10.0.0.6", "fd00::6"
@@ -31,13 +32,21 @@ def mapped(machine: Machine, container: Room, *ports: PortMapping) -> Wiring:
 
 
 def answer(
-    server: Room, port: int, client: Room, target: IPAddress, target_port: int, proto: str
+    server: Room,
+    port: int,
+    client: Room,
+    target: IPAddress,
+    target_port: int,
+    proto: str,
+    *,
+    within: float = PATIENCE,
 ) -> str | None:
     """Whom the server saw calling; None if the call or its answer was lost."""
     family = socket.AF_INET if target.version == 4 else socket.AF_INET6
     if proto == "udp":
-        return _udp_answer(server, port, client, target, target_port, family)
+        return _udp_answer(server, port, client, target, target_port, family, within)
     listening, calling = (room.unbound(family, socket.SOCK_STREAM) for room in (server, client))
+    calling.settimeout(within)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("", port))
     listening.listen()
@@ -55,9 +64,11 @@ def answer(
 
 
 def _udp_answer(
-    server: Room, port: int, client: Room, target: IPAddress, target_port: int, family: int
+    server: Room, port: int, client: Room, target: IPAddress, target_port: int, family: int, within: float
 ) -> str | None:
     listening, calling = (room.unbound(family) for room in (server, client))
+    for each in (listening, calling):
+        each.settimeout(within)
     listening.bind(("", port))
     try:
         calling.sendto(b"hello?", (str(target), target_port))
@@ -82,9 +93,11 @@ def test_a_mapped_port_is_reached_from_everywhere(
     for node, own in zip(NODES, (ip_address(A4), ip_address(A6)), strict=True):
         for client in (machine.world, other, machine, container):
             assert answer(container, 80, client, node, 8080, proto), (client.name, node)
-        assert not answer(container, 80, machine.world, own, 80, proto), "not past the mapping"
-        assert not answer(container, 80, other, own, 80, proto)
-        assert not answer(container, 81, machine.world, node, 8081, proto)
+        assert not answer(container, 80, machine.world, own, 80, proto, within=SILENCE), (
+            "not past the mapping"
+        )
+        assert not answer(container, 80, other, own, 80, proto, within=SILENCE)
+        assert not answer(container, 81, machine.world, node, 8081, proto, within=SILENCE)
 
 
 @pytest.mark.kernel
@@ -97,7 +110,7 @@ def test_a_mapped_port_is_reached_by_localhost_and_nothing_of_the_nodes_localhos
     container.sh(f"ip route add 127.0.0.0/8 via 169.254.1.1 dev eth0 onlink table {0x6D000000}")
     container.sh(f"ip rule add to 127.0.0.0/8 priority 1 lookup {0x6D000000}; ip rule del priority 0")
     container.do(Path("/proc/sys/net/ipv4/conf/all/route_localnet").write_text, "1")
-    assert not answer(machine, 99, container, ip_address("127.0.0.1"), 99, proto)
+    assert not answer(machine, 99, container, ip_address("127.0.0.1"), 99, proto, within=SILENCE)
     machine.do(machine.policy.revoke, [wiring.host_ifname])
 
 
@@ -111,10 +124,10 @@ def test_a_host_ip_limits_a_mapping_to_one_address_of_the_node(machine: Machine,
         PortMapping("tcp", 8081, 80, ip_address("::")),
     )
     assert answer(container, 80, machine.world, NODE4, 8080, "tcp")
-    assert not answer(container, 80, machine.world, ip_address("192.0.2.3"), 8080, "tcp")
-    assert not answer(container, 80, machine.world, NODE6, 8080, "tcp")
+    assert not answer(container, 80, machine.world, ip_address("192.0.2.3"), 8080, "tcp", within=SILENCE)
+    assert not answer(container, 80, machine.world, NODE6, 8080, "tcp", within=SILENCE)
     assert answer(container, 80, machine.world, NODE6, 8081, "tcp")
-    assert not answer(container, 80, machine.world, NODE4, 8081, "tcp")
+    assert not answer(container, 80, machine.world, NODE4, 8081, "tcp", within=SILENCE)
 
 
 @pytest.mark.kernel

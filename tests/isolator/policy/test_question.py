@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
 
 from ipam.keys import IPAddress
 from ipam.records import NODE_ENGINE, Address, AddressState, Network, Node
-from isolator.policy.question import Known, addresses_of_nodes, callers_of, may_call
+from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call
 
 
 def assigned(node: str, network: str, *netgroups: str, engine: str = "mesos") -> Address:
@@ -17,6 +18,7 @@ def assigned(node: str, network: str, *netgroups: str, engine: str = "mesos") ->
         state=AddressState.ASSIGNED,
         node=node,
         container_id="c",
+        ifname="eth0",
         network=network,
         netgroups=list(netgroups),
         engine=engine,
@@ -82,6 +84,35 @@ def test_what_is_allowed_and_why(source: str, target: str, allowed: bool, why: s
     verdict = may_call(KNOWN, ip_address(source), ip_address(target))
     assert verdict.allowed == allowed
     assert why in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "command"),
+    [
+        ("10.0.0.1", "10.0.0.2", ""),
+        ("10.0.0.1", "10.0.0.3", "moorage endpoint set-netgroups c/eth0 web red"),
+        ("10.0.0.5", "10.0.0.1", "moorage endpoint set-netgroups c/eth0 public red"),
+        (
+            "203.0.113.9",
+            "10.0.0.1",
+            "moorage network set web --allow-from 198.51.100.0/24 --allow-from 203.0.113.9",
+        ),
+        ("192.0.2.2", "10.0.0.1", "moorage network set web --allow-from 198.51.100.0/24 --allow-from nodes"),
+        ("203.0.113.9", "10.0.0.7", ""),
+        ("10.0.0.77", "10.0.0.1", "moorage ip show 10.0.0.77"),
+        ("10.0.0.1", "10.0.0.6", "moorage ip show 10.0.0.6"),
+        ("10.0.0.1", "fd00::1", ""),
+    ],
+)
+def test_what_is_denied_has_a_command_that_helps(source: str, target: str, command: str) -> None:
+    assert cure(KNOWN, ip_address(source), ip_address(target)) == command
+
+
+def test_a_containers_name_is_no_shell_text() -> None:
+    hostile = ADDRESSES[ip_address("10.0.0.3")].with_(container_id="$(reboot)")
+    known = replace(KNOWN, addresses={**ADDRESSES, ip_address("10.0.0.3"): hostile})
+    command = cure(known, ip_address("10.0.0.1"), ip_address("10.0.0.3"))
+    assert command == "moorage endpoint set-netgroups '$(reboot)/eth0' web red"
 
 
 def test_a_network_that_nobody_knows_allows_netgroups_only() -> None:

@@ -246,6 +246,7 @@ table inet moorage {
     chain replies {
         ct status dnat accept
         ct state != { established, related } drop
+        ct state established ct direction original drop
         ip saddr @public4 accept
         ip6 saddr @public6 accept
         ip saddr @nodes4 accept
@@ -280,6 +281,21 @@ table inet moorage {
         drop
     }
 
+    chain over {
+        meta l4proto tcp reject with tcp reset
+    }
+
+    chain midstream {
+        ip daddr @public4 goto over
+        ip6 daddr @public6 goto over
+        ip daddr @nodes4 goto over
+        ip6 daddr @nodes6 goto over
+        ip daddr @open4 goto over
+        ip6 daddr @open6 goto over
+        ip daddr != @pools4 goto over
+        ip6 daddr != @pools6 goto over
+    }
+
     chain destinations {
         oifname . ip daddr @endpoints4 accept
         oifname . ip6 daddr @endpoints6 accept
@@ -288,6 +304,7 @@ table inet moorage {
 
     chain forward {
         type filter hook forward priority filter; policy accept;
+        ct state new tcp flags ! syn iifname "mrg*" jump midstream
         oifname "mrg*" goto arriving
     }
 
