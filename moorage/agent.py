@@ -205,6 +205,7 @@ def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
         "node": node,
         "network": endpoint.network,
         "engine": endpoint.engine,
+        "engine_network": endpoint.engine_network,
         "addresses": [str(ip) for ip in endpoint.ips],
         "mac": endpoint.mac,
         "mtu": endpoint.mtu,

@@ -66,6 +66,7 @@ class Containerd(Resource):
         self.directory = Path(tempfile.gettempdir(), unique("c"))
         self.daemon = Daemon(self.directory / "containerd.pid")
         self._cgroup = unique("cgroup")
+        self._started: list[subprocess.Popen[str]] = []
 
     def create(self) -> None:
         for own in OWN:
@@ -84,8 +85,17 @@ class Containerd(Resource):
         # Shims, and ctr if it was left.
         self.node.namespace.end_processes()
         self._end_containers()
-        self._remove_cgroups()
+        for ctr in self._started:
+            ctr.wait(20)
+            if ctr.stderr is not None:
+                ctr.stderr.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+        self._remove_cgroups()
+
+    @property
+    def results(self) -> list[Path]:
+        """What libcni keeps of endpoints until their DEL."""
+        return list(self.directory.glob("var/lib/cni/results/*"))
 
     @property
     def rootfs(self) -> Path:
@@ -140,6 +150,7 @@ class Containerd(Resource):
             stderr=subprocess.PIPE,
             text=True,
         )  # fmt: skip
+        self._started.append(started)
         container = Container(self, name, started)
         if detached:
             _, said = started.communicate(timeout=60)

@@ -65,6 +65,7 @@ def test_two_containers_talk_over_both_families_and_leave_nothing(
         container.end()
     assert_nothing_left(node)
     assert node.cli("ip", "check").returncode == 0
+    assert containerd.results == []
 
 
 def test_containers_without_a_common_netgroup_do_not_talk(node: LabNode, containerd: Containerd) -> None:
@@ -210,6 +211,9 @@ def test_a_del_that_never_comes_is_made_up_for_when_the_namespace_is_gone(
         container.remove()
     assert_nothing_left(node)
     assert node.cli("ip", "check").returncode == 0
+    assert len(containerd.results) == 2, "libcni does not know that it is over"
+    again = containerd.run("again", conflist(node))
+    again.end()
 
 
 def test_a_container_that_ends_while_nobody_looks_is_collected_when_the_agent_is_back(
