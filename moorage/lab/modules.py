@@ -1,6 +1,5 @@
-"""An old Mesos agent's network isolator module, as far as a node's agent sees of it.
-
-It executes moorage-netmodules with one JSON document on stdin, and its exit code means nothing (docs/facts/mesos.md).
+"""An old Mesos agent's network isolator module, as far as a node's agent sees of it: moorage-netmodules is executed with
+one JSON document on stdin, and its exit code means nothing (facts of the protocol: docs/facts/mesos.md).
 """
 
 from __future__ import annotations

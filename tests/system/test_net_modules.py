@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import sqlite3
 import subprocess
 import threading
@@ -207,7 +206,7 @@ def test_a_reservation_keeps_its_address_from_task_to_task(
         ("allocate", {"uid": "u"}, "asks for no address"),
         ("allocate", {"uid": "u", "num_ipv4": 10**9}, "num_ipv4 must be from 0 to 64"),
         ("allocate", {"uid": "u", "num_ipv4": -1}, "num_ipv4 must be from 0 to 64"),
-        ("allocate", {"uid": "u", "num_ipv4": 10**30}, "num_ipv4 must be from 0 to 64"),
+        ("allocate", {"uid": "u", "num_ipv4": 10**30}, "args of allocate"),
         ("allocate", {"uid": "", "num_ipv4": 1}, "uid must be"),
         ("allocate", {"uid": "a\nb", "num_ipv4": 1}, "uid must be"),
         ("allocate", {"num_ipv4": 1}, "uid"),
@@ -448,8 +447,7 @@ def test_a_hundred_cycles_with_the_agent_killed_at_random_leave_nothing(node: La
         done.set()
         disturbing.join()
     eventually(lambda: nothing_in_use(node), within=60)
-    table = node.namespace.run("nft", "list", "table", "inet", "moorage").stdout
-    assert not re.search(r'"mrg\w', table)
+    assert "mrg" not in node.namespace.run("nft", "list", "table", "inet", "moorage").stdout
     with closing(sqlite3.connect(node.state_dir / "journal.db")) as journal:
         assert journal.execute("SELECT count(*) FROM endpoints").fetchone() == (0,)
     node.cli("ip", "check")
