@@ -58,15 +58,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
-    # The CNI hook is no entry point: those take 30 ms to start. docs/decisions/native-hook.md
+    # The hook is no entry point: those take 30 ms to start. docs/decisions/native-hook.md
     scripts=[PYTHON_HOOK],
     cmdclass={"build_scripts": BuildScripts, "bdist_wheel": Wheel},
-    entry_points={
-        "console_scripts": [
-            "moorage = moorage.cli:main",
-            "moorage-netmodules = netmodules.modules.hook:program",
-        ]
-    },
+    entry_points={"console_scripts": ["moorage = moorage.cli:main"]},
     # Why each of them: docs/decisions/dependencies.md. Exact versions for CI: constraints.txt.
     install_requires=[
         "click>=8.1,<9",

@@ -25,7 +25,6 @@ class BlockUse:
     pool: str
     node: str
     assigned: int
-    allocated: int
     warm: int
     cooling: int
     others: int
@@ -60,7 +59,6 @@ async def _use(store: Store, block: IPNetwork, record: Block) -> BlockUse:
         pool=record.pool,
         node=record.node,
         assigned=states[AddressState.ASSIGNED],
-        allocated=states[AddressState.ALLOCATED],
         warm=states[AddressState.WARM],
         cooling=states[AddressState.COOLING],
         others=others,

@@ -162,8 +162,6 @@ def _address_findings(ip: IPAddress, address: Address, pools: Sequence[Geometry]
         )
     if address.state is AddressState.ASSIGNED and not address.container_id:
         found.append(Finding(2, str(ip), "is assigned to nobody", {"node": address.node}))
-    if address.state is AddressState.ALLOCATED and not address.uid:
-        found.append(Finding(2, str(ip), "is allocated to nobody", {"node": address.node}))
     return found
 
 

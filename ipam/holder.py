@@ -5,9 +5,6 @@
     accept()          they stand in the journal: the store is told behind the caller's back
     plan_release(), accept()    the same way back; the cooldown starts when the store has confirmed
 
-Where an engine wants addresses before it has a container for them, plan_allocate() comes before plan_assign(), and
-lend_allocated() lends them then.
-
 ``serve()`` keeps it going: sync with the store, then upkeep, and again whenever the fence moved.
 """
 
@@ -29,12 +26,12 @@ from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
 from ipam.holdings import Conflict, Holdings, cooling
 from ipam.journal import AddressRow, Journal
-from ipam.keys import Family, IPAddress
+from ipam.keys import IPAddress
 from ipam.named import AddressRequest, Named
 from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.pressure import Generosity
-from ipam.records import Address, AddressState, Intent, Label, Network
+from ipam.records import AddressState, Intent, Label, Network
 from ipam.refill import REFILL_PATIENCE
 from ipam.return_block import return_block
 from ipam.shelf import Held, Waiter
@@ -58,18 +55,6 @@ class Owner:
 
     container_id: str
     ifname: str
-    engine: str
-    netgroups: tuple[str, ...] = ()
-    labels: tuple[Label, ...] = ()
-    reservation: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """Whom an address is promised to; goes into its record. id: names this allocation."""
-
-    id: str
-    uid: str
     engine: str
     netgroups: tuple[str, ...] = ()
     labels: tuple[Label, ...] = ()
@@ -211,11 +196,9 @@ class Holder:
         lent: list[Held] = []
         waiters: list[Waiter] = []
         try:
-            families = self._families(request, pools)
-            for family, ip in named.items():
-                if family in families:
-                    lent.append(await self._named.take(ip, request))
-            for family in sorted(families - set(named)):
+            for ip in named.values():
+                lent.append(await self._named.take(ip, request))
+            for family in sorted({p.family for p in pools} - set(named)):
                 pool = only.name if only is not None and only.family == family else None
                 held = self._shelf.lend(network.name, family, pool)
                 if held is not None:
@@ -224,7 +207,7 @@ class Holder:
                     waiters.append(Waiter(network.name, family, pool))
             if waiters:
                 lent.extend(await self._wait_for(waiters, network))
-            self.check_still_held(lent)
+            self._check_still_held(lent)
         except BaseException:
             for waiter in waiters:
                 self._shelf.forget_waiter(waiter)
@@ -232,50 +215,8 @@ class Holder:
             raise
         return sorted(lent, key=lambda held: held.ip.version)
 
-    @staticmethod
-    def _families(request: AddressRequest, pools: Sequence[Geometry]) -> set[Family]:
-        """Raises InvalidInput naming a family that is asked for, and which the network does not have."""
-        offered = {pool.family for pool in pools}
-        if request.families is None:
-            return offered
-        for family in sorted(set(request.families) - offered):
-            raise InvalidInput(
-                f"network {request.network.name} has no IPv{family} pool; ask for no IPv{family} address, or have "
-                f"its operator add one with `moorage network set {request.network.name} --add-pool CIDR`"
-            )
-        return set(request.families)
-
-    def lend_allocated(self, ips: Sequence[IPAddress], network: Network) -> list[Held]:
-        """Lend addresses that were allocated here, IPv4 first; all or none.
-
-        They go on as those of ``take`` do. Raises InvalidInput naming the first that is not allocated on this node, or
-        not of that network, and what it is; TryAgain.
-        """
-        self._check_serving()
-        entries = {ip: self._shelf.held.get(ip) for ip in ips}
-        for ip, held in entries.items():
-            if held is None or held.state is not AddressState.ALLOCATED or held.lent:
-                raise InvalidInput(
-                    f"{ip} is not allocated on node {self._holdings.node} ({self._what_is(held)}); "
-                    "allocate or reserve it for a uid first"
-                )
-            if held.record is not None and held.record.network != network.name:
-                raise InvalidInput(
-                    f"{ip} was allocated on network {held.record.network}, not {network.name}; isolate it on that one"
-                )
-        lent = [self._shelf.lend_this(held) for held in entries.values() if held is not None]
-        return sorted(lent, key=lambda held: held.ip.version)
-
-    @staticmethod
-    def _what_is(held: Held | None) -> str:
-        if held is None or held.record is None:
-            return "it is not this node's"
-        if held.state is AddressState.ASSIGNED:
-            return f"it is assigned to container {held.record.container_id}"
-        return "a container is just getting it" if held.lent else f"it is {held.record.state.value}"
-
-    def check_still_held(self, lent: Sequence[Held]) -> None:
-        """A sync that ran while an ADD waited may have found one of them to be another's. Raises TryAgain."""
+    def _check_still_held(self, lent: Sequence[Held]) -> None:
+        """A sync that ran while this ADD waited may have found one of them to be another's."""
         for held in lent:
             if self._shelf.held.get(held.ip) is not held:
                 raise TryAgain(f"{held.ip} was lost to another node just now; try again")
@@ -340,48 +281,7 @@ class Holder:
             if held.record is not None
         ]
 
-    def plan_allocate(self, lent: Sequence[Held], allocation: Allocation) -> list[AddressRow]:
-        """The rows that make lent addresses allocated; changes nothing."""
-        now = time.time()
-        return [
-            AddressRow(
-                held.ip,
-                held.record.with_(
-                    state=AddressState.ALLOCATED,
-                    id=allocation.id,
-                    uid=allocation.uid,
-                    container_id="",
-                    ifname="",
-                    engine=allocation.engine,
-                    netgroups=list(allocation.netgroups),
-                    labels=list(allocation.labels),
-                    reservation=allocation.reservation,
-                    app="",
-                    task="",
-                    framework="",
-                    since=now,
-                ),
-                held.revision,
-                True,
-            )
-            for held in lent
-            if held.record is not None
-        ]
-
     # -- DEL
-
-    def plan_deallocate(self, ips: Sequence[IPAddress]) -> list[AddressRow]:
-        """The rows that make allocated addresses cooling; changes nothing. Left out are those that are not allocated,
-        or that a container is just getting."""
-        entries = [self._shelf.held.get(ip) for ip in ips]
-        return [
-            AddressRow(held.ip, cooling(held.record), held.revision, True)
-            for held in entries
-            if held is not None
-            and held.record is not None
-            and held.state is AddressState.ALLOCATED
-            and not held.lent
-        ]
 
     def plan_release(
         self, ips: Sequence[IPAddress], endpoint: tuple[str, str] | None = None
@@ -499,14 +399,6 @@ class Holder:
     def assigned(self) -> dict[IPAddress, Held]:
         """Every address that is assigned here."""
         return {ip: held for ip, held in self._shelf.held.items() if held.state is AddressState.ASSIGNED}
-
-    def allocated(self) -> dict[IPAddress, Address]:
-        """The record of every address that is allocated here, and that no container is just getting."""
-        return {
-            ip: held.record
-            for ip, held in self._shelf.held.items()
-            if held.record is not None and held.state is AddressState.ALLOCATED and not held.lent
-        }
 
     def status(self) -> dict[str, object]:
         """Numbers for `moorage status`."""

@@ -51,7 +51,7 @@ def warm(node: str, network: str, pool: str) -> Address:
 
 def cooling(record: Address) -> Address:
     """The record of a released address; it still says who had it, so that a reservation finds its own."""
-    return record.with_(state=AddressState.COOLING, since=time.time(), uid="", labels=[], netgroups=[])
+    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[])
 
 
 class HeldElsewhere(AddressTaken):
@@ -70,11 +70,6 @@ def held_by(ip: IPAddress, record: Address) -> str:
         return (
             f"{ip} belongs to container {record.container_id} ({record.ifname}) on node {record.node}; "
             "end that container first, or ask for another address"
-        )
-    if record.state is AddressState.ALLOCATED:
-        return (
-            f"{ip} is allocated to {record.uid!r:.80} on node {record.node}; release that first, "
-            "or ask for another address"
         )
     return f"{ip} is {record.state.value} on node {record.node}; ask for another address, or try again later"
 

@@ -35,7 +35,6 @@ class AddressRequest:
     """What an ADD asks of IPAM.
 
     ips: static addresses, at most one a family. pool: only from the pool of that name.
-    families: of which an address is wanted; None is each that the network has.
     reservation: key of a reservation; its addresses, where it has any, are used.
     keeps_warm: whether addresses of the network are kept ready here from now on.
     """
@@ -45,7 +44,6 @@ class AddressRequest:
     reservation: str | None = None
     pool: str | None = None
     keeps_warm: bool = True
-    families: frozenset[Family] | None = None
 
 
 class Named:
@@ -120,7 +118,7 @@ class Named:
         held = self._shelf.held.get(ip)
         if held is None:
             return 3 if ip in elsewhere else 0
-        return 1 if not held.is_in_use and not held.lent else 2
+        return 1 if held.state is not AddressState.ASSIGNED and not held.lent else 2
 
     async def take(self, ip: IPAddress, request: AddressRequest) -> Held:
         kept = self._holdings.catalogue.reserved(ip)

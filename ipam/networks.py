@@ -67,7 +67,6 @@ class PoolUsage:
 
     usable: int
     assigned: int
-    allocated: int
     own: int
     warm: int
     cooling: int
@@ -83,8 +82,7 @@ class PoolUsage:
             for node, states in sorted(self.by_node.items())
         )
         own = f" and {self.own} the nodes' own" * bool(self.own)
-        promised = f", {self.allocated} allocated" * bool(self.allocated)
-        total = f"{self.assigned} assigned{own}{promised}, {self.warm} warm, {self.cooling} cooling, {self.free} free"
+        total = f"{self.assigned} assigned{own}, {self.warm} warm, {self.cooling} cooling, {self.free} free"
         return f"{total} ({nodes or 'no node holds any'})"
 
 
@@ -224,7 +222,6 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
     return PoolUsage(
         usable=shape.usable_count(),
         assigned=total(AddressState.ASSIGNED),
-        allocated=total(AddressState.ALLOCATED),
         own=total(OWN),
         warm=total(AddressState.WARM),
         cooling=total(AddressState.COOLING),

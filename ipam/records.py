@@ -128,14 +128,9 @@ OWN = "own"
 
 
 class AddressState(enum.StrEnum):
-    """warm -> assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py.
-
-    ALLOCATED comes before assigned where an engine asks for addresses first, and says later which container they are
-    for: it has them under a uid of its own.
-    """
+    """warm -> assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py."""
 
     WARM = "warm"
-    ALLOCATED = "allocated"
     ASSIGNED = "assigned"
     COOLING = "cooling"
 
@@ -144,7 +139,6 @@ class Address(Record, frozen=True, kw_only=True):
     """``addresses/<family>/<hex of ip>``: one IP in use. Its IP is the key, and only the key.
 
     id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
-    uid: whom it was allocated to, in the engine's own words; "" if it was assigned straight away.
     since: wall clock, seconds, of the last change of state.
     """
 
@@ -152,7 +146,6 @@ class Address(Record, frozen=True, kw_only=True):
     state: AddressState
     node: str
     id: str = ""
-    uid: str = ""
     container_id: str = ""
     ifname: str = ""
     network: str = ""
@@ -164,11 +157,6 @@ class Address(Record, frozen=True, kw_only=True):
     framework: str = ""
     reservation: str = ""
     since: float = 0.0
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether somebody has it, or was promised it."""
-        return self.state in (AddressState.ALLOCATED, AddressState.ASSIGNED)
 
     @property
     def is_nodes_own(self) -> bool:

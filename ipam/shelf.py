@@ -1,10 +1,10 @@
 """The shelf: the addresses this node holds, in memory, and who waits for one.
 
                  offer()                 lend()              plan/accept
-    (store) ---> warm, in a queue ---> lent to one ADD ---> [allocated, lent ->] assigned
-                     ^    ^                 | put_back()        |            |  release
-                     |    +-----------------+                   v            v
-                     +------- cooldown over ------------------------ cooling ---> (freed)
+    (store) ---> warm, in a queue ---> lent to one ADD ---> assigned
+                     ^    ^                 | put_back()        | release
+                     |    +-----------------+                   v
+                     +------- cooldown over ---------------- cooling ---> (freed)
 
 One Held per address, with what *should* stand in the store (``record``) and what is *known* to stand
 there (``revision``). Where the two differ the entry is dirty: all dirty entries together are the
@@ -53,11 +53,6 @@ class Held:
     @property
     def state(self) -> AddressState | None:
         return self.record.state if self.record else None
-
-    @property
-    def is_in_use(self) -> bool:
-        """Somebody has it, or was promised it."""
-        return self.record is not None and self.record.is_in_use
 
     @property
     def is_asked_for(self) -> bool:

@@ -192,8 +192,8 @@ def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncRepor
 
 def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
     """The store knows nothing of it."""
-    if held.is_in_use or (held.lent and held.ip not in holdings.asking):
-        # Somebody uses it, or was promised it, or an ADD is about to use it.
+    if held.state is AddressState.ASSIGNED or (held.lent and held.ip not in holdings.asking):
+        # Somebody uses it, or an ADD is about to.
         report.asserted.append(held.ip)
         held.revision = 0
         holdings.shelf.want(held, held.record)
@@ -203,7 +203,7 @@ def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
 
 def _leave_unreadable(holdings: Holdings, held: Held) -> None:
     """Nobody can say whose it is: what uses it goes on, nothing is written over it, nobody new gets it."""
-    if held.is_in_use:
+    if held.state is AddressState.ASSIGNED:
         holdings.shelf.rest(held)
     else:
         holdings.drop(held, reusable=False)
@@ -220,8 +220,7 @@ def _confirmed(holdings: Holdings, held: Held, revision: int) -> None:
 def _take_over(
     holdings: Holdings, ip: IPAddress, record: Address, revision: int, is_live: IsLive, report: SyncReport
 ) -> None:
-    # Who was promised it comes back for it, or it expires; nothing else knows of it.
-    live = record.state is AddressState.ALLOCATED or is_live(ip, record)
+    live = is_live(ip, record)
     held = Held(ip, record, revision)
     holdings.shelf.add(held)
     holdings.note_use(record)

@@ -38,18 +38,6 @@ def authorise_netgroups(who: str, netgroups: Sequence[Netgroup], network: Networ
         raise _refused(who, network, asked, rule, option)
 
 
-def authorise_addresses(
-    who: str,
-    ips: Sequence[IPAddress],
-    network: Network,
-    pools: Sequence[Geometry],
-    reserved: Collection[IPAddress] = (),
-) -> None:
-    """The same for addresses asked for by name alone."""
-    for asked, rule, option in _denied_addresses(ips, network, pools, reserved):
-        raise _refused(who, network, asked, rule, option)
-
-
 def _refused(who: str, network: Network, asked: str, rule: str, option: str) -> Refused:
     return Refused(
         f"network {network.name} {rule}, and {who} asks for {asked}; "
@@ -67,8 +55,12 @@ def _denied(
 ) -> Iterator[tuple[str, str, str]]:
     """(what is asked for, the rule against it, the option that allows it) of everything not allowed."""
     yield from _denied_netgroups(netgroups_of(spec), network)
-    if not spec.allocated:
-        yield from _denied_addresses(spec.ips, network, pools, reserved)
+    # One that is in no pool is refused later, with the pools that there are.
+    ips = [ip for ip in spec.ips if ip not in reserved and any(ip in pool.cidr for pool in pools)]
+    fixed = [str(ip) for ip in ips if not allows_static(network, pools, ip)]
+    if fixed:
+        option = _option("--allow-static", network.allow_static, fixed)
+        yield f"the address {listed(fixed)}", f"allows {_static_rule(network)} to be asked for", option
     ports = sorted({m.host_port for m in spec.port_mappings if not allows_host_port(network, m.host_port)})
     if ports:
         option = _option("--allow-hostport", network.allow_hostports, [str(port) for port in ports])
@@ -91,17 +83,6 @@ def _denied_netgroups(netgroups: Sequence[Netgroup], network: Network) -> Iterat
         allowed = listed([network.name, *network.allow_netgroups])
         option = _option("--allow-netgroup", network.allow_netgroups, names)
         yield f"the netgroup {listed(names)}", f"allows the netgroups {allowed}", option
-
-
-def _denied_addresses(
-    ips: Sequence[IPAddress], network: Network, pools: Sequence[Geometry], reserved: Collection[IPAddress]
-) -> Iterator[tuple[str, str, str]]:
-    # One that is in no pool is refused later, with the pools that there are.
-    asked = [ip for ip in ips if ip not in reserved and any(ip in pool.cidr for pool in pools)]
-    fixed = [str(ip) for ip in asked if not allows_static(network, pools, ip)]
-    if fixed:
-        option = _option("--allow-static", network.allow_static, fixed)
-        yield f"the address {listed(fixed)}", f"allows {_static_rule(network)} to be asked for", option
 
 
 def _static_rule(network: Network) -> str:

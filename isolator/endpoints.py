@@ -90,13 +90,6 @@ END_PATIENCE = 5.0
 """Seconds that whoever needs an endpoint to be gone waits for it; removing takes some 20 ms."""
 
 
-def _reservation_of(lent: Sequence[Held]) -> str:
-    """The key that allocated addresses were had under."""
-    return next(
-        (h.record.reservation for h in lent if h.record and h.record.uid and h.record.reservation), ""
-    )
-
-
 class Endpoints:
     """See the module's docstring. mtu_of: bytes, of networks that do not set their own."""
 
@@ -163,9 +156,7 @@ class Endpoints:
             self._kernel.check_namespace(spec.netns)
             if known is None:
                 known = await self._begin(spec, network)
-            # What was allocated may be of a reservation, too.
-            without_cooldown = spec.reservation is not None or spec.allocated
-            attached = await self._connect(known, without_cooldown=without_cooldown)
+            attached = await self._connect(known, without_cooldown=spec.reservation is not None)
         asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
         return attached
 
@@ -228,7 +219,9 @@ class Endpoints:
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
         """Steps 2 and 3."""
-        lent = await self._lend(spec, network)
+        lent = await self._holder.take(
+            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
+        )
         reached("attach:lent")
         try:
             self._check_ports(spec, lent)
@@ -242,7 +235,7 @@ class Endpoints:
             engine=spec.engine,
             netgroups=endpoint.netgroups,
             labels=spec.labels,
-            reservation=spec.reservation or _reservation_of(lent),
+            reservation=spec.reservation or "",
         )
         rows = self._holder.plan_assign(lent, owner)
         try:
@@ -256,13 +249,6 @@ class Endpoints:
         self._endpoints[endpoint.key] = endpoint
         reached("attach:journalled")
         return endpoint
-
-    async def _lend(self, spec: AttachSpec, network: Network) -> list[Held]:
-        if spec.allocated:
-            return self._holder.lend_allocated(spec.ips, network)
-        return await self._holder.take(
-            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
-        )
 
     def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
         """Raises PortTaken naming who has a port of the node, InvalidInput for a mapping that leads to no address."""

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from ipam.node_addresses import NodeAddresses
 from ipam.records import Address, AddressState, Fence, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
-from isolator.allocations import TTL, Allocations
 from isolator.answers import Answers
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
@@ -43,16 +42,7 @@ from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.mending import mend
-from isolator.model import (
-    AllocateSpec,
-    Asked,
-    AttachSpec,
-    Endpoint,
-    EndpointKey,
-    EndpointState,
-    ValidAttachments,
-    Work,
-)
+from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, ValidAttachments, Work
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
@@ -95,7 +85,7 @@ class Settings:
 
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
-    cooldown: seconds. allocation_ttl: seconds in which allocated addresses have to be used.
+    cooldown: seconds.
     """
 
     node: str
@@ -105,7 +95,6 @@ class Settings:
     vxlan_port: int = VXLAN_PORT
     gateway: bool = False
     cooldown: float = COOLDOWN
-    allocation_ttl: float = TTL
 
 
 class Isolator:
@@ -148,9 +137,6 @@ class Isolator:
         )
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
-        )
-        self._allocations = Allocations(
-            self._boot_id, self._journal, self._catalogue, self._holder, ttl=settings.allocation_ttl
         )
         self._answers = Answers(
             settings.node,
@@ -234,7 +220,6 @@ class Isolator:
                     ("fence", self._look_at_fence),
                     ("intents", intents.run),
                     ("reaper", self._endpoints.reap),
-                    ("allocations", self._allocations.expire),
                     ("collector", self._collect),
                     ("conflicts", self._cut_off),
                     ("firewall", self._heal),
@@ -273,19 +258,6 @@ class Isolator:
                 f"node {self.node} is a gateway, whose agent wires no containers; start the container on another node, "
                 "or this agent without --gateway"
             )
-
-    async def allocate(self, spec: AllocateSpec) -> tuple[IPAddress, ...]:
-        """See Allocations.allocate. Raises InvalidInput on a gateway."""
-        self._refuse_on_gateway()
-        return await self._allocations.allocate(spec)
-
-    def allocated(self, ips: Collection[IPAddress]) -> dict[IPAddress, Address]:
-        """See Allocations.known."""
-        return self._allocations.known(ips)
-
-    def release(self, uid: str, ips: Collection[IPAddress], asked: Asked) -> tuple[IPAddress, ...]:
-        """See Allocations.release."""
-        return self._allocations.release(uid, ips, asked)
 
     async def detach(self, key: EndpointKey, asked: Asked) -> None:
         """See Endpoints.detach."""

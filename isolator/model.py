@@ -6,12 +6,10 @@ Nothing here knows a wire format; netmodules translates to and from these.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, TypeAlias
 
-from ipam.keys import Family
 from ipam.netgroups import Netgroup
 from ipam.records import Label
 
@@ -104,7 +102,6 @@ class AttachSpec:
     """An ADD, parsed and validated as far as that needs neither store nor kernel.
 
     ips: static addresses asked for, at most one a family; () lets IPAM choose.
-    allocated: those were allocated here before, and authorised then.
     netgroups: () means the network's default.
     mtu: bytes; None lets the network or the underlay decide.
     port_mappings: no two of them claim the same port of the node.
@@ -118,7 +115,6 @@ class AttachSpec:
     network: str
     netns: str
     ips: tuple[IPAddress, ...] = ()
-    allocated: bool = False
     reservation: str | None = None
     netgroups: tuple[Netgroup, ...] = ()
     labels: tuple[Label, ...] = ()
@@ -129,27 +125,6 @@ class AttachSpec:
     port_mappings: tuple[PortMapping, ...] = ()
     bandwidth: Bandwidth = UNLIMITED
     engine_network: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AllocateSpec:
-    """Addresses that an engine wants before it has a container for them.
-
-    uid: under which it asks for them, gives them back, or says whose they are.
-    ips: certain ones. counts: how many others of each family.
-    reservation: key that certain ones, and the first other of each family, may be reserved under.
-    """
-
-    uid: str
-    request_id: str
-    engine: str
-    network: str
-    ips: tuple[IPAddress, ...] = ()
-    counts: Mapping[Family, int] = field(default_factory=dict)
-    reservation: str | None = None
-    pool: str | None = None
-    netgroups: tuple[Netgroup, ...] = ()
-    labels: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

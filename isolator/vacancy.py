@@ -20,7 +20,7 @@ from isolator.netlink import Node
 from isolator.netlink.inventory import link_by_name
 from isolator.netlink.socket import NetlinkSocket
 
-STARTS_FIRST = frozenset({"mesos", "net-modules"})
+STARTS_FIRST = frozenset({"mesos"})
 """Engines that have a process in the namespace before they ask for an ADD."""
 
 SETTLED = 60 * 10**9

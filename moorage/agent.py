@@ -28,9 +28,7 @@ from moorage import __version__
 from moorage.config import AgentConfig
 from moorage.notify import READY, STOPPING, notify
 from netmodules.cni.handler import CniHandler
-from netmodules.modules.call import CALL as MODULES_CALL
-from netmodules.modules.handler import ModulesHandler
-from netmodules.request import Handler, Reply, Request
+from netmodules.request import Reply, Request
 from netmodules.server import Server
 from netmodules.spool import Entry, Spool, SpoolWatcher
 
@@ -107,22 +105,18 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
     spool = Spool(config.socket.parent / "spool")
 
     async def carry_out(entry: Entry) -> None:
-        if entry.request.call == MODULES_CALL:
-            await modules.carry_out_spooled(entry.request)
-        else:
-            await isolator.detach(entry.key, entry.request.asked)
+        await isolator.detach(entry.key, entry.request.asked)
 
     watcher = SpoolWatcher(spool, carry_out)
     gateway4, gateway6 = await isolator.gateways()
     cni = CniHandler(isolator, gateway4=gateway4, gateway6=gateway6, drain=watcher.drain)
-    modules = ModulesHandler(isolator, network=config.netmodules_network, drain=watcher.drain)
-    handlers: dict[str, Handler] = {"cni": cni, MODULES_CALL: modules, "admin": AdminHandler(isolator, spool)}
-    server = Server(config.socket, handlers, cni.undo)
+    admin = AdminHandler(isolator, spool)
+    server = Server(config.socket, {"cni": cni, "admin": admin}, cni.undo)
     try:
         try:
             await watcher.drain()
         except MoorageError as error:
-            log.warning("what waits in the spool is left for later", why=str(error))
+            log.warning("a spooled DEL is left for later", why=str(error))
         await watcher.start()
         await server.start()
         log.info("agent serves", node=config.node, socket=str(config.socket), instance=isolator.instance)

@@ -22,7 +22,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ipam.errors import InvalidInput
-from ipam.pools import NAME as NETWORK
 from marathon.urls import check_url
 from moorage.log import masked
 
@@ -54,7 +53,6 @@ class AgentConfig:
 
     underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
     default route. vxlan_port: UDP.
-    netmodules_network: that calls of net-modules mean which name none; None for none.
     mesos_agent_url: of the Mesos agent on this node, None if it is not asked. mesos_credentials: a file with its login,
     mesos_ca: of its certificate's authority, None for none.
     """
@@ -71,7 +69,6 @@ class AgentConfig:
     mesos_agent_url: str | None
     mesos_credentials: Path | None
     mesos_ca: Path | None
-    netmodules_network: str | None
 
 
 class _Wrong(ValueError):
@@ -141,12 +138,6 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _network(text: str) -> str:
-    if not NETWORK.fullmatch(text):
-        raise _Wrong("a network's name: 1 to 63 letters, digits, '_', '.' and '-'")
-    return text
-
-
 def _switch(text: str) -> bool:
     if text not in ("true", "false"):
         raise _Wrong("true or false")
@@ -193,10 +184,9 @@ SETTINGS = (
     Setting("mesos_agent_url", _http, lambda: None),
     Setting("mesos_credentials", _file, lambda: None),
     Setting("mesos_ca", _file, lambda: None),
-    Setting("netmodules_network", _network, lambda: None),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
-TABLES = ("mesos", "netmodules")
+TABLES = ("mesos",)
 """Tables of the file; their keys are those that begin with the table's name."""
 
 

@@ -4,11 +4,11 @@
     payload := { keylen(u16) key vallen(u32) value } ...
 
 Requests have the fields
-    call        "cni", "netmodules" or "admin"
+    call        "cni" or "admin"
     request     32 hex digits, the same on every try of one call
     boot        boot_id of the caller
     started     CLOCK_BOOTTIME of the caller in ns, decimal
-    env.NAME    one for each CNI_* variable; of net-modules only MOORAGE_NETWORK, if its --network is given
+    env.NAME    one for each CNI_* variable
     stdin       what the engine sent
 Replies have ``exit`` (decimal) and ``stdout``. A spooled DEL is a request frame in a file.
 

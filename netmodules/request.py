@@ -20,9 +20,9 @@ _DECIMAL = re.compile(rb"[0-9]{1,19}", re.ASCII)
 class Request:
     """One call of a hook.
 
-    call: which handler is meant, "cni", "netmodules" or "admin".
+    call: which handler is meant, "cni" or "admin".
     request_id: 32 hex digits, the same on every try of one call.
-    env: the caller's CNI_* variables; what else a hook has to say besides stdin.
+    env: the caller's CNI_* variables.
     """
 
     call: str

@@ -1,12 +1,11 @@
-"""The spool: calls that hooks left while no agent answered: DELs, and net-modules' releases and cleanups
-(netmodules/hook.py writes them).
+"""The spool: DELs that hooks left while no agent answered (netmodules/hook.py writes them).
 
     <socket dir>/spool/<crc32 of container_id/ifname>-<request id>.del    one request frame
                        .<request id>                                     being written
                        bad/                                              what could not be believed
 
-An entry is acted on only if it is a regular file of the agent's own user, holds one whole frame of such a
-call and is named after what it holds; anything else is moved aside, to be looked at, and never stops the rest.
+An entry is acted on only if it is a regular file of the agent's own user, holds one whole frame of a CNI DEL
+and is named after what it holds; anything else is moved aside, to be looked at, and never stops the rest.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from ipam.errors import MoorageError
 from isolator.model import EndpointKey
 from netmodules import frame
 from netmodules.cni.environment import read_key
-from netmodules.modules.call import CALL as MODULES_CALL
-from netmodules.modules.call import spooled_key
 from netmodules.request import Request, parse_request
 
 log = structlog.get_logger(__name__)
@@ -39,7 +36,7 @@ TEMPORARY_AGE = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A call that waits to be carried out: a DEL, or a release or cleanup of net-modules."""
+    """A DEL that waits to be carried out."""
 
     path: Path
     key: EndpointKey
@@ -69,7 +66,7 @@ class Spool:
         return sorted(wanted, key=lambda entry: (entry.request.asked.boot_id, entry.request.asked.at))
 
     def remove(self, entry: Entry) -> None:
-        """Forget a call that was carried out; its hook may have removed it already."""
+        """Forget a DEL that was carried out; its hook may have removed it already."""
         entry.path.unlink(missing_ok=True)
 
     def _entry(self, name: str) -> Entry | None:
@@ -103,7 +100,9 @@ class Spool:
         if frame.payload_length(header) != len(payload):
             raise ValueError("frame cut short or too long")
         request = parse_request(frame.decode(payload))
-        key = _key_of(request)
+        if request.call != "cni" or request.env.get("CNI_COMMAND") != "DEL":
+            raise ValueError("not a CNI DEL")
+        key = read_key(request.env)
         if path.name != f"{_digest(key)}-{request.request_id}{SUFFIX}":
             raise ValueError("its name does not belong to what it holds")
         return Entry(path, key, request)
@@ -127,15 +126,6 @@ class Spool:
             log.warning("spool entry moved aside", path=str(path), to=str(bad), why=why)
         except OSError as error:
             log.error("bad spool entry cannot be moved aside", path=str(path), why=why, error=str(error))
-
-
-def _key_of(request: Request) -> EndpointKey:
-    """What it is filed under. Raises ValueError or MoorageError for what is not to wait in a spool."""
-    if request.call == MODULES_CALL:
-        return spooled_key(request.stdin)
-    if request.call != "cni" or request.env.get("CNI_COMMAND") != "DEL":
-        raise ValueError("neither a CNI DEL nor a call of net-modules")
-    return read_key(request.env)
 
 
 def _is_private(directory: Path) -> bool:
@@ -208,7 +198,7 @@ class SpoolWatcher:
             pause = min(max(self._again.get(entry.path, (0.0, 0.0))[1] * 2, self._interval), self.SLOWEST)
             self._again[entry.path] = (time.monotonic() + pause, pause)
             log.exception(
-                "a spooled call could not be carried out; it will be tried again",
+                "a spooled DEL could not be carried out; it will be tried again",
                 key=str(entry.key),
                 error=str(error),
                 seconds=pause,

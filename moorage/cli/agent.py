@@ -63,12 +63,6 @@ from moorage.cli.session import Session
     "system's]",
 )
 @click.option(
-    "--netmodules-network",
-    metavar="NAME",
-    help="The network that calls of moorage-netmodules mean which name none.  [env: MOORAGE_NETMODULES_NETWORK; "
-    "default: none]",
-)
-@click.option(
     "--log-level",
     metavar="LEVEL",
     help=f"{', '.join(config.LOG_LEVELS)}.  [env: MOORAGE_LOG_LEVEL; default: info]",
@@ -91,7 +85,7 @@ def agent(ctx: click.Context, /, file: Path | None, **flags: str | None) -> None
 
     Flags win over the MOORAGE_* environment, that over the file, that over the defaults. The file is
     TOML with the flags' names: node = "a", state_dir = "/var/lib/moorage"; those that begin with mesos
-    or netmodules may stand in a table of that name: agent_url = "http://192.0.2.1:5051" under [mesos].
+    may stand in a table [mesos]: agent_url = "http://192.0.2.1:5051".
 
     \b
     Examples:

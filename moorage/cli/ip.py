@@ -45,8 +45,7 @@ def row(address: IPAddress, record: Address) -> dict[str, Any]:
 )
 @pass_session
 def list_(session: Session, network: str | None, node: str | None, state: str | None) -> None:
-    """List addresses that are in use: assigned to an endpoint, allocated to a uid that has no container yet
-    (net-modules), warm on a node, or cooling after use.
+    """List addresses that are in use: assigned to an endpoint, warm on a node, or cooling after use.
 
     \b
     Example:
@@ -64,7 +63,7 @@ def list_(session: Session, network: str | None, node: str | None, state: str | 
             Column("state"),
             Column("network"),
             Column("node"),
-            Column("container", lambda r: words(r["container_id"] or (r["uid"] and f"uid {r['uid']}"))),
+            Column("container", lambda r: words(r["container_id"])),
             Column("ifname"),
             Column("netgroups"),
             Column("app"),
