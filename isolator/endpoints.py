@@ -2,7 +2,7 @@
 
     attach(spec)
       1. authorise it by the network's rules          isolator/authorise.py
-      2. take warm addresses                          ipam/holder.py
+      2. take warm addresses, or allocated ones       ipam/holder.py, ipam/allocations.py
       3. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
       4. admit it in the policy                       isolator/policy/, before the links go up
       5. wire the namespace                           isolator/drivers/, links up last
@@ -123,7 +123,7 @@ class Endpoints:
         reached("attach:begun")
         begun = time.monotonic()
         async with self._locks.of(spec.key):
-            self._refuse_superseded(spec)
+            self.refuse_superseded(spec.key, spec.asked)
             known = await self._known(spec)
             if known is not None and known.state is EndpointState.ATTACHED:
                 return known
@@ -148,17 +148,19 @@ class Endpoints:
             ms=round(seconds * 1000, 1),
         )
 
-    def _refuse_superseded(self, spec: AttachSpec) -> None:
-        buried = self._tombstones.get(spec.key)
-        if buried is not None and buried.boot_id == spec.asked.boot_id and buried.at > spec.asked.at:
+    def refuse_superseded(self, key: EndpointKey, asked: Asked) -> None:
+        """Raises Superseded when the endpoint's DEL was asked for after this."""
+        buried = self._tombstones.get(key)
+        if buried is not None and buried.boot_id == asked.boot_id and buried.at > asked.at:
             raise Superseded(
-                f"the ADD of {spec.key} was asked for before its DEL, which came first; nothing needs to be done"
+                f"the ADD of {key} was asked for before its DEL, which came first; nothing needs to be done"
             )
 
     async def _authorise(self, spec: AttachSpec, network: Network) -> None:
         """Step 1. What was allowed when it was asked for first stays so."""
-        reserved: set[IPAddress] = set()
-        if spec.ips and spec.reservation is not None:
+        # So were allocated addresses, when they were allocated.
+        reserved = set(spec.ips) if spec.allocated else set()
+        if spec.ips and not spec.allocated and spec.reservation is not None:
             if not self._catalogue.reserved_under(spec.reservation, network.name):
                 await self._catalogue.look_again()
             reserved = {r.ip for r in self._catalogue.reserved_under(spec.reservation, network.name)}
@@ -197,9 +199,7 @@ class Endpoints:
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
         """Steps 2 and 3."""
-        lent = await self._holder.take(
-            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
-        )
+        lent = await self._lend(spec, network)
         reached("attach:lent")
         try:
             self._check_ports(spec, lent)
@@ -227,6 +227,13 @@ class Endpoints:
         self._endpoints[endpoint.key] = endpoint
         reached("attach:journalled")
         return endpoint
+
+    async def _lend(self, spec: AttachSpec, network: Network) -> list[Held]:
+        if spec.allocated:
+            return self._holder.allocations.lend(spec.ips)
+        return await self._holder.take(
+            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
+        )
 
     def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
         """Raises PortTaken naming who has a port of the node, InvalidInput for a mapping that leads to no address."""

@@ -1,9 +1,11 @@
 """How an endpoint ends, the other way of an ADD:
 
-begin(endpoint)   journal 'detaching', routes withdrawn and policy revoked; its caller is answered
-run()             off the caller's path and in batches: interfaces and connections removed, journal rows and
-                  addresses released
-ended(key)        waits for that
+    begin(endpoint)   journal 'detaching', routes withdrawn and policy revoked; its caller is answered
+    run()             off the caller's path and in batches: interfaces and connections removed, journal rows and
+                      addresses released
+    ended(key)        waits for that
+
+What the kernel refuses is tried again until it is done.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from isolator.engines import MESOS, NET_MODULES
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.identity import boottime
 from isolator.model import Endpoint
@@ -20,7 +21,7 @@ from isolator.netlink import Node
 from isolator.netlink.inventory import link_by_name
 from isolator.netlink.socket import NetlinkSocket
 
-STARTS_FIRST = frozenset({"mesos"})
+STARTS_FIRST = frozenset({MESOS, NET_MODULES})
 """Engines that have a process in the namespace before they ask for an ADD."""
 
 SETTLED = 60 * 10**9

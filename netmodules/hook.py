@@ -15,6 +15,8 @@ engine's to give:
 
     moorage-cni-py --resume <32 hex digits> <CLOCK_BOOTTIME in ns>
 
+With --netmodules as its first argument it is moorage-netmodules: netmodules/modules/hook.py.
+
 A container start waits for this program, and most of its time is Python's own start. So it runs with
 ``python -IS``, uses the builtin C modules (``import socket``, ``os`` and ``json`` cost 5-9 ms each), and
 imports what only rare paths need where they need it.
@@ -81,6 +83,10 @@ class Silent(Exception):
 
 def main(arguments: tuple[str, ...]) -> int:
     """Serve the call that this process was started for; returns the exit code."""
+    if arguments[:1] == ("--netmodules",):
+        from netmodules.modules import hook
+
+        return hook.main(arguments[1:])
     exit_code, stdout = run(posix.environ, read_stdin(), arguments)
     while stdout:
         stdout = stdout[posix.write(1, stdout) :]
@@ -105,7 +111,7 @@ def run(
         call.socket = socket_path(environ, stdin, command)
         call.request = encode_request(environ, stdin, command, call)
         if command == "DEL":
-            return deliver_del(call, environ, window)
+            return deliver_del(call, environ[b"CNI_CONTAINERID"] + b"/" + environ[b"CNI_IFNAME"], window)
         if command == "STATUS":
             return ask_status(call)
         return deliver(call, window)
@@ -204,8 +210,9 @@ def ask_status(call: Call) -> tuple[int, bytes]:
         ) from None
 
 
-def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple[int, bytes]:
-    """Ask, or leave the request in the spool: either way the caller may forget the endpoint."""
+def deliver_del(call: Call, key: bytes, window: float) -> tuple[int, bytes]:
+    """Ask, or leave the request in the spool: either way the caller may forget the endpoint. key: what is spooled for
+    the same one is carried out in order."""
     pauses = Pauses(window)
     entry = b""
     unwritable: Refusal | None = None
@@ -219,7 +226,7 @@ def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple
         except NoAgent:
             if not entry and unwritable is None:
                 try:
-                    entry = spool(call, environ)
+                    entry = spool(call, key)
                 except Refusal as refusal:
                     unwritable = refusal
                 continue
@@ -234,7 +241,7 @@ def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple
         if not entry:
             if unwritable is not None:
                 raise unwritable
-            spool(call, environ)
+            spool(call, key)
         return 0, b""
 
 
@@ -260,12 +267,11 @@ class Pauses:
         return True
 
 
-def spool(call: Call, environ: dict[bytes, bytes]) -> bytes:
+def spool(call: Call, key: bytes) -> bytes:
     """Write the request beside the socket, to survive a crash; returns the file's path."""
     from zlib import crc32
 
     directory = call.socket.rpartition(b"/")[0] + b"/spool"
-    key = environ[b"CNI_CONTAINERID"] + b"/" + environ[b"CNI_IFNAME"]
     path = directory + b"/%08x-%s.del" % (crc32(key), call.id)
     temporary = directory + b"/." + call.id
     try:
