@@ -91,15 +91,22 @@ class Allocations:
         ]
 
     def lend(self, ips: Collection[IPAddress]) -> list[Held]:
-        """Lend allocated addresses to the endpoint of their uid; all or none.
+        """Lend allocated addresses to the endpoint of their uid; all or none. Raises what ``check`` raises."""
+        found = self.check(ips)
+        for held in found:
+            held.lent = True
+        return found
+
+    def check(self, ips: Collection[IPAddress]) -> list[Held]:
+        """The entries of addresses that one endpoint can have.
 
         Raises NotAllocated naming those that are not allocated here, and why, or that are not of one uid and network.
         """
         problems = [f"{ip} {problem}" for ip in ips if (problem := self._problem(ip))]
         if problems:
             raise NotAllocated(
-                f"an address can be used that was allocated or reserved on node {self._holdings.node} before, and "
-                f"{'; '.join(problems)}; allocate it first"
+                f"{', '.join(problems)}; a container gets only what was allocated or reserved for it on node "
+                f"{self._holdings.node} before"
             )
         found = [self._shelf.held[ip] for ip in ips]
         for what in ("uid", "network"):
@@ -109,20 +116,18 @@ class Allocations:
                     f"{', '.join(map(str, ips))} are of several {what}s, {', '.join(values)}; one interface has the "
                     f"addresses of one {what}"
                 )
-        for held in found:
-            held.lent = True
         return found
 
     def _problem(self, ip: IPAddress) -> str:
         """Why an address cannot be given to an endpoint; "" if it can."""
         held = self._shelf.held.get(ip)
         if held is None or held.record is None:
-            return "is not held by it"
+            return "is not allocated"
         record = held.record
         if record.state is AddressState.ASSIGNED:
             return f"belongs to {record.container_id} ({record.ifname})"
         if record.state is not AddressState.ALLOCATED:
-            return f"is {record.state.value}, allocated to nobody (any more)"
+            return f"is {record.state.value} and not allocated (any more)"
         return f"is just being given to a container of {record.uid}" if held.lent else ""
 
     def plan_release(self, entries: Iterable[Held]) -> list[AddressRow]:

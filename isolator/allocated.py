@@ -47,6 +47,7 @@ from isolator.model import (
     EndpointState,
     PortMapping,
 )
+from isolator.steps import reached
 
 log = structlog.get_logger(__name__)
 
@@ -142,6 +143,7 @@ class Allocated:
         Raises NotFound (network), InvalidInput, Refused, AddressTaken, TryAgain, JournalUnwritable.
         """
         self._check_wires()
+        reached("allocate:begun")
         async with self._uids.of(spec.uid):
             held = self._holder.allocations.from_call(spec.call)
             if not held:
@@ -169,6 +171,7 @@ class Allocated:
                 counts=spec.counts,
             )
         )
+        reached("allocate:lent")
         promise = Promise(
             uid=spec.uid,
             call=spec.call,
@@ -184,6 +187,7 @@ class Allocated:
             self._holder.put_back(lent)
             raise
         self._holder.accept(rows)
+        reached("allocate:journalled")
         log.info("addresses allocated", uid=spec.uid, ips=[str(row.ip) for row in rows], network=network.name)
         return lent
 
@@ -209,6 +213,7 @@ class Allocated:
 
         Raises NotAllocated for an address that a container of another engine has.
         """
+        reached("release:begun")
         held = self._holder.allocations.of(uid)
         for ip in ips:
             entry = self._holder.held(ip)
@@ -224,6 +229,7 @@ class Allocated:
             else:
                 held.append(entry)
         await self._give_up({entry.record.uid for entry in held if entry.record is not None}, held)
+        reached("release:journalled")
 
     async def _give_up(self, uids: Iterable[str], entries: Sequence[Held]) -> None:
         """Of those entries what is still these uids'."""
@@ -275,16 +281,19 @@ class Allocated:
 
     def _attach_spec(self, spec: IsolateSpec, netns: str) -> AttachSpec:
         """Raises InvalidInput, NotAllocated."""
-        first = self._holder.held(spec.ips[0])
-        record = None if first is None else first.record
-        network = spec.network if record is None or not record.uid else record.network
+        key = self._key(spec)
+        if self._endpoints.get(key) is None:
+            self._holder.allocations.check(spec.ips)
+        held = self._holder.held(spec.ips[0])
+        record = held.record if held is not None else None
+        network = record.network if record is not None else spec.network
         if spec.network not in (None, network):
             raise InvalidInput(
                 f"{spec.ips[0]} was allocated in network {network}, and the call is for network {spec.network}; give "
                 "both commands of the isolator module the same --network"
             )
         return AttachSpec(
-            key=self._key(spec),
+            key=key,
             request_id=spec.request_id,
             asked=spec.asked,
             engine=NET_MODULES,
