@@ -16,7 +16,7 @@ from isolator.netlink.inventory import (
 )
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
-from isolator.netlink.node import Namespace, Node, pinned
+from isolator.netlink.node import Namespace, Node, pinned, unpinned
 from isolator.netlink.witness import Seen, Witness
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "our_rules",
     "pinned",
     "shaper_links",
+    "unpinned",
 ]

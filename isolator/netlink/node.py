@@ -87,7 +87,7 @@ class Node:
         Raises NamespaceGone if there is nothing (any more), NotANamespace if it is something else or
         the node's own, KernelRefused if it cannot be opened.
         """
-        path, inode = _unpinned(path)
+        path, inode = unpinned(path)
         try:
             # O_NONBLOCK: whatever the path names, opening it must not wait.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -128,7 +128,7 @@ def pinned(namespace: Namespace) -> str:
     return f"{namespace.path}#{os.fstat(namespace.fd).st_ino}"
 
 
-def _unpinned(path: str) -> tuple[str, int | None]:
+def unpinned(path: str) -> tuple[str, int | None]:
     """A path and the inode it has to lead to, None if it was not pinned."""
     match = _PINNED.fullmatch(path)
     return (path, None) if match is None else (match[1], int(match[2]))
