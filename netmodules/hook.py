@@ -15,8 +15,6 @@ engine's to give:
 
     moorage-cni-py --resume <32 hex digits> <CLOCK_BOOTTIME in ns>
 
-With --netmodules as its first argument it is moorage-netmodules: netmodules/modules/hook.py.
-
 A container start waits for this program, and most of its time is Python's own start. So it runs with
 ``python -IS``, uses the builtin C modules (``import socket``, ``os`` and ``json`` cost 5-9 ms each), and
 imports what only rare paths need where they need it.
@@ -83,10 +81,6 @@ class Silent(Exception):
 
 def main(arguments: tuple[str, ...]) -> int:
     """Serve the call that this process was started for; returns the exit code."""
-    if arguments[:1] == ("--netmodules",):
-        from netmodules.modules import hook
-
-        return hook.main(arguments[1:])
     exit_code, stdout = run(posix.environ, read_stdin(), arguments)
     while stdout:
         stdout = stdout[posix.write(1, stdout) :]

@@ -103,7 +103,7 @@ def test_a_journal_of_an_older_moorage_is_read_and_no_longer_one_of_its_own(path
     journal.close()
     again = Journal(path, BOOT)
     assert again.load_endpoints() == [older]
-    assert again._meta("schema") == "2"
+    assert again._meta("schema") == "3"
     assert not again.rebuilt
     again.close()
 
