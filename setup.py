@@ -59,7 +59,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
     # The hook is no entry point: those take 30 ms to start. docs/decisions/native-hook.md
-    scripts=[PYTHON_HOOK],
+    scripts=[PYTHON_HOOK, "bin/moorage-netmodules"],
     cmdclass={"build_scripts": BuildScripts, "bdist_wheel": Wheel},
     entry_points={"console_scripts": ["moorage = moorage.cli:main"]},
     # Why each of them: docs/decisions/dependencies.md. Exact versions for CI: constraints.txt.

@@ -24,6 +24,7 @@ class BlockUse:
     block: str
     pool: str
     node: str
+    allocated: int
     assigned: int
     warm: int
     cooling: int
@@ -58,6 +59,7 @@ async def _use(store: Store, block: IPNetwork, record: Block) -> BlockUse:
         block=str(block),
         pool=record.pool,
         node=record.node,
+        allocated=states[AddressState.ALLOCATED],
         assigned=states[AddressState.ASSIGNED],
         warm=states[AddressState.WARM],
         cooling=states[AddressState.COOLING],

@@ -1,7 +1,7 @@
 """`moorage ip check`: whether the invariants hold, live and without a lock.
 
 1. No IP is assigned to two endpoints at any moment; no IP is carried by two live namespaces.
-2. Every assigned address has a live endpoint on its node, or is on its way out.
+2. Every assigned address has a live endpoint on its node, or is on its way out; every allocated one is somebody's.
 3. Every attached endpoint has its addresses assigned to it.
 4. Nothing of ours outlives its endpoint.
 5. A block has one owner; no address key lies outside every pool.
@@ -160,6 +160,8 @@ def _address_findings(ip: IPAddress, address: Address, pools: Sequence[Geometry]
         found.append(
             Finding(5, str(ip), "names another pool than it lies in", {"says": address.pool, "is": pool.name})
         )
+    if address.state is AddressState.ALLOCATED and not address.uid:
+        found.append(Finding(2, str(ip), "is allocated to nobody", {"node": address.node}))
     if address.state is AddressState.ASSIGNED and not address.container_id:
         found.append(Finding(2, str(ip), "is assigned to nobody", {"node": address.node}))
     return found

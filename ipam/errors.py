@@ -72,6 +72,10 @@ class AddressTaken(MoorageError):
     code = 101
 
 
+class NotAllocated(InvalidInput):
+    """An address that is to be used was not allocated before, or not for who wants to use it."""
+
+
 class Exhausted(TryAgain):
     """No address is left; the message lists who holds what."""
 

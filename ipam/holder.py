@@ -21,12 +21,13 @@ from typing import Any
 
 import structlog
 
+from ipam.allocations import Allocations
 from ipam.catalogue import Catalogue
 from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
 from ipam.holdings import Conflict, Holdings, cooling
 from ipam.journal import AddressRow, Journal
-from ipam.keys import IPAddress
+from ipam.keys import Family, IPAddress
 from ipam.named import AddressRequest, Named
 from ipam.outage import Outage
 from ipam.pools import Geometry
@@ -94,6 +95,7 @@ class Holder:
         self._named = Named(store, self._holdings)
         self._generosity = Generosity(self._holdings)
         self.drain = Drain(self._holdings, self._fail_all)
+        self.allocations = Allocations(self._holdings)
 
     def load(self) -> None:
         """Start from the journal, before the store was heard."""
@@ -178,7 +180,7 @@ class Holder:
     # -- ADD
 
     async def take(self, request: AddressRequest) -> list[Held]:
-        """Lend one address of every family the network has, IPv4 first; all or none.
+        """Lend one address of every family the network has, or as many as are asked for, IPv4 first; all or none.
 
         Raises AddressTaken naming the holder, InvalidInput, Exhausted saying who holds what, TryAgain
         when the store does not answer and nothing is warm. Every lent address goes on through
@@ -192,13 +194,14 @@ class Holder:
         if not pools:
             raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")
         named = await self._named.addresses(request, pools)
+        missing = _missing(request, pools, named)
         only = _pool_named(request.pool, pools, network)
         lent: list[Held] = []
         waiters: list[Waiter] = []
         try:
-            for ip in named.values():
+            for ip in named:
                 lent.append(await self._named.take(ip, request))
-            for family in sorted({p.family for p in pools} - set(named)):
+            for family in missing:
                 pool = only.name if only is not None and only.family == family else None
                 held = self._shelf.lend(network.name, family, pool)
                 if held is not None:
@@ -423,6 +426,26 @@ class Holder:
                 for (network, family, state), count in sorted(counts.items())
             ],
         }
+
+
+def _missing(request: AddressRequest, pools: Sequence[Geometry], named: Sequence[IPAddress]) -> list[Family]:
+    """The families of the addresses to be lent beside the named ones. Raises InvalidInput."""
+    families = {pool.family for pool in pools}
+    wanted = dict.fromkeys(families, 1) if request.counts is None else request.counts
+    have = Counter(ip.version for ip in named)
+    for family, count in wanted.items():
+        if count and family not in families:
+            raise InvalidInput(
+                f"network {request.network.name} has no IPv{family} pool, and {count} IPv{family} addresses are asked "
+                "for; ask for none, or add a pool to the network"
+            )
+    over = [family for family, count in have.items() if count > wanted.get(family, 0)]
+    if over:
+        raise InvalidInput(
+            f"{', '.join(map(str, named))} are more IPv{over[0]} addresses than the {wanted.get(over[0], 0)} that are "
+            "asked for; ask for more, or name fewer"
+        )
+    return [family for family in sorted(wanted) for _ in range(wanted[family] - have[family])]
 
 
 def _pool_named(name: str | None, pools: Sequence[Geometry], network: Network) -> Geometry | None:

@@ -51,7 +51,7 @@ def warm(node: str, network: str, pool: str) -> Address:
 
 def cooling(record: Address) -> Address:
     """The record of a released address; it still says who had it, so that a reservation finds its own."""
-    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[])
+    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
 
 
 class HeldElsewhere(AddressTaken):
@@ -71,6 +71,8 @@ def held_by(ip: IPAddress, record: Address) -> str:
             f"{ip} belongs to container {record.container_id} ({record.ifname}) on node {record.node}; "
             "end that container first, or ask for another address"
         )
+    if record.state is AddressState.ALLOCATED:
+        return f"{ip} is allocated to {record.uid} on node {record.node}; release it first, or ask for another address"
     return f"{ip} is {record.state.value} on node {record.node}; ask for another address, or try again later"
 
 

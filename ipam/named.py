@@ -11,7 +11,7 @@ anything else                 refused, naming the holder
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ipam import keys
@@ -34,9 +34,10 @@ HANDOVER_PATIENCE = 20.0
 class AddressRequest:
     """What an ADD asks of IPAM.
 
-    ips: static addresses, at most one a family. pool: only from the pool of that name.
+    ips: static addresses, at most one a family unless there are counts. pool: only from the pool of that name.
     reservation: key of a reservation; its addresses, where it has any, are used.
     keeps_warm: whether addresses of the network are kept ready here from now on.
+    counts: how many addresses of each family; None is one of each that the network has.
     """
 
     network: Network
@@ -44,6 +45,7 @@ class AddressRequest:
     reservation: str | None = None
     pool: str | None = None
     keeps_warm: bool = True
+    counts: Mapping[Family, int] | None = None
 
 
 class Named:
@@ -54,8 +56,8 @@ class Named:
         self._holdings = holdings
         self._shelf = holdings.shelf
 
-    async def addresses(self, request: AddressRequest, pools: Sequence[Geometry]) -> dict[Family, IPAddress]:
-        """What is asked for by name or by reservation, by family. Raises InvalidInput, AddressTaken."""
+    async def addresses(self, request: AddressRequest, pools: Sequence[Geometry]) -> list[IPAddress]:
+        """What is asked for by name or by reservation. Raises InvalidInput, AddressTaken."""
         if request.reservation is not None and not self._reserved(request):
             await self._holdings.catalogue.look_again()
         return self._choose(request, pools, await self._elsewhere(request))
@@ -73,10 +75,13 @@ class Named:
 
     def _choose(
         self, request: AddressRequest, pools: Sequence[Geometry], elsewhere: Collection[IPAddress]
-    ) -> dict[Family, IPAddress]:
-        """The addresses asked for by name or by reservation, by family. Raises InvalidInput, AddressTaken."""
+    ) -> list[IPAddress]:
+        """The addresses asked for by name, and by reservation in families of which none is named.
+
+        Raises InvalidInput, AddressTaken.
+        """
         network = request.network
-        named: dict[Family, IPAddress] = {}
+        kept: dict[Family, IPAddress] = {}
         if request.reservation is not None:
             reserved = self._reserved(request)
             if not reserved:
@@ -85,8 +90,8 @@ class Named:
                     "reserve one with `moorage ip reserve IP --key KEY`"
                 )
             for entry in sorted(reserved, key=lambda r: self._distance(r.ip, elsewhere)):
-                named.setdefault(entry.ip.version, entry.ip)
-        if len({ip.version for ip in request.ips}) < len(set(request.ips)):
+                kept.setdefault(entry.ip.version, entry.ip)
+        if request.counts is None and len({ip.version for ip in request.ips}) < len(set(request.ips)):
             raise InvalidInput(
                 f"{', '.join(map(str, request.ips))} are two addresses of one family; ask for one of each at most"
             )
@@ -99,14 +104,19 @@ class Named:
                 )
             if not pool.usable(ip):
                 raise InvalidInput(f"{ip} is excluded from pool {pool.cidr}; ask for another address")
-            kept = self._holdings.catalogue.reserved(ip)
-            if kept is not None and kept.reservation.key != request.reservation:
+            reservation = self._holdings.catalogue.reserved(ip)
+            if reservation is not None and reservation.reservation.key != request.reservation:
                 raise AddressTaken(
                     f"{ip} is reserved; ask for it with the label moorage.reservation and its key, "
                     "or ask for another address"
                 )
-            named[ip.version] = ip
-        return named
+            kept.pop(ip.version, None)
+        return [*dict.fromkeys(request.ips), *(ip for ip in kept.values() if self._is_wanted(ip, request))]
+
+    @staticmethod
+    def _is_wanted(ip: IPAddress, request: AddressRequest) -> bool:
+        """Whether a reservation's address is of a family that is asked for."""
+        return request.counts is None or request.counts.get(ip.version, 0) > 0
 
     def _reserved(self, request: AddressRequest) -> list[Reserved]:
         if request.reservation is None:
@@ -118,7 +128,7 @@ class Named:
         held = self._shelf.held.get(ip)
         if held is None:
             return 3 if ip in elsewhere else 0
-        return 1 if held.state is not AddressState.ASSIGNED and not held.lent else 2
+        return 2 if held.lent or (held.state is not None and held.state.is_taken) else 1
 
     async def take(self, ip: IPAddress, request: AddressRequest) -> Held:
         kept = self._holdings.catalogue.reserved(ip)

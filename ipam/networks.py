@@ -66,6 +66,7 @@ class PoolUsage:
     """
 
     usable: int
+    allocated: int
     assigned: int
     own: int
     warm: int
@@ -82,7 +83,8 @@ class PoolUsage:
             for node, states in sorted(self.by_node.items())
         )
         own = f" and {self.own} the nodes' own" * bool(self.own)
-        total = f"{self.assigned} assigned{own}, {self.warm} warm, {self.cooling} cooling, {self.free} free"
+        promised = f"{self.allocated} allocated, " * bool(self.allocated)
+        total = f"{promised}{self.assigned} assigned{own}, {self.warm} warm, {self.cooling} cooling, {self.free} free"
         return f"{total} ({nodes or 'no node holds any'})"
 
 
@@ -221,6 +223,7 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
 
     return PoolUsage(
         usable=shape.usable_count(),
+        allocated=total(AddressState.ALLOCATED),
         assigned=total(AddressState.ASSIGNED),
         own=total(OWN),
         warm=total(AddressState.WARM),
@@ -367,13 +370,13 @@ async def set_pools_disabled(store: Store, names: Sequence[str], disabled: bool)
 async def delete_network(store: Store, name: str, *, patience: float = 5.0) -> None:
     """Delete a network with its pools and reservations.
 
-    Refuses while an address is assigned or cooling. Otherwise the pools are disabled, so that agents give
+    Refuses while an address is allocated, assigned or cooling. Otherwise the pools are disabled, so that agents give
     back what they keep warm, for which it waits ``patience`` seconds; if they do not, the pools are
     enabled again. Raises NotFound, TryAgain saying who still holds what.
     """
     _, pools = await get_network(store, name)
     uses = {pool.cidr: await pool_usage(store, pool) for pool in pools}
-    if any(use.assigned or use.cooling for use in uses.values()):
+    if any(use.allocated or use.assigned or use.cooling for use in uses.values()):
         raise TryAgain(_in_use(name, uses))
     enabled = [pool.name for pool in pools if not pool.disabled]
     await set_pools_disabled(store, enabled, True)

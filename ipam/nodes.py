@@ -193,7 +193,7 @@ def _may_be_used(address: Address, *, drained: bool) -> bool:
 
     An agent lends what is warm, or cools down under a reservation, before the store hears of it.
     """
-    if address.state is AddressState.ASSIGNED:
+    if address.state.is_taken:
         return not address.is_nodes_own
     return not drained and (address.state is AddressState.WARM or bool(address.reservation))
 

@@ -128,17 +128,27 @@ OWN = "own"
 
 
 class AddressState(enum.StrEnum):
-    """warm -> assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py."""
+    """warm -> (allocated ->) assigned -> cooling -> warm or free (absent); the picture is in ipam/shelf.py.
+
+    ALLOCATED: promised to a uid by an engine that asks for addresses before it has a container; ipam/allocations.py.
+    """
 
     WARM = "warm"
+    ALLOCATED = "allocated"
     ASSIGNED = "assigned"
     COOLING = "cooling"
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody was told that such an address is theirs."""
+        return self in (AddressState.ALLOCATED, AddressState.ASSIGNED)
 
 
 class Address(Record, frozen=True, kw_only=True):
     """``addresses/<family>/<hex of ip>``: one IP in use. Its IP is the key, and only the key.
 
     id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
+    uid: whom an engine allocated it for. It stays while the address is assigned, until that engine releases it.
     since: wall clock, seconds, of the last change of state.
     """
 
@@ -156,6 +166,7 @@ class Address(Record, frozen=True, kw_only=True):
     task: str = ""
     framework: str = ""
     reservation: str = ""
+    uid: str = ""
     since: float = 0.0
 
     @property

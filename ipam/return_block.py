@@ -61,7 +61,11 @@ def _in_use(holdings: Holdings, block: IPNetwork) -> list[str]:
     """What in a block cannot be freed: all but warm addresses that nobody is about to use."""
     return [
         f"{ip} is {'being given out' if held.lent or held.record is None else held.record.state.value}"
-        + (f" to {held.record.container_id}" if held.record and held.state is AddressState.ASSIGNED else "")
+        + (
+            f" to {held.record.container_id or held.record.uid}"
+            if held.record and held.record.state.is_taken
+            else ""
+        )
         for ip, held in sorted(holdings.shelf.held.items(), key=lambda item: int(item[0]))
         if ip.version == block.version
         and ip in block

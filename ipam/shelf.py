@@ -6,6 +6,9 @@
                      |    +-----------------+                   v
                      +------- cooldown over ---------------- cooling ---> (freed)
 
+An engine that asks for addresses before it has a container makes a stop on the way: lent -> allocated -> lent
+-> assigned, or from allocated straight to cooling (ipam/allocations.py).
+
 One Held per address, with what *should* stand in the store (``record``) and what is *known* to stand
 there (``revision``). Where the two differ the entry is dirty: all dirty entries together are the
 outbox. Nothing here waits, reads or writes anything.

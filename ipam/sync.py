@@ -192,7 +192,7 @@ def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncRepor
 
 def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
     """The store knows nothing of it."""
-    if held.state is AddressState.ASSIGNED or (held.lent and held.ip not in holdings.asking):
+    if _is_taken(held) or (held.lent and held.ip not in holdings.asking):
         # Somebody uses it, or an ADD is about to.
         report.asserted.append(held.ip)
         held.revision = 0
@@ -203,11 +203,15 @@ def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
 
 def _leave_unreadable(holdings: Holdings, held: Held) -> None:
     """Nobody can say whose it is: what uses it goes on, nothing is written over it, nobody new gets it."""
-    if held.state is AddressState.ASSIGNED:
+    if _is_taken(held):
         holdings.shelf.rest(held)
     else:
         holdings.drop(held, reusable=False)
         holdings.foreign(held.ip)
+
+
+def _is_taken(held: Held) -> bool:
+    return held.state is not None and held.state.is_taken
 
 
 def _confirmed(holdings: Holdings, held: Held, revision: int) -> None:

@@ -319,7 +319,7 @@ class Upkeep:
                     holdings.settle(held)
         elif outcome.found is not None:
             self._apply_found(held, outcome.found)
-        elif held.state in (AddressState.ASSIGNED, AddressState.COOLING):
+        elif held.state in (AddressState.ALLOCATED, AddressState.ASSIGNED, AddressState.COOLING):
             held.revision = 0
         elif change.write.guards and held.ip in holdings.keyed:
             pass  # reserved, and asked for with its key while the refill was on its way: asked for once more
@@ -339,7 +339,7 @@ class Upkeep:
         except StoreError as error:
             log.error("record is left as it is", why=str(error))
             holdings.refuse(held.ip, TryAgain(str(error)))
-            if held.state is AddressState.ASSIGNED:
+            if held.state is not None and held.state.is_taken:
                 self._shelf.rest(held)
             else:
                 holdings.drop(held, reusable=False)

@@ -118,6 +118,8 @@ class Answers:
         held = self._holder.held(ip)
         if held is None or held.record is None:
             return {"done": True, "why": f"{ip} is not held by this node any more"}
+        if held.record.state is AddressState.ALLOCATED:
+            return self._answer_release_of_allocated(held, held.record, intent)
         if held.record.state is not AddressState.ASSIGNED:
             return {"done": True, "why": f"{ip} is {held.record.state.value} already"}
         if held.record.is_nodes_own:
@@ -144,3 +146,27 @@ class Answers:
                 "end the container, or use --force to cut it off",
             }
         return {"done": True, "why": f"{endpoint.key} is gone and {ip} is released"}
+
+    def _answer_release_of_allocated(self, held: Held, record: Address, intent: Intent) -> dict[str, Any]:
+        """There is no endpoint to look at: its uid was told that it has the address, until its time is over."""
+        if self._has_changed(held, record, intent):
+            return {
+                "done": False,
+                "changed": True,
+                "why": f"{held.ip} changed since it was looked at; look again",
+            }
+        if held.lent:
+            return {
+                "done": False,
+                "live": True,
+                "why": f"{held.ip} is just being given to a container; look again",
+            }
+        if intent.kind is IntentKind.VERIFY:
+            return {
+                "done": False,
+                "live": True,
+                "why": f"{held.ip} is allocated to {record.uid}, which may still use it; it is released by itself if "
+                "that does not happen in time, or use --force to take it away",
+            }
+        self._holder.accept(self._holder.allocations.plan_release([held]))
+        return {"done": True, "why": f"{held.ip} was allocated to {record.uid} and is released"}

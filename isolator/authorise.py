@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 from ipam.keys import IPAddress
 from ipam.netgroups import PUBLIC, Netgroup
@@ -18,18 +19,37 @@ from ipam.pools import Geometry
 from ipam.rates import rate_text
 from ipam.records import Network
 from isolator.errors import Refused
-from isolator.model import AttachSpec
+from isolator.model import Bandwidth, PortMapping
+
+
+class Asking(Protocol):
+    """What somebody asks of a network: an AttachSpec, or an AllocateSpec."""
+
+    @property
+    def who(self) -> str: ...
+    @property
+    def network(self) -> str: ...
+    @property
+    def netgroups(self) -> tuple[Netgroup, ...]: ...
+    @property
+    def ips(self) -> tuple[IPAddress, ...]: ...
+    @property
+    def mac(self) -> str | None: ...
+    @property
+    def port_mappings(self) -> tuple[PortMapping, ...]: ...
+    @property
+    def bandwidth(self) -> Bandwidth: ...
 
 
 def authorise(
-    spec: AttachSpec, network: Network, pools: Sequence[Geometry] = (), reserved: Collection[IPAddress] = ()
+    spec: Asking, network: Network, pools: Sequence[Geometry] = (), reserved: Collection[IPAddress] = ()
 ) -> None:
     """Raises Refused naming the first kind of thing that the network does not allow, the rule, and how it would be.
 
     pools: the network's. reserved: the addresses that are reserved under the key that was presented.
     """
     for asked, rule, option in _denied(spec, network, pools, reserved):
-        raise _refused(str(spec.key), network, asked, rule, option)
+        raise _refused(spec.who, network, asked, rule, option)
 
 
 def authorise_netgroups(who: str, netgroups: Sequence[Netgroup], network: Network) -> None:
@@ -45,13 +65,13 @@ def _refused(who: str, network: Network, asked: str, rule: str, option: str) -> 
     )
 
 
-def netgroups_of(spec: AttachSpec) -> tuple[Netgroup, ...]:
+def netgroups_of(spec: Asking) -> tuple[Netgroup, ...]:
     """The netgroups that the endpoint is to have: those asked for, else the network's own."""
     return spec.netgroups or (Netgroup(spec.network),)
 
 
 def _denied(
-    spec: AttachSpec, network: Network, pools: Sequence[Geometry], reserved: Collection[IPAddress]
+    spec: Asking, network: Network, pools: Sequence[Geometry], reserved: Collection[IPAddress]
 ) -> Iterator[tuple[str, str, str]]:
     """(what is asked for, the rule against it, the option that allows it) of everything not allowed."""
     yield from _denied_netgroups(netgroups_of(spec), network)

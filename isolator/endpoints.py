@@ -2,15 +2,14 @@
 
     attach(spec)
       1. authorise it by the network's rules          isolator/authorise.py
-      2. take warm addresses                          ipam/holder.py
+      2. take warm addresses, or allocated ones       ipam/holder.py, ipam/allocations.py
       3. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
       4. admit it in the policy                       isolator/policy/, before the links go up
       5. wire the namespace                           isolator/drivers/, links up last
       6. journal: endpoint 'attached'
     and one undo path for all of them.
 
-DEL goes the other way: journal 'detaching', routes withdrawn and policy revoked, answer; then, off the
-caller's path and in batches, interface and connections removed, journal row and address released.
+DEL goes the other way: isolator/removal.py.
 
 Calls for one endpoint run one after the other, calls for different ones side by side.
 """
@@ -37,7 +36,7 @@ from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
 from isolator.authorise import authorise, authorise_netgroups, netgroups_of
-from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
+from isolator.drivers.naming import host_ifname, mac_for
 from isolator.errors import (
     EndpointExists,
     JournalUnwritable,
@@ -62,6 +61,7 @@ from isolator.model import (
 )
 from isolator.neighbours import surroundings
 from isolator.policy import NETGROUPS, Isolation, isolation_of
+from isolator.removal import Removal
 from isolator.steps import reached
 from isolator.vacancy import may_be_vacant
 
@@ -73,21 +73,11 @@ TOMBSTONE_TTL = 120 * 10**9
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
 
-REAP_TOGETHER = 0.03
-"""Seconds in which removals gather: one batch costs the kernel about as much as one interface, and holds up
-whoever attaches meanwhile."""
-
-REMOVE_RETRY = 1.0
-"""Seconds before interfaces are removed again after the kernel refused it."""
-
 ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
 """States whose traffic the firewall lets pass."""
 
 COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
-
-END_PATIENCE = 5.0
-"""Seconds that whoever needs an endpoint to be gone waits for it; removing takes some 20 ms."""
 
 
 class Endpoints:
@@ -111,14 +101,14 @@ class Endpoints:
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
-        self._doomed: dict[EndpointKey, Endpoint] = {}
-        self._reap = asyncio.Event()
-        self._gone: dict[EndpointKey, asyncio.Event] = {}
         self._attached_at: dict[EndpointKey, int] = {}
+        self._removal = Removal(
+            kernel, journal, holder, self._endpoints, lambda key: self._attached_at.pop(key, None)
+        )
 
     def load(self) -> None:
         """Start from the journal."""
-        self._endpoints = {endpoint.key: endpoint for endpoint in self._journal.load_endpoints()}
+        self._endpoints.update((endpoint.key, endpoint) for endpoint in self._journal.load_endpoints())
         buried = self._journal.load_tombstones()
         # Another boot's clock says nothing about this one's calls.
         self._tombstones = {key: asked for key, asked in buried.items() if asked.boot_id == self._boot_id}
@@ -145,7 +135,7 @@ class Endpoints:
         reached("attach:begun")
         begun = time.monotonic()
         async with self._locks.of(spec.key):
-            self._refuse_superseded(spec)
+            self.refuse_superseded(spec.key, spec.asked)
             known = await self._known(spec)
             if known is not None and known.state is EndpointState.ATTACHED:
                 return known
@@ -170,17 +160,19 @@ class Endpoints:
             ms=round(seconds * 1000, 1),
         )
 
-    def _refuse_superseded(self, spec: AttachSpec) -> None:
-        buried = self._tombstones.get(spec.key)
-        if buried is not None and buried.boot_id == spec.asked.boot_id and buried.at > spec.asked.at:
+    def refuse_superseded(self, key: EndpointKey, asked: Asked) -> None:
+        """Raises Superseded when the endpoint's DEL was asked for after this."""
+        buried = self._tombstones.get(key)
+        if buried is not None and buried.boot_id == asked.boot_id and buried.at > asked.at:
             raise Superseded(
-                f"the ADD of {spec.key} was asked for before its DEL, which came first; nothing needs to be done"
+                f"the ADD of {key} was asked for before its DEL, which came first; nothing needs to be done"
             )
 
     async def _authorise(self, spec: AttachSpec, network: Network) -> None:
         """Step 1. What was allowed when it was asked for first stays so."""
-        reserved: set[IPAddress] = set()
-        if spec.ips and spec.reservation is not None:
+        # So were allocated addresses, when they were allocated.
+        reserved = set(spec.ips) if spec.allocated else set()
+        if spec.ips and not spec.allocated and spec.reservation is not None:
             if not self._catalogue.reserved_under(spec.reservation, network.name):
                 await self._catalogue.look_again()
             reserved = {r.ip for r in self._catalogue.reserved_under(spec.reservation, network.name)}
@@ -208,9 +200,9 @@ class Endpoints:
                 "send its DEL first, or use another container id or interface name"
             )
         # Its namespace is gone, or its end has begun: complete that first.
-        await self._begin_end(known)
+        await self._removal.begin(known)
         try:
-            await self._ended(known.key)
+            await self._removal.ended(known.key)
         except TimeoutError as error:
             raise TryAgain(
                 f"the interface of an earlier {known.key} is not removed yet; see the agent's log, then try again"
@@ -219,9 +211,7 @@ class Endpoints:
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
         """Steps 2 and 3."""
-        lent = await self._holder.take(
-            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
-        )
+        lent = await self._lend(spec, network)
         reached("attach:lent")
         try:
             self._check_ports(spec, lent)
@@ -249,6 +239,13 @@ class Endpoints:
         self._endpoints[endpoint.key] = endpoint
         reached("attach:journalled")
         return endpoint
+
+    async def _lend(self, spec: AttachSpec, network: Network) -> list[Held]:
+        if spec.allocated:
+            return self._holder.allocations.lend(spec.ips)
+        return await self._holder.take(
+            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
+        )
 
     def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
         """Raises PortTaken naming who has a port of the node, InvalidInput for a mapping that leads to no address."""
@@ -304,9 +301,9 @@ class Endpoints:
             attached = replace(endpoint, state=EndpointState.ATTACHED)
             self._journal.save_endpoint(attached)
         except BaseException:
-            await self._begin_end(endpoint)
+            await self._removal.begin(endpoint)
             with contextlib.suppress(TimeoutError):
-                await self._ended(endpoint.key)
+                await self._removal.ended(endpoint.key)
             raise
         self._endpoints[endpoint.key] = attached
         self._attached_at[endpoint.key] = boottime()
@@ -355,9 +352,9 @@ class Endpoints:
             self._bury(key, asked)
             endpoint = self._endpoints.get(key)
             if endpoint is None:
-                await self._remove_stray(key)
+                await self._removal.remove_stray(key)
             elif asked.boot_id == endpoint.asked.boot_id and asked.at >= endpoint.asked.at:
-                await self._begin_end(endpoint)
+                await self._removal.begin(endpoint)
 
     async def undo_unfinished(self, key: EndpointKey, request_id: str) -> None:
         """Undo an ADD that a killed agent had begun and whose caller did not come back for it."""
@@ -366,7 +363,7 @@ class Endpoints:
             unfinished = endpoint is not None and endpoint.state is EndpointState.ATTACHING
             if endpoint is not None and unfinished and endpoint.request_id == request_id:
                 log.warning("ADD undone: its caller went away", endpoint=str(key))
-                await self._begin_end(endpoint)
+                await self._removal.begin(endpoint)
 
     async def end(
         self, key: EndpointKey, *, only_if_gone: bool = False, request_id: str | None = None
@@ -382,8 +379,8 @@ class Endpoints:
                 return True
             if only_if_gone and not await self._is_gone(endpoint):
                 return False
-            await self._begin_end(endpoint)
-            await self._ended(key)
+            await self._removal.begin(endpoint)
+            await self._removal.ended(key)
             return True
 
     async def collect_garbage(self, valid: ValidAttachments) -> None:
@@ -439,90 +436,9 @@ class Endpoints:
         except JournalUnwritable as error:
             log.warning("DEL goes on without its tombstone", endpoint=str(key), why=str(error))
 
-    async def _remove_stray(self, key: EndpointKey) -> None:
-        """The journal does not know it; its name is enough to find what may be left of it."""
-        name = host_ifname(key)
-        shaper = shaper_ifname(name)
-        if name in await self._kernel.links() or shaper in await self._kernel.shapers():
-            await self._kernel.delete_links([name, shaper])
-
-    async def _begin_end(self, endpoint: Endpoint) -> None:
-        """Journal 'detaching', cut it off, and leave the rest to ``reap``. Never fails."""
-        if endpoint.key in self._doomed:
-            return
-        doomed = replace(endpoint, state=EndpointState.DETACHING)
-        self._endpoints[endpoint.key] = doomed
-        try:
-            self._journal.save_endpoint(doomed)
-        except JournalUnwritable as error:
-            # A restart finds it again from kernel and store.
-            log.warning("DEL goes on without the journal", endpoint=str(endpoint.key), why=str(error))
-        reached("detach:journalled")
-        try:
-            await self._kernel.disconnect(doomed)
-        except Exception as error:
-            # Whatever it was, the reaper removes the interface, and revokes its addresses once more.
-            log.error("endpoint is not cut off yet", endpoint=str(endpoint.key), why=repr(error))
-        finally:
-            self._doomed[endpoint.key] = doomed
-            self._gone.setdefault(endpoint.key, asyncio.Event())
-            self._reap.set()
-        reached("detach:withdrawn")
-
-    async def _ended(self, key: EndpointKey) -> None:
-        """Wait until nothing is left of it. Raises TimeoutError."""
-        event = self._gone.get(key)
-        if event is not None:
-            async with asyncio.timeout(END_PATIENCE):
-                await event.wait()
-
     async def reap(self) -> None:
         """Remove what was cut off, in batches, until cancelled."""
-        self._reap.set()
-        while True:
-            await self._reap.wait()
-            await asyncio.sleep(REAP_TOGETHER)
-            self._reap.clear()
-            batch = list(self._doomed.values())
-            if not await self._removed(batch):
-                # One that the kernel refuses must not hold up the others.
-                for endpoint in batch:
-                    await self._removed([endpoint])
-            if self._doomed:
-                asyncio.get_running_loop().call_later(REMOVE_RETRY, self._reap.set)
-
-    async def _removed(self, batch: Sequence[Endpoint]) -> bool:
-        if not batch:
-            return True
-        try:
-            await self._kernel.remove(batch)
-        except Exception as error:
-            names = ", ".join(str(endpoint.key) for endpoint in batch)
-            log.error("interfaces are not removed; tried again", endpoints=names, why=repr(error))
-            return False
-        reached("detach:removed")
-        self._release(batch)
-        return True
-
-    def _release(self, batch: Sequence[Endpoint]) -> None:
-        rows = [row for e in batch for row in self._holder.plan_release(e.ips, e.key)]
-        try:
-            with self._journal.transaction():
-                for endpoint in batch:
-                    self._journal.drop_endpoint(endpoint.key)
-                self._journal.save_addresses(rows)
-        except JournalUnwritable as error:
-            # The store is told all the same. A restart with the old journal finds the interface gone and
-            # releases once more.
-            log.warning("release is not journalled", count=len(batch), why=str(error))
-        self._holder.accept(rows)
-        for endpoint in batch:
-            del self._endpoints[endpoint.key]
-            del self._doomed[endpoint.key]
-            self._attached_at.pop(endpoint.key, None)
-            self._gone.pop(endpoint.key).set()
-            log.info("endpoint removed", endpoint=str(endpoint.key), ips=[str(ip) for ip in endpoint.ips])
-        reached("detach:released")
+        await self._removal.run()
 
     # -- what it is for
 
@@ -612,7 +528,7 @@ class Endpoints:
                     # Looked at again: it may have been wired after the first look.
                     if unchanged and endpoint.host_ifname not in await self._kernel.links():
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
-                        await self._begin_end(endpoint)
+                        await self._removal.begin(endpoint)
 
     async def repair(self, endpoint: Endpoint) -> None:
         """Put back what somebody took of an endpoint's routes, rules, addresses and the like, if it is still there."""
@@ -693,12 +609,10 @@ class Endpoints:
 
     def forget(self, endpoint: Endpoint) -> None:
         """An endpoint of which nothing can be left in the kernel: its boot is over."""
-        self._doomed[endpoint.key] = endpoint
-        self._gone.setdefault(endpoint.key, asyncio.Event())
-        self._release([endpoint])
+        self._removal.forget(endpoint)
 
     async def resume_end(self, endpoint: Endpoint) -> None:
         """Go on where a killed agent stopped."""
         async with self._locks.of(endpoint.key):
             if self._endpoints.get(endpoint.key) is endpoint:
-                await self._begin_end(endpoint)
+                await self._removal.begin(endpoint)

@@ -35,6 +35,7 @@ from ipam.node_addresses import NodeAddresses
 from ipam.records import Address, AddressState, Fence, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
+from isolator.allocated import UNUSED_FOR, Allocated
 from isolator.answers import Answers
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
@@ -85,7 +86,7 @@ class Settings:
 
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
-    cooldown: seconds.
+    cooldown: seconds. unused_for: seconds that allocated addresses may stay without a container.
     """
 
     node: str
@@ -95,10 +96,11 @@ class Settings:
     vxlan_port: int = VXLAN_PORT
     gateway: bool = False
     cooldown: float = COOLDOWN
+    unused_for: float = UNUSED_FOR
 
 
 class Isolator:
-    """See the module's docstring."""
+    """See the module's docstring. allocated: for engines that ask for addresses before they have a container."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         """Opens the journal. Raises JournalUnwritable."""
@@ -137,6 +139,15 @@ class Isolator:
         )
         self._endpoints = Endpoints(
             self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
+        )
+        self.allocated = Allocated(
+            self._kernel,
+            self._journal,
+            self._catalogue,
+            self._holder,
+            self._endpoints,
+            self._refuse_on_gateway,
+            settings.unused_for,
         )
         self._answers = Answers(
             settings.node,
@@ -222,6 +233,7 @@ class Isolator:
                     ("reaper", self._endpoints.reap),
                     ("collector", self._collect),
                     ("conflicts", self._cut_off),
+                    ("allocated", self.allocated.run),
                     ("firewall", self._heal),
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
@@ -410,6 +422,8 @@ class Isolator:
                 self._fabric.kernel_changed()
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
+        if record.state is AddressState.ALLOCATED:
+            return True
         if record.state is not AddressState.ASSIGNED:
             return False
         if record.is_nodes_own:

@@ -40,8 +40,8 @@ from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointStat
 log = structlog.get_logger(__name__)
 
 SCHEMA_VERSION = 3
-"""2: endpoints have port mappings and limits. 3: and what their engine calls the network. What an earlier version wrote
-is read as it is, but never the reverse."""
+"""2: endpoints have port mappings and limits. 3: and what their engine calls the network; addresses may be allocated.
+What an earlier version wrote is read as it is, but never the reverse."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;

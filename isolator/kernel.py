@@ -8,7 +8,8 @@ network namespace but for the moments when they open a socket inside a container
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
@@ -24,6 +25,7 @@ from isolator.netlink import (
     flush_conntrack,
     flush_ports,
     forget,
+    pinned,
     shaper_links,
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
@@ -95,6 +97,15 @@ class Kernel:
         """Raises NamespaceGone, NotANamespace. On the caller's thread: it only opens and looks."""
         with self._wiring.node.open_namespace(path):
             pass
+
+    @contextlib.contextmanager
+    def namespace_of(self, pid: int) -> Iterator[str]:
+        """The path of a process's namespace, which does not go away inside; it stays good for as long as that is there.
+
+        Raises NamespaceGone, NotANamespace. On the caller's thread, and at once: the number may be another's soon.
+        """
+        with self._wiring.node.open_namespace(f"/proc/{pid}/ns/net") as namespace:
+            yield pinned(namespace)
 
     async def connect(self, endpoint: Endpoint, isolation: Isolation) -> None:
         """Admit the endpoint in the policy, then wire it; neither if either fails. isolation: its network's."""

@@ -102,6 +102,7 @@ class AttachSpec:
     """An ADD, parsed and validated as far as that needs neither store nor kernel.
 
     ips: static addresses asked for, at most one a family; () lets IPAM choose.
+    allocated: the endpoint's addresses are those and no others, and all of them are allocated (ipam/allocations.py).
     netgroups: () means the network's default.
     mtu: bytes; None lets the network or the underlay decide.
     port_mappings: no two of them claim the same port of the node.
@@ -125,6 +126,12 @@ class AttachSpec:
     port_mappings: tuple[PortMapping, ...] = ()
     bandwidth: Bandwidth = UNLIMITED
     engine_network: str = ""
+    allocated: bool = False
+
+    @property
+    def who(self) -> str:
+        """Who asks, for error messages."""
+        return str(self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +159,7 @@ class EndpointState(enum.StrEnum):
 class Endpoint:
     """One interface of one container, as the journal knows it.
 
-    ips: IPv4 before IPv6, at most one each.
+    ips: IPv4 before IPv6; one of each at most, unless they were allocated.
     host_ifname: the node's end, ``mrg`` + hash of the key.
     mac: the container end's MAC.
     since: wall clock, seconds, when the ADD was accepted.

@@ -42,7 +42,7 @@ def adopted_endpoint(
 
     mac: the container's, if the firewall knows it; else the one that follows from its addresses.
     """
-    ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: ip.version))
+    ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: (ip.version, int(ip))))
     return Endpoint(
         key=EndpointKey(record.container_id, record.ifname),
         state=EndpointState.ATTACHED,

@@ -13,14 +13,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from isolator.engines import MESOS, NET_MODULES
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.identity import boottime
 from isolator.model import Endpoint
-from isolator.netlink import Node
+from isolator.netlink import Node, unpinned
 from isolator.netlink.inventory import link_by_name
 from isolator.netlink.socket import NetlinkSocket
 
-STARTS_FIRST = frozenset({"mesos"})
+STARTS_FIRST = frozenset({MESOS, NET_MODULES})
 """Engines that have a process in the namespace before they ask for an ADD."""
 
 SETTLED = 60 * 10**9
@@ -39,28 +40,35 @@ def may_be_vacant(endpoint: Endpoint) -> bool:
 
 
 def is_vacant(node: Node, endpoint: Endpoint) -> bool:
-    """Whether no process is in the endpoint's namespace. Takes some microseconds for each thread of the machine."""
+    """Whether no process is in the endpoint's namespace, while its interface is there.
+
+    Takes some microseconds for each thread of the machine.
+    """
     if not endpoint.netns:
         return False
     try:
+        _, inode = unpinned(endpoint.netns)
+        if inode is not None:
+            # Its process may have ended before others; as long as our interface is in it, the number is its own.
+            return not _has_process(inode) and not _has_process(inode)
         with node.open_namespace(endpoint.netns) as namespace:
             with namespace.inside(), NetlinkSocket() as route:
                 link = link_by_name(route, endpoint.key.ifname)
             if link is None or link.mac != endpoint.mac:
                 return False
             # As long as it is open here no other namespace gets its number.
-            status = os.fstat(namespace.fd)
+            inode = os.fstat(namespace.fd).st_ino
             # Twice: one may have been missed that was forked while its parent ended.
-            return not _has_process(status) and not _has_process(status)
+            return not _has_process(inode) and not _has_process(inode)
     except (NamespaceGone, NotANamespace, KernelRefused, OSError):
         return False
 
 
-def _has_process(namespace: os.stat_result) -> bool:
-    """Raises PermissionError where a thread may not be looked at."""
+def _has_process(inode: int) -> bool:
+    """inode: of a network namespace. Raises PermissionError where a thread may not be looked at."""
     for thread in _threads():
         try:
-            if os.path.samestat((thread / "ns/net").stat(), namespace):
+            if (thread / "ns/net").stat().st_ino == inode:
                 return True
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended, or has no namespace any more

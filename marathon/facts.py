@@ -16,6 +16,10 @@ import msgspec
 ENGINE = "mesos"
 """The engine of endpoints that a Mesos agent asked for (netmodules/cni/spec.py)."""
 
+NODE_BOUND = frozenset({ENGINE, "mesos-netmodules"})
+"""Engines whose containers are gone when Mesos says that their node is. Of one that calls by net-modules nobody knows
+which task a container is for (isolator/engines.py): its addresses are never judged one by one."""
+
 _TASK_ID = re.compile(
     r"(?P<app>.+?)\.(?:(?:instance|marathon)-)?(?P<uuid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?P<part>\..*)?",
     re.ASCII | re.DOTALL,

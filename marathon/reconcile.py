@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from marathon.facts import ENGINE, OVER, Assigned, Condition, Facts, NodeFacts
+from marathon.facts import ENGINE, NODE_BOUND, OVER, Assigned, Condition, Facts, NodeFacts
 
 
 class Verdict(enum.StrEnum):
@@ -247,7 +247,7 @@ def called_gone(assigned: Iterable[Assigned], facts: Facts) -> dict[str, str]:
             found[node.name] = why
     if found:
         for address in assigned:
-            if address.engine != ENGINE:
+            if address.engine not in NODE_BOUND:
                 found.pop(address.node, None)
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -28,9 +29,10 @@ from moorage import __version__
 from moorage.config import AgentConfig
 from moorage.notify import READY, STOPPING, notify
 from netmodules.cni.handler import CniHandler
+from netmodules.modules.handler import KIND, ModulesHandler
 from netmodules.request import Reply, Request
 from netmodules.server import Server
-from netmodules.spool import Entry, Spool, SpoolWatcher
+from netmodules.spool import NETMODULES, Entry, Spool, SpoolWatcher
 
 log = structlog.get_logger(__name__)
 
@@ -105,18 +107,30 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
     spool = Spool(config.socket.parent / "spool")
 
     async def carry_out(entry: Entry) -> None:
-        await isolator.detach(entry.key, entry.request.asked)
+        if entry.request.call == KIND:
+            await modules.carry_out(entry.request)
+        else:
+            await isolator.detach(entry.key, entry.request.asked)
 
     watcher = SpoolWatcher(spool, carry_out)
     gateway4, gateway6 = await isolator.gateways()
     cni = CniHandler(isolator, gateway4=gateway4, gateway6=gateway6, drain=watcher.drain)
+    modules = ModulesHandler(
+        isolator.allocated,
+        default_network=config.default_network,
+        drain=functools.partial(watcher.drain, NETMODULES),
+    )
     admin = AdminHandler(isolator, spool)
-    server = Server(config.socket, {"cni": cni, "admin": admin}, cni.undo)
+
+    async def undo(request: Request) -> None:
+        await (modules if request.call == KIND else cni).undo(request)
+
+    server = Server(config.socket, {"cni": cni, KIND: modules, "admin": admin}, undo)
     try:
         try:
             await watcher.drain()
         except MoorageError as error:
-            log.warning("a spooled DEL is left for later", why=str(error))
+            log.warning("a spooled call is left for later", why=str(error))
         await watcher.start()
         await server.start()
         log.info("agent serves", node=config.node, socket=str(config.socket), instance=isolator.instance)

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ipam.errors import InvalidInput
+from ipam.pools import NAME
 from marathon.urls import check_url
 from moorage.log import masked
 
@@ -53,6 +54,7 @@ class AgentConfig:
 
     underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
     default route. vxlan_port: UDP.
+    default_network: what calls of net-modules mean that name no network, None for none.
     mesos_agent_url: of the Mesos agent on this node, None if it is not asked. mesos_credentials: a file with its login,
     mesos_ca: of its certificate's authority, None for none.
     """
@@ -66,6 +68,7 @@ class AgentConfig:
     underlay: str | None
     vxlan_port: int
     gateway: bool
+    default_network: str | None
     mesos_agent_url: str | None
     mesos_credentials: Path | None
     mesos_ca: Path | None
@@ -138,6 +141,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _network(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise _Wrong("the name of a network, as `moorage network list` has it")
+    return text
+
+
 def _switch(text: str) -> bool:
     if text not in ("true", "false"):
         raise _Wrong("true or false")
@@ -181,6 +190,7 @@ SETTINGS = (
     Setting("underlay", _underlay, lambda: None),
     Setting("vxlan_port", _port, lambda: "4789", int),
     Setting("gateway", _switch, lambda: "false", bool),
+    Setting("default_network", _network, lambda: None),
     Setting("mesos_agent_url", _http, lambda: None),
     Setting("mesos_credentials", _file, lambda: None),
     Setting("mesos_ca", _file, lambda: None),

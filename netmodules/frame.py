@@ -4,13 +4,13 @@
     payload := { keylen(u16) key vallen(u32) value } ...
 
 Requests have the fields
-    call        "cni" or "admin"
+    call        "cni", "netmodules" or "admin"
     request     32 hex digits, the same on every try of one call
     boot        boot_id of the caller
     started     CLOCK_BOOTTIME of the caller in ns, decimal
-    env.NAME    one for each CNI_* variable
+    env.NAME    one for each CNI_* variable; NETMODULES_COMMAND and NETMODULES_NETWORK (netmodules/modules/hook.py)
     stdin       what the engine sent
-Replies have ``exit`` (decimal) and ``stdout``. A spooled DEL is a request frame in a file.
+Replies have ``exit`` (decimal) and ``stdout``. What is spooled is a request frame in a file.
 
 Standard library only and no imports at all: the hook pays for every one.
 """

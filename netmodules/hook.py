@@ -107,7 +107,7 @@ def run(
         call.socket = socket_path(environ, stdin, command)
         call.request = encode_request(environ, stdin, command, call)
         if command == "DEL":
-            return deliver_del(call, environ, window)
+            return deliver_del(call, environ[b"CNI_CONTAINERID"] + b"/" + environ[b"CNI_IFNAME"], window)
         if command == "STATUS":
             return ask_once(call, CODE_NOT_AVAILABLE)
         if command == "GC":
@@ -208,8 +208,9 @@ def ask_once(call: Call, code: int) -> tuple[int, bytes]:
         ) from None
 
 
-def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple[int, bytes]:
-    """Ask, or leave the request in the spool: either way the caller may forget the endpoint."""
+def deliver_del(call: Call, key: bytes, window: float) -> tuple[int, bytes]:
+    """Ask, or leave the request in the spool: either way the caller may forget the endpoint. key: what is spooled for
+    the same one is carried out in order."""
     pauses = Pauses(window)
     entry = b""
     unwritable: Refusal | None = None
@@ -223,7 +224,7 @@ def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple
         except NoAgent:
             if not entry and unwritable is None:
                 try:
-                    entry = spool(call, environ)
+                    entry = spool(call, key)
                 except Refusal as refusal:
                     unwritable = refusal
                 continue
@@ -238,7 +239,7 @@ def deliver_del(call: Call, environ: dict[bytes, bytes], window: float) -> tuple
         if not entry:
             if unwritable is not None:
                 raise unwritable
-            spool(call, environ)
+            spool(call, key)
         return 0, b""
 
 
@@ -264,12 +265,11 @@ class Pauses:
         return True
 
 
-def spool(call: Call, environ: dict[bytes, bytes]) -> bytes:
+def spool(call: Call, key: bytes) -> bytes:
     """Write the request beside the socket, to survive a crash; returns the file's path."""
     from zlib import crc32
 
     directory = call.socket.rpartition(b"/")[0] + b"/spool"
-    key = environ[b"CNI_CONTAINERID"] + b"/" + environ[b"CNI_IFNAME"]
     path = directory + b"/%08x-%s.del" % (crc32(key), call.id)
     temporary = directory + b"/." + call.id
     try:

@@ -16,13 +16,22 @@ _BOOT_ID = re.compile(rb"[0-9a-f-]{1,64}", re.ASCII)
 _DECIMAL = re.compile(rb"[0-9]{1,19}", re.ASCII)
 
 
+UNDOABLE = {
+    ("cni", "ADD"),
+    ("netmodules", "allocate"),
+    ("netmodules", "reserve"),
+    ("netmodules", "isolate"),
+}
+"""Of calls and their commands, those that give somebody something."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One call of a hook.
 
-    call: which handler is meant, "cni" or "admin".
+    call: which handler is meant, "cni", "netmodules" or "admin".
     request_id: 32 hex digits, the same on every try of one call.
-    env: the caller's CNI_* variables.
+    env: the caller's CNI_* variables, or what else its hook says.
     """
 
     call: str
@@ -33,13 +42,18 @@ class Request:
 
     @property
     def undoable(self) -> bool:
-        """Whether the call leaves something behind that nobody owns if its caller is gone: an ADD."""
-        return self.call == "cni" and self.env.get("CNI_COMMAND") == "ADD"
+        """Whether the call leaves something behind that nobody owns if its caller is gone, as an ADD does."""
+        return (self.call, self.command) in UNDOABLE
+
+    @property
+    def command(self) -> str:
+        """Which of its handler's commands it is."""
+        return self.env.get("CNI_COMMAND", self.env.get("NETMODULES_COMMAND", self.call))
 
     def names(self) -> dict[str, str]:
         """What a log line says of it."""
         return {
-            "command": self.env.get("CNI_COMMAND", self.call),
+            "command": self.command,
             "container_id": self.env.get("CNI_CONTAINERID", ""),
             "ifname": self.env.get("CNI_IFNAME", ""),
             "request": self.request_id,

@@ -1,10 +1,11 @@
-"""The spool: DELs that hooks left while no agent answered (netmodules/hook.py writes them).
+"""The spool: DELs, and the like, that hooks left while no agent answered (netmodules/hook.py writes them).
 
     <socket dir>/spool/<crc32 of container_id/ifname>-<request id>.del    one request frame
+                       <crc32 of netmodules/calls>-<request id>.del       a release or cleanup of net-modules
                        .<request id>                                     being written
                        bad/                                              what could not be believed
 
-An entry is acted on only if it is a regular file of the agent's own user, holds one whole frame of a CNI DEL
+An entry is acted on only if it is a regular file of the agent's own user, holds one whole frame of such a call
 and is named after what it holds; anything else is moved aside, to be looked at, and never stops the rest.
 """
 
@@ -30,13 +31,16 @@ from netmodules.request import Request, parse_request
 log = structlog.get_logger(__name__)
 
 SUFFIX = ".del"
+NETMODULES = EndpointKey("netmodules", "calls")
+"""In place of an endpoint's key: all calls of net-modules are carried out in one order."""
+
 # Seconds after which a file that a hook was writing belongs to a hook that died.
 TEMPORARY_AGE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A DEL that waits to be carried out."""
+    """A DEL, or the like, that waits to be carried out."""
 
     path: Path
     key: EndpointKey
@@ -100,9 +104,7 @@ class Spool:
         if frame.payload_length(header) != len(payload):
             raise ValueError("frame cut short or too long")
         request = parse_request(frame.decode(payload))
-        if request.call != "cni" or request.env.get("CNI_COMMAND") != "DEL":
-            raise ValueError("not a CNI DEL")
-        key = read_key(request.env)
+        key = _key(request)
         if path.name != f"{_digest(key)}-{request.request_id}{SUFFIX}":
             raise ValueError("its name does not belong to what it holds")
         return Entry(path, key, request)
@@ -198,11 +200,21 @@ class SpoolWatcher:
             pause = min(max(self._again.get(entry.path, (0.0, 0.0))[1] * 2, self._interval), self.SLOWEST)
             self._again[entry.path] = (time.monotonic() + pause, pause)
             log.exception(
-                "a spooled DEL could not be carried out; it will be tried again",
+                "a spooled call could not be carried out; it will be tried again",
                 key=str(entry.key),
                 error=str(error),
                 seconds=pause,
             )
+
+
+def _key(request: Request) -> EndpointKey:
+    """Whose entries are carried out in order. Raises ValueError, BadEnvironment."""
+    match request.call, request.command:
+        case "cni", "DEL":
+            return read_key(request.env)
+        case "netmodules", "release" | "cleanup":
+            return NETMODULES
+    raise ValueError("not a call that may be left in the spool")
 
 
 def _digest(key: EndpointKey) -> str:

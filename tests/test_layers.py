@@ -50,14 +50,20 @@ def test_imports_only_go_down(module: Path) -> None:
     assert "tests" not in used
 
 
-def test_the_hook_imports_only_the_standard_library_and_the_frame() -> None:
-    names = set(imported((ROOT / "netmodules/hook.py").read_text("utf-8")))
-    ours = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert ours <= {"netmodules.frame"}
+@pytest.mark.parametrize(
+    ("hook", "may_import"),
+    [
+        ("netmodules/hook.py", {"netmodules.frame"}),
+        ("netmodules/modules/hook.py", {"netmodules.frame", "netmodules.hook"}),
+    ],
+)
+def test_hooks_import_only_the_standard_library_and_the_frame(hook: str, may_import: set[str]) -> None:
+    names = set(imported((ROOT / hook).read_text("utf-8")))
+    assert {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} <= may_import
 
 
-def test_what_the_hook_imports_imports_nothing() -> None:
-    for name in ("netmodules/frame.py", "netmodules/__init__.py"):
+def test_what_the_hooks_import_imports_nothing() -> None:
+    for name in ("netmodules/frame.py", "netmodules/__init__.py", "netmodules/modules/__init__.py"):
         assert not list(imported((ROOT / name).read_text("utf-8"))), name
 
 

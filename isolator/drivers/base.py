@@ -21,7 +21,7 @@ class Wiring:
     host_ifname: name of the node's end, unique on the node.
     ifname: name inside the container.
     netns: path of the container's namespace; None if it is not known any more.
-    ips: IPv4 before IPv6, at most one each.
+    ips: IPv4 before IPv6; one of each at most, unless they were allocated.
     mac: the container end's MAC, ``aa:bb:..``.
     mtu: bytes.
     default_route: this interface wins the container's main default route whatever its name.

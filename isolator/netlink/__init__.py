@@ -16,7 +16,7 @@ from isolator.netlink.inventory import (
 )
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
 from isolator.netlink.monitor import LinkMonitor
-from isolator.netlink.node import Namespace, Node
+from isolator.netlink.node import Namespace, Node, pinned, unpinned
 from isolator.netlink.witness import Seen, Witness
 
 __all__ = [
@@ -42,5 +42,7 @@ __all__ = [
     "forget",
     "our_routes",
     "our_rules",
+    "pinned",
     "shaper_links",
+    "unpinned",
 ]

@@ -2,7 +2,9 @@
 
 A container's namespace is only ever known by a path. It is opened without O_CREAT (a library that
 creates what is missing would make a *new* namespace), must be a network namespace and not the node's
-own. It is never identified by its inode number: the kernel reuses those at once.
+own. It is never identified by its inode number alone: the kernel reuses those at once. But where a path goes by a
+process, whose number is reused too, the inode pins it (``pinned``): while our interface is in a namespace, that is
+there and no other has its inode.
 
 To work inside, the kernel thread steps in with setns(2), opens its socket (which stays inside for good)
 and steps back. Nothing else may happen on a thread that could not step back, so then the process dies.
@@ -15,6 +17,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ from isolator.netlink.socket import NetlinkSocket
 
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
+_PINNED = re.compile(r"(/proc/[0-9]+/ns/net)#([0-9]+)", re.ASCII)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
@@ -78,11 +82,12 @@ class Node:
         self.close()
 
     def open_namespace(self, path: str) -> Namespace:
-        """Open a container's namespace.
+        """Open a container's namespace; a path as ``pinned`` makes it leads to that very namespace or nowhere.
 
         Raises NamespaceGone if there is nothing (any more), NotANamespace if it is something else or
         the node's own, KernelRefused if it cannot be opened.
         """
+        path, inode = unpinned(path)
         try:
             # O_NONBLOCK: whatever the path names, opening it must not wait.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -97,6 +102,10 @@ class Node:
             ) from error
         try:
             self._verify(path, fd)
+            if inode not in (None, os.fstat(fd).st_ino):
+                raise NamespaceGone(
+                    f"the process of {path} has ended, and another has its number; so has the container"
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -112,6 +121,17 @@ class Node:
             raise NotANamespace(
                 f"{path} is the node's own network namespace; the container must be given one of its own"
             )
+
+
+def pinned(namespace: Namespace) -> str:
+    """Its path, for use later, if it goes by a process: numbers of processes are used again."""
+    return f"{namespace.path}#{os.fstat(namespace.fd).st_ino}"
+
+
+def unpinned(path: str) -> tuple[str, int | None]:
+    """A path and the inode it has to lead to, None if it was not pinned."""
+    match = _PINNED.fullmatch(path)
+    return (path, None) if match is None else (match[1], int(match[2]))
 
 
 def _namespace_type(fd: int) -> int:

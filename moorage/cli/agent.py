@@ -46,6 +46,11 @@ from moorage.cli.session import Session
     "[env: MOORAGE_GATEWAY; default: false]",
 )
 @click.option(
+    "--default-network",
+    metavar="NAME",
+    help="The network that moorage-netmodules means without --network.  [env: MOORAGE_DEFAULT_NETWORK; default: none]",
+)
+@click.option(
     "--mesos-agent-url",
     metavar="URL",
     help="The Mesos agent of this node, asked which task each container is for.  [env: MOORAGE_MESOS_AGENT_URL; "

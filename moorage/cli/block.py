@@ -42,7 +42,7 @@ def list_(session: Session, node: str | None, pool: str | None) -> None:
     async def act(store: Store) -> list[BlockUse]:
         return await blocks.list_blocks(store, node=node, pool=pool)
 
-    titles = ("block", "node", "pool", "assigned", "warm", "cooling", "others", "free")
+    titles = ("block", "node", "pool", "allocated", "assigned", "warm", "cooling", "others", "free")
     session.out.rows(
         [asdict(found) for found in session.run(act)],
         [*(Column(title) for title in titles), Column("age", lambda r: age(r["since"]))],

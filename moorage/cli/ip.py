@@ -45,7 +45,8 @@ def row(address: IPAddress, record: Address) -> dict[str, Any]:
 )
 @pass_session
 def list_(session: Session, network: str | None, node: str | None, state: str | None) -> None:
-    """List addresses that are in use: assigned to an endpoint, warm on a node, or cooling after use.
+    """List addresses that are in use: assigned to an endpoint, allocated to a uid that has no container yet, warm on a
+    node, or cooling after use.
 
     \b
     Example:
@@ -63,7 +64,7 @@ def list_(session: Session, network: str | None, node: str | None, state: str | 
             Column("state"),
             Column("network"),
             Column("node"),
-            Column("container", lambda r: words(r["container_id"])),
+            Column("container", lambda r: words(r["container_id"] or r["uid"])),
             Column("ifname"),
             Column("netgroups"),
             Column("app"),
@@ -203,7 +204,7 @@ def release(session: Session, address: IPAddress, force: bool) -> None:
                 f"{address} of network {pool.network} is free already; there is nothing to release"
             )
         record, revision = found
-        if record.state is not AddressState.ASSIGNED:
+        if not record.state.is_taken:
             raise NotFound(
                 f"{address} is {record.state} on node {record.node}, no container has it; "
                 "its agent gives it back by itself"

@@ -263,7 +263,7 @@ def show(session: Session, name: str) -> None:
         {
             "node": node,
             "cidr": pool["cidr"],
-            **{state: states.get(state, 0) for state in ("assigned", "own", "warm", "cooling")},
+            **{state: states.get(state, 0) for state in ("allocated", "assigned", "own", "warm", "cooling")},
         }
         for pool in found["pools"]
         for node, states in sorted(pool["usage"]["by_node"].items(), key=largest_first)

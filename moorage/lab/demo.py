@@ -13,9 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moorage.lab import mortal
 from moorage.lab.container import Container
+from moorage.lab.modules import ModulesContainer
 from moorage.lab.node import LabNode
 from moorage.lab.ticks import eventually, expect, perform, show, step, succeed
 
@@ -120,6 +122,7 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
         expect(answer.exit != 0 and static.id in answer.stdout, answer.stdout)
     print(f"    {answer.json['msg']}")
 
+    _old_mesos(stack, node, client, made)
     with step("all six containers are deleted"):
         for container in (web, client, static, red, blue, late):
             answer = container.delete("web")
@@ -131,6 +134,28 @@ def _demo(stack: contextlib.ExitStack, made: list[Path]) -> None:
         node.cli("ip", "check")
     with step("the agent ends in order"):
         expect(node.stop() == 0, "the agent did not end with 0")
+
+
+def _old_mesos(stack: contextlib.ExitStack, node: LabNode, client: Container, made: list[Path]) -> None:
+    """A container through the net-modules protocol, from its addresses to its end."""
+    old = stack.enter_context(ModulesContainer(node.socket, "old", network="web"))
+    made.append(old.namespace.path)
+    with step("a container of an old Mesos agent: moorage-netmodules, allocate and isolate"):
+        given = old.allocate()
+        expect(given["error"] is None, str(given["error"]))
+        ips = given["ipv4"] + given["ipv6"]
+        _done(old.isolate(ips))
+        for ip in ips:
+            expect(client.namespace.pings(ip), f"{ip} does not answer")
+    with step("its addresses are released first, as that agent does, and stay its own until its cleanup"):
+        _done(old.release())
+        expect(client.namespace.pings(ips[0]), f"{ips[0]} does not answer any more")
+        _done(old.cleanup())
+        _expect_apart(client, dict(enumerate(ips)))
+
+
+def _done(answer: dict[str, Any]) -> None:
+    expect(answer["error"] is None, str(answer["error"]))
 
 
 def _add_across_a_kill(node: LabNode, orders: Path, container: Container) -> dict[int, str]:

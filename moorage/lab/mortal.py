@@ -20,7 +20,12 @@ from pathlib import Path
 from isolator import steps
 from moorage.cli import main
 
-ENDS = {"attach:attached": "attach:begun", "detach:withdrawn": "detach:begun"}
+ENDS = {
+    "attach:attached": "attach:begun",
+    "detach:withdrawn": "detach:begun",
+    "allocate:journalled": "allocate:begun",
+    "release:journalled": "release:begun",
+}
 
 
 def command(directory: Path) -> tuple[str, ...]:

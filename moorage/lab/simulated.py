@@ -66,7 +66,9 @@ class SimulatedNode:
             self.journal,
             instance=self.instance,
             boot_id=self.boot_id,
-            is_live=lambda ip, record: record.state == "assigned" and ip in self.live,
+            is_live=lambda ip, record: (
+                record.state == "allocated" or (record.state == "assigned" and ip in self.live)
+            ),
             on_conflict=self.conflicts.append,
             cooldown=self.cooldown,
         )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from ipam import keys
+from ipam.allocations import Promise
 from ipam.intents import IntentServer
-from ipam.keys import IPAddress
+from ipam.journal import AddressRow
+from ipam.keys import Family, IPAddress
 from ipam.membership import Membership
+from ipam.named import AddressRequest
 from ipam.networks import PoolSpec, create_network
 from ipam.records import Address, Intent, Network
 from ipam.records import Node as NodeRecord
@@ -38,6 +43,27 @@ class Node(SimulatedNode):
         record = NodeRecord(name=self.name, version="1")
         self.membership = Membership(store, record, self.instance, self.boot_id, self.holder.fenced)
         self.run_beside(self.membership.keep, IntentServer(self.store, self.name, self._answer).run)
+
+    async def allocate(
+        self, network: Network, uid: str, *ips: str, ipv4: int = 1, ipv6: int = 0, call: str = ""
+    ) -> list[IPAddress]:
+        """Addresses for a uid."""
+        counts: dict[Family, int] = {4: ipv4, 6: ipv6}
+        lent = await self.holder.take(AddressRequest(network, tuple(map(ip_address, ips)), counts=counts))
+        self._commit(self.holder.allocations.plan(lent, Promise(uid, call or uuid.uuid4().hex, "modules")))
+        return [held.ip for held in lent]
+
+    def isolate(self, ips: Sequence[IPAddress], container: str) -> None:
+        """A container uses what was allocated."""
+        self.assign(self.holder.allocations.lend(ips), container)
+
+    def release(self, uid: str) -> None:
+        """A uid gives up what it has."""
+        self._commit(self.holder.allocations.plan_release(self.holder.allocations.of(uid)))
+
+    def _commit(self, rows: Sequence[AddressRow]) -> None:
+        self.journal.save_addresses(rows)
+        self.holder.accept(rows)
 
     async def _answer(self, intent: Intent) -> dict[str, object]:
         self.asked.append(intent)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipam.errors import MoorageError
+from ipam.errors import MoorageError, NotAllocated
 from ipam.keys import IPAddress
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import Network
@@ -39,6 +39,7 @@ ACTIONS = (
     ["take"] * 6
     + ["release"] * 5
     + ["static", "static", "by name", "reservation", "move", "put back", "burst", "cancel", "pause", "pause"]
+    + ["allocate", "allocate", "isolate", "isolate", "let go"]
     + ["crash", "outage", "lost replies", "late replies", "deliver", "disable", "reserve", "resync"]
 )
 steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1000)), min_size=5, max_size=40)
@@ -65,12 +66,13 @@ TIGHT = Shape(
 
 
 class World:
-    """The nodes, their store, and the model: container -> (node, addresses)."""
+    """The nodes, their store, and the model: container -> (node, addresses), and uid -> the same."""
 
     def __init__(self, path: Path, store: FaultyStore, net: Network, shape: Shape) -> None:
         self.store, self.net, self.shape = store, net, shape
         self.nodes = [Node(path, store, f"n{i + 1}", cooldown=COOLDOWN) for i in range(shape.nodes)]
         self.holds: dict[str, tuple[Node, list[IPAddress]]] = {}
+        self.promised: dict[str, tuple[Node, list[IPAddress]]] = {}
         self.released_at: dict[IPAddress, float] = {}
         self.names = (f"c{i}" for i in itertools.count())
         self.disabled = self.reserved = False
@@ -88,17 +90,49 @@ class World:
     def begin(self, node: Node, lent: list[object], key: str | None = None) -> None:
         name = next(self.names)
         addresses = node.assign(lent, name, key or "")
-        taken = {ip for _, ips in self.holds.values() for ip in ips}
-        assert not taken & set(addresses), f"{taken & set(addresses)} given to {name} though it is in use"
         assert sorted(ip.version for ip in addresses) == [4, 6]
+        self.check_new(name, addresses, key)
+        assert all(str(ip) not in STATIC or any(h.ip == ip for h in lent) for ip in addresses)
+        self.holds[name] = (node, addresses)
+
+    def check_new(self, name: str, addresses: list[IPAddress], key: str | None = None) -> None:
+        """Nobody has them, and they have cooled down."""
+        taken = {ip for _, ips in (*self.holds.values(), *self.promised.values()) for ip in ips}
+        assert not taken & set(addresses), f"{taken & set(addresses)} given to {name} though it is in use"
         now = asyncio.get_running_loop().time()
         for ip in addresses:
             early = key is not None and ip == RESERVED
             assert early or now - self.released_at.get(ip, 0.0) >= COOLDOWN, (
                 f"{ip} reused before its cooldown"
             )
-            assert str(ip) not in STATIC or any(str(h.ip) == str(ip) for h in lent)
-        self.holds[name] = (node, addresses)
+
+    async def allocate(self, node: Node, n: int) -> None:
+        uid = next(self.names)
+        try:
+            ips = await node.allocate(self.net, uid, ipv4=n % 3, ipv6=n % 2)
+        except MoorageError:
+            return
+        self.check_new(uid, ips)
+        assert sorted(ip.version for ip in ips) == [4] * (n % 3) + [6] * (n % 2)
+        self.promised[uid] = (node, ips)
+
+    def isolate(self, n: int) -> None:
+        """A container gets what a uid has, on its node; on another it does not."""
+        uid = sorted(self.promised)[n % len(self.promised)]
+        node, ips = self.promised[uid]
+        for other in self.nodes:
+            if other is not node and ips:
+                with pytest.raises(NotAllocated):
+                    other.isolate(ips, "a thief")
+        node.isolate(ips, uid)
+        self.holds[uid] = self.promised.pop(uid)
+
+    def let_go(self, n: int) -> None:
+        """A uid gives up what it has: what a container has already stays that one's."""
+        uid = sorted({**self.promised, **self.holds})[n % (len(self.promised) + len(self.holds))]
+        node, ips = self.promised.pop(uid, None) or (self.holds[uid][0], [])
+        node.release(uid)
+        self.released_at |= dict.fromkeys(ips, asyncio.get_running_loop().time())
 
     async def do(self, action: str, n: int) -> None:
         node = self.node(n)
@@ -133,6 +167,14 @@ class World:
             case "release":
                 if self.holds:
                     self.release(sorted(self.holds)[n % len(self.holds)])
+            case "allocate":
+                await self.allocate(node, n)
+            case "isolate":
+                if self.promised:
+                    self.isolate(n)
+            case "let go":
+                if self.promised or self.holds:
+                    self.let_go(n)
             case "crash":
                 await node.crash()
                 node.load()
@@ -180,6 +222,9 @@ class World:
         assigned = {ip: (r.node, r.container_id) for ip, r in found.items() if r.state == "assigned"}
         if assigned != {ip: (node.name, name) for name, (node, ips) in self.holds.items() for ip in ips}:
             return f"the model has {self.holds} and the store {assigned}"
+        allocated = {ip: (r.node, r.uid) for ip, r in found.items() if r.state == "allocated"}
+        if allocated != {ip: (n.name, uid) for uid, (n, ips) in self.promised.items() for ip in ips}:
+            return f"the model has {self.promised} and the store {allocated}"
         for node in self.nodes:
             mine = {ip for ip, r in found.items() if r.node == node.name}
             held = node.holder._shelf.held
@@ -198,6 +243,9 @@ class World:
         for node, ips in self.holds.values():
             node.delete(*ips)
         self.holds.clear()
+        for uid, (node, _) in self.promised.items():
+            node.release(uid)
+        self.promised.clear()
         await asyncio.sleep(0.01)
         await self.settle()
 

@@ -199,6 +199,12 @@ def test_mesos_knows_nothing_of_a_node_that_has_another_engines_addresses() -> N
     assert set(called_gone([address(1, node="n2"), address(2, node="n2", engine="cni")], known)) == set()
 
 
+def test_a_gone_node_takes_containers_with_it_that_its_mesos_agent_had_by_another_protocol() -> None:
+    known = facts({}, nodes={"n2": DEAD}, agents=Agents(gone=frozenset({"S2"})))
+    mixed = [address(1, node="n2"), address(2, node="n2", engine="mesos-netmodules")]
+    assert set(called_gone(mixed, known)) == {"n2"}
+
+
 def test_a_gone_node_is_freed_when_the_grace_is_over() -> None:
     known = facts(tasks(1), nodes={**ALIVE, "n2": DEAD}, agents=Agents(gone=frozenset({"S2"})))
     both = [address(1), address(2, node="n2")]

@@ -28,6 +28,7 @@ def test_blocks_are_listed(filled: CommandLine) -> None:
         "block": "10.64.0.64/26",
         "pool": "10.64.0.0-24",
         "node": "a",
+        "allocated": 0,
         "assigned": 0,
         "warm": 0,
         "cooling": 0,

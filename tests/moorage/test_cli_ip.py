@@ -64,6 +64,7 @@ def test_a_row_has_the_fields_of_an_address_record(filled: CommandLine) -> None:
         "task": "",
         "framework": "",
         "reservation": "",
+        "uid": "",
         "since": 1.0,
     }
 

@@ -258,6 +258,7 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
     moorage.on_store(two_addresses)
     assert moorage.json("network", "show", "web")["pools"][0]["usage"] == {
         "usable": 254,
+        "allocated": 0,
         "assigned": 1,
         "own": 0,
         "warm": 1,
@@ -268,8 +269,8 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
     table = moorage.ok("network", "show", "web")
     assert table.splitlines()[0].split() == ["name", "web"]
     assert table.splitlines()[-2:] == [
-        "NODE  CIDR          ASSIGNED  OWN  WARM  COOLING",
-        "a     10.64.0.0/24  1         0    1     0",
+        "NODE  CIDR          ALLOCATED  ASSIGNED  OWN  WARM  COOLING",
+        "a     10.64.0.0/24  0          1         0    1     0",
     ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from isolator.model import EndpointKey
 from netmodules import frame
-from netmodules.spool import Entry, Spool, SpoolWatcher
+from netmodules.spool import NETMODULES, Entry, Spool, SpoolWatcher
 from tests.patience import PATIENCE
 
 KEY = EndpointKey("c0ffee", "eth0")
@@ -240,3 +240,30 @@ def test_nothing_is_moved_aside_through_a_link(tmp_path: Path) -> None:
     (spool / "evil.del").write_bytes(b"evil")
     assert Spool(spool).entries() == []
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["release", "cleanup"])
+def test_calls_of_net_modules_are_read_in_the_order_they_were_made_in(directory: Path, command: str) -> None:
+    for number, at in ((1, 20), (2, 10)):
+        leave_call(directory, command, f"{number:032x}", at)
+    entries = Spool(directory).entries(NETMODULES)
+    assert [entry.request.asked.at for entry in entries] == [10, 20]
+    assert {entry.request.command for entry in entries} == {command}
+
+
+def test_a_call_of_net_modules_that_takes_something_is_not_believed(directory: Path) -> None:
+    leave_call(directory, "isolate", f"{1:032x}", 10)
+    assert Spool(directory).entries() == []
+    assert len(bad(directory)) == 1
+
+
+def leave_call(directory: Path, command: str, call_id: str, at: int) -> None:
+    fields = {
+        "call": b"netmodules",
+        "request": call_id.encode(),
+        "boot": b"1111-2222",
+        "started": b"%d" % at,
+        "env.NETMODULES_COMMAND": command.encode(),
+        "stdin": b"{}",
+    }
+    (directory / name_of(NETMODULES, call_id)).write_bytes(frame.encode(fields))
