@@ -92,11 +92,14 @@ class _Bare(contextlib.ExitStack):
         self._count = 0
 
     def __enter__(self) -> _Bare:
-        self._nodes = [self._node(), self._node()]
-        self._underlay = []
-        for node, host in zip(self._nodes, HOSTS, strict=True):
-            self._switch.plug(node, host)
-            self._underlay.append(address(host))
+        try:
+            self._nodes = [self._node(), self._node()]
+            for node, host in zip(self._nodes, HOSTS, strict=True):
+                self._switch.plug(node, host)
+        except BaseException:
+            self.close()
+            raise
+        self._underlay = [address(host) for host in HOSTS]
         return self
 
     def pair(self) -> Path:
