@@ -92,7 +92,3 @@ def ip_of(key: str) -> IPAddress:
         )
     four, six = parts.groups()
     return IPv4Address(int(four, 16)) if four else IPv6Address(int(six, 16))
-
-
-def node_of_intent(key: str) -> str:
-    return key.split("/")[1]

@@ -176,6 +176,11 @@ async def get_node(store: Store, name: str) -> NodeDetail:
     )
 
 
+async def check_node(store: Store, name: str) -> None:
+    """Raises NotFound, naming the known ones, if there is no such node."""
+    await _known(store, name)
+
+
 async def _known(store: Store, name: str) -> tuple[KeyValue | None, KeyValue | None, KeyValue | None]:
     """The node's record, sign of life and fence, of which there is at least one. Raises NotFound."""
     found = await asyncio.gather(

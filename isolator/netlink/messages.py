@@ -26,8 +26,6 @@ from isolator.netlink.codec import (
 
 ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
-FABRIC_PREFIX = "mfb"
-"""Names of the fabric's devices begin with it."""
 SHAPER_PREFIX = "mrg-"
 """Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
 ROUTE_PROTOCOL = 157

@@ -98,7 +98,9 @@ class Node:
                 ) from error
             number = error.errno or 0
             raise KernelRefused(
-                f"could not open the network namespace {path}: {error.strerror}", errno=number
+                f"could not open the network namespace {path}: {error.strerror}; see that the agent runs as root, with "
+                "the capabilities of packaging/moorage-agent.service",
+                errno=number,
             ) from error
         try:
             self._verify(path, fd)

@@ -121,10 +121,6 @@ class Book:
         """Netgroups that an own endpoint is in."""
         return list(self._chains_with)
 
-    def callers_used(self) -> list[Callers]:
-        """What own endpoints with a chain have as callers."""
-        return list(self._endpoints_with)
-
     def everything(self) -> Change:
         """The change from an empty table to this book."""
         change = Change(

@@ -10,6 +10,7 @@ import click
 from ipam import blocks
 from ipam.blocks import BlockUse
 from ipam.errors import InvalidInput
+from ipam.nodes import check_node
 from ipam.store.base import Store
 from moorage.cli.output import Column, age
 from moorage.cli.session import Session, pass_session
@@ -40,7 +41,10 @@ def list_(session: Session, node: str | None, pool: str | None) -> None:
     """
 
     async def act(store: Store) -> list[BlockUse]:
-        return await blocks.list_blocks(store, node=node, pool=pool)
+        found = await blocks.list_blocks(store, node=node, pool=pool)
+        if not found and node is not None:
+            await check_node(store, node)
+        return found
 
     titles = ("block", "node", "pool", "allocated", "assigned", "warm", "cooling", "others", "free")
     session.out.rows(

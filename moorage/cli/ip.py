@@ -9,7 +9,8 @@ import click
 from ipam import addresses, checks, intents, reservations
 from ipam.checks import CheckReport, Finding
 from ipam.errors import MoorageError, NotFound
-from ipam.networks import list_networks
+from ipam.networks import get_network, list_networks
+from ipam.nodes import check_node
 from ipam.pools import geometry
 from ipam.records import Address, AddressState, Intent, IntentKind, Pool, Reservation
 from ipam.store.base import Store
@@ -55,7 +56,12 @@ def list_(session: Session, network: str | None, node: str | None, state: str | 
 
     async def act(store: Store) -> list[dict[str, Any]]:
         found = addresses.list_addresses(store, network=network, node=node, state=state)
-        return [row(address, record) async for address, record, _ in found]
+        rows = [row(address, record) async for address, record, _ in found]
+        if not rows and network is not None:
+            await get_network(store, network)
+        if not rows and node is not None:
+            await check_node(store, node)
+        return rows
 
     session.out.rows(
         session.run(act),

@@ -76,12 +76,17 @@ def test_a_row_has_the_fields_of_an_address_record(filled: CommandLine) -> None:
         (["--state", "warm"], ["10.64.0.6"]),
         (["--node", "a"], ["10.64.0.5"]),
         (["--network", "web"], ["10.64.0.5", "10.64.0.6"]),
-        (["--network", "other"], []),
-        (["--node", "b", "--state", "assigned"], []),
+        (["--node", "b", "--state", "warm"], ["10.64.0.6"]),
+        (["--network", "web", "--state", "cooling"], []),
     ],
 )
 def test_lists_are_filtered(filled: CommandLine, options: list[str], addresses: list[str]) -> None:
     assert [row["address"] for row in filled.json("ip", "list", *options)] == addresses
+
+
+def test_a_filter_that_names_nothing_is_no_empty_list(filled: CommandLine) -> None:
+    assert "there is no network 'wbe' (known: web)" in filled.fails("ip", "list", "--network", "wbe")
+    assert "there is no node 'z'" in filled.fails("ip", "list", "--node", "z")
 
 
 def test_the_table_of_addresses(filled: CommandLine) -> None:
