@@ -101,6 +101,11 @@ class Cluster:
     """See the module's docstring. Reading it never blocks.
 
     listed: whether everything was listed since the store was last known to be right.
+
+    Whoever was cut off from the store cannot tell by what it lists then whether it was restored meanwhile, and has as
+    high a revision as before again: so after that, as after a store known to be restored, nothing is forgotten for
+    REWIND_GRACE seconds. Those who hold what the store does not know any more assert it anew. What nobody holds does no
+    harm meanwhile.
     """
 
     def __init__(
@@ -125,8 +130,9 @@ class Cluster:
         self._intern_limit = INTERN_AT_LEAST
         self._changed_nodes: set[str] = set()
         self._changed_members: dict[_Place, Member | None] = {}
-        self._rewound = asyncio.Event()
-        self._forgets_nothing_until = 0.0
+        self._again = asyncio.Event()
+        self._grace: asyncio.TimerHandle | None = None
+        self._is_over = False
         self.listed = asyncio.Event()
 
     # -- looking in
@@ -176,23 +182,36 @@ class Cluster:
     async def follow(self) -> None:
         """Follow the store until cancelled. Raises StoreError when it fails; the caller runs it again."""
         while True:
-            self._rewound.clear()
+            self._again.clear()
+            if self._nodes and not self._is_over:
+                self._begin_grace()
+            self._is_over = False
             # Blocks of pools that are not known yet would be taken for nobody's.
             await self._catalogue.refresh()
             self.pools_changed()
-            listed = {prefix: await self._list(prefix) for prefix in FOLLOWED}
+            forgets = self._grace is None
+            listed = {prefix: await self._list(prefix, forgets) for prefix in FOLLOWED}
             self.listed.set()
             self._tell()
-            if self._forgets_nothing:
-                asyncio.get_running_loop().call_at(self._forgets_nothing_until, self._rewound.set)
-            await follow(self._store, listed, self._deliver, self._rewound)
+            await follow(self._store, listed, self._deliver, self._again)
 
     def start_over(self) -> None:
-        """The store went back in time: it is to be listed anew. For REWIND_GRACE seconds nothing is forgotten: those
-        who hold what the store does not know any more assert it anew."""
-        self._forgets_nothing_until = asyncio.get_running_loop().time() + REWIND_GRACE
+        """The store went back in time: it is to be listed anew."""
+        self._begin_grace()
+        self._is_over = False
         self.listed.clear()
-        self._rewound.set()
+        self._again.set()
+
+    def _begin_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+        self._grace = asyncio.get_running_loop().call_later(REWIND_GRACE, self._end_grace)
+
+    def _end_grace(self) -> None:
+        """What is not there in the listing that follows is gone."""
+        self._grace = None
+        self._is_over = True
+        self._again.set()
 
     def pools_changed(self) -> None:
         """The catalogue's pools may be different: addresses and blocks are put where they belong now."""
@@ -220,26 +239,42 @@ class Cluster:
         if self.listed.is_set():
             self._tell()
 
-    async def _list(self, prefix: str) -> int:
-        """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable."""
+    async def _list(self, prefix: str, forgets: bool) -> int:
+        """Read all below a prefix, page by page; returns the revision it was read at. Raises StoreUnavailable.
+
+        forgets: what is not there is gone.
+        """
         gone = set(self._known(prefix))
         revision = 0
         async for page in pages(self._store, prefix, prefix_end(prefix)):
             for number, kv in enumerate(page.items):
                 if number % IN_A_ROW == 0:
                     await asyncio.sleep(0)
-                self._apply(kv.key, kv)
+                if forgets or not self._takes_a_member(kv):
+                    self._apply(kv.key, kv)
                 gone.discard(kv.key)
             # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
             self._tell_members()
             revision = page.revision
-        for key in () if self._forgets_nothing else gone:
+        for key in gone if forgets else ():
             self._apply(key, None)
         return revision
 
-    @property
-    def _forgets_nothing(self) -> bool:
-        return asyncio.get_running_loop().time() < self._forgets_nothing_until
+    def _takes_a_member(self, kv: KeyValue) -> bool:
+        """Whether an address is that of the same node as before, and not assigned any more, or not yet again."""
+        if not kv.key.startswith(keys.ADDRESSES):
+            return False
+        try:
+            ip, record = keys.ip_of(kv.key), _decode_address(kv.value)
+        except (StoreError, msgspec.MsgspecError):
+            return False
+        known = self.holder_of(ip)
+        return (
+            known is not None
+            and known.member is not None
+            and known.node == record.node
+            and record.state != AddressState.ASSIGNED
+        )
 
     def _known(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix that something is known of."""

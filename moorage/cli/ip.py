@@ -46,8 +46,10 @@ def row(address: IPAddress, record: Address) -> dict[str, Any]:
 )
 @pass_session
 def list_(session: Session, network: str | None, node: str | None, state: str | None) -> None:
-    """List addresses that are in use: assigned to an endpoint, allocated to a uid that has no container yet, warm on a
-    node, or cooling after use.
+    """List addresses that are in use.
+
+    They are assigned to an endpoint, allocated to a uid that has no container yet, warm on a node, or cooling
+    after use.
 
     \b
     Example:

@@ -242,18 +242,25 @@ async def test_holdings_that_no_address_has_any_more_are_forgotten(
         assert len(cluster._interned) <= 8
 
 
+@pytest.mark.parametrize("is_known", [True, False], ids=["known to be restored", "cut off meanwhile"])
 async def test_what_a_restored_store_does_not_know_is_believed_for_a_while(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
     monkeypatch.setattr(cluster_module, "REWIND_GRACE", 1.0)
+    await put(store, keys.NODES + "a", Node(name="a", version="1").encode())
     async with following(store) as (cluster, told):
-        await put(store, keys.address_key(IPS[0]), address("a"))
+        for ip in IPS[:2]:
+            await put(store, keys.address_key(ip), address("a"))
         await until_seen(cluster, store)
     await put(store, keys.address_key(IPS[0]), None)
-    cluster.start_over()
+    await put(store, keys.address_key(IPS[1]), address("a", AddressState.WARM))
+    if is_known:
+        cluster.start_over()
+    else:
+        cluster.listed.clear()
     task = asyncio.create_task(cluster.follow())
     await asyncio.wait_for(cluster.listed.wait(), PATIENCE)
-    assert set(told.members) == {IPS[0]}
+    assert set(told.members) == set(IPS[:2])
     await eventually(lambda: told.members == {})
     task.cancel()
     await asyncio.wait([task])

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-import isolator.endpoints as endpoints_module
+import isolator.removal as removal_module
 from ipam.catalogue import Catalogue
 from ipam.errors import NotFound, TryAgain
 from ipam.holder import Holder
@@ -377,7 +377,7 @@ async def test_a_newer_endpoint_of_the_same_name_outlives_the_garbage(node: Node
 async def test_all_garbage_that_is_left_is_named_and_the_rest_is_gone(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints_module, "END_PATIENCE", 0.3)
+    monkeypatch.setattr(removal_module, "END_PATIENCE", 0.3)
     await pods(node, "bad", "good", "worse", "kept")
     stuck = ("bad", "worse")
     node.kernel.fail["remove"] = lambda e: OSError("stale") if e.key.container_id in stuck else None

@@ -64,10 +64,10 @@ def test_show_has_facts_fence_blocks_and_addresses(with_node: CommandLine) -> No
         "blocks": ["10.64.0.0/26"],
         "addresses": [
             {"network": "web", "family": 4, "state": state, "count": 1}
-            for state in ("assigned", "cooling", "warm")
+            for state in ("allocated", "assigned", "cooling", "warm")
         ],
     }
-    assert "NETWORK  FAMILY  STATE     COUNT" in with_node.ok("node", "show", "n1")
+    assert "NETWORK  FAMILY  STATE      COUNT" in with_node.ok("node", "show", "n1")
 
 
 def test_list_says_who_is_drained(with_node: CommandLine) -> None:
@@ -93,11 +93,15 @@ def test_removing_a_node_that_may_use_addresses_names_counts_and_the_way_out(wit
 def test_a_forced_removal_warns_asks_for_the_name_and_says_what_it_freed(with_node: CommandLine) -> None:
     result = CliRunner().invoke(cli, ["node", "remove", "n1", "--force"], input="n1\n", prog_name="moorage")
     assert result.exit_code == 0, result.output
-    assert "This frees 1 assigned, 1 cooling, 1 warm addresses and 1 blocks of node n1" in result.stderr
+    assert (
+        "This frees 1 allocated, 1 assigned, 1 cooling, 1 warm addresses and 1 blocks of node n1"
+        in result.stderr
+    )
     assert "fenced" in result.stderr
     assert "cut off" in result.stderr
     assert (
-        result.stdout.strip() == "node n1 removed; freed 1 assigned, 1 cooling, 1 warm addresses and 1 blocks"
+        result.stdout.strip()
+        == "node n1 removed; freed 1 allocated, 1 assigned, 1 cooling, 1 warm addresses and 1 blocks"
     )
     with_node.on_store(nothing_of_it_is_left)
 
@@ -115,7 +119,7 @@ def test_scripts_name_it_with_yes(with_node: CommandLine) -> None:
     assert with_node.json("node", "remove", "n1", "--force", "--yes", "n1") == {
         "name": "n1",
         "removed": True,
-        "addresses": {"assigned": 1, "cooling": 1, "warm": 1},
+        "addresses": {"allocated": 1, "assigned": 1, "cooling": 1, "warm": 1},
         "blocks": 1,
     }
 

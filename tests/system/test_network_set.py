@@ -19,7 +19,7 @@ def masqueraded(node: LabNode) -> bool:
 def test_a_change_holds_for_new_containers_and_the_firewall_at_once(node: LabNode) -> None:
     with node.container() as old, node.container() as new:
         kept = old.add("web").ips
-        assert masqueraded(node)
+        eventually(lambda: masqueraded(node))
         node.cli("network", "set", "web", "--mtu", "1400", "--dns", "10.0.0.2", "--no-nat")
         eventually(lambda: not masqueraded(node))
         node.cli("network", "set", "web", "--add-pool", "10.65.0.0/24", "--disable-pool", "10.64.0.0/16")

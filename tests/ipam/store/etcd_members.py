@@ -71,6 +71,8 @@ class Member:
 
     def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        # It goes on for a moment after that.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
