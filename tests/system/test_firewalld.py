@@ -50,6 +50,6 @@ def test_what_firewalld_blocks_is_found_and_its_own_commands_let_it_pass(
         # A flush takes firewalld's rules, too; it reloads them once there is a table for it to delete.
         firewalld.sh("nft flush ruleset")
         firewalld.sh("nft add table inet firewalld; firewall-cmd --reload")
-        eventually(lambda: "table inet moorage was missing" in node.log.read_text())
+        eventually(lambda: "restored" in node.log.read_text())
         eventually(lambda: all(a.namespace.pings(ip, wait=1) for ip in ips.values()))
         assert not any(red.namespace.pings(ip, wait=1) for ip in ips.values())
