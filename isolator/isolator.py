@@ -490,6 +490,8 @@ class Isolator:
 
     async def _restore_elements(self) -> None:
         """Somebody may have flushed a set and left the table as it is."""
+        if not await self._kernel.policy_is_intact():
+            return  # the whole table is gone: ``_heal`` says so
         wrong = await self._kernel.wrong_sets()
         if wrong:
             log.warning("firewall sets did not hold what they should; restored", sets=wrong)
