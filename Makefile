@@ -17,7 +17,7 @@ help:
 	@echo "make marathon-demo  see a stale address found and released           (root)"
 	@echo "make test      everything is tested, with real namespaces             (root)"
 	@echo "make histories longer ones of the random histories (LENGTH, SEED)     (root)"
-	@echo "make check     ruff, mypy and the unit tests, in a minute"
+	@echo "make check     ruff, mypy and the unit tests, in two minutes"
 	@echo "make bench     against the reference CNI plugins                      (root)"
 	@echo "make setup     system packages and .venv only"
 	@echo "make clean     remove .venv and what tools left behind"
