@@ -11,12 +11,11 @@ restart, or a reboot, forgets none.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ipam.errors import NotAllocated
-from ipam.holdings import Holdings, cooling
+from ipam.holdings import Holdings, cooling, given
 from ipam.journal import AddressRow
 from ipam.keys import IPAddress
 from ipam.records import Address, AddressState, Label
@@ -64,31 +63,18 @@ class Allocations:
 
     def plan(self, lent: Sequence[Held], promise: Promise) -> list[AddressRow]:
         """The rows that make lent addresses allocated."""
-        now = time.time()
-        return [
-            AddressRow(
-                held.ip,
-                held.record.with_(
-                    state=AddressState.ALLOCATED,
-                    id=promise.call,
-                    uid=promise.uid,
-                    container_id="",
-                    ifname="",
-                    engine=promise.engine,
-                    netgroups=list(promise.netgroups),
-                    labels=list(promise.labels),
-                    reservation=promise.reservation,
-                    app="",
-                    task="",
-                    framework="",
-                    since=now,
-                ),
-                held.revision,
-                True,
-            )
-            for held in lent
-            if held.record is not None
-        ]
+        return given(
+            lent,
+            AddressState.ALLOCATED,
+            id=promise.call,
+            uid=promise.uid,
+            container_id="",
+            ifname="",
+            engine=promise.engine,
+            netgroups=list(promise.netgroups),
+            labels=list(promise.labels),
+            reservation=promise.reservation,
+        )
 
     def lend(self, ips: Collection[IPAddress]) -> list[Held]:
         """Lend allocated addresses to the endpoint of their uid; all or none. Raises what ``check`` raises."""

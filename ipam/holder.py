@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +24,7 @@ from ipam.allocations import Allocations
 from ipam.catalogue import Catalogue
 from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
-from ipam.holdings import Conflict, Holdings, cooling
+from ipam.holdings import Conflict, Holdings, cooling, given
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
 from ipam.named import AddressRequest, Named
@@ -259,30 +258,17 @@ class Holder:
 
     def plan_assign(self, lent: Sequence[Held], owner: Owner) -> list[AddressRow]:
         """The rows that make lent addresses assigned; changes nothing."""
-        assignment, now = uuid.uuid4().hex, time.time()
-        return [
-            AddressRow(
-                held.ip,
-                held.record.with_(
-                    state=AddressState.ASSIGNED,
-                    id=assignment,
-                    container_id=owner.container_id,
-                    ifname=owner.ifname,
-                    engine=owner.engine,
-                    netgroups=list(owner.netgroups),
-                    labels=list(owner.labels),
-                    reservation=owner.reservation,
-                    app="",
-                    task="",
-                    framework="",
-                    since=now,
-                ),
-                held.revision,
-                True,
-            )
-            for held in lent
-            if held.record is not None
-        ]
+        return given(
+            lent,
+            AddressState.ASSIGNED,
+            id=uuid.uuid4().hex,
+            container_id=owner.container_id,
+            ifname=owner.ifname,
+            engine=owner.engine,
+            netgroups=list(owner.netgroups),
+            labels=list(owner.labels),
+            reservation=owner.reservation,
+        )
 
     # -- DEL
 

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -52,6 +53,22 @@ def warm(node: str, network: str, pool: str) -> Address:
 def cooling(record: Address) -> Address:
     """The record of a released address; it still says who had it, so that a reservation finds its own."""
     return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
+
+
+def given(lent: Iterable[Held], state: AddressState, **whose: Any) -> list[AddressRow]:
+    """The rows of lent addresses that are somebody's from now on. whose: fields of their records, of which what an
+    engine told of a task before is none any more."""
+    now = time.time()
+    return [
+        AddressRow(
+            held.ip,
+            held.record.with_(state=state, app="", task="", framework="", since=now, **whose),
+            held.revision,
+            True,
+        )
+        for held in lent
+        if held.record is not None
+    ]
 
 
 class HeldElsewhere(AddressTaken):

@@ -20,7 +20,7 @@ from ipam.errors import InvalidInput, MoorageError
 from ipam.keys import IPAddress
 from ipam.records import Label
 from isolator.allocated import AllocateSpec, IsolateSpec
-from isolator.model import Asked, Endpoint
+from isolator.model import Asked
 from netmodules.labels import Requested, read_labels, read_name, read_netgroups
 from netmodules.modules.calls import Allocate, Call, Cleanup, Isolate, Release, parse_call
 from netmodules.request import Reply, Request
@@ -53,8 +53,8 @@ class Isolator(Protocol):
         """Succeeds for what nobody has. Raises MoorageError."""
         ...
 
-    async def isolate(self, spec: IsolateSpec) -> Endpoint:
-        """Raises MoorageError."""
+    async def isolate(self, spec: IsolateSpec) -> object:
+        """Raises MoorageError. What it returns is not looked at: the protocol's answer says nothing of it."""
         ...
 
     async def cleanup(self, container_id: str, asked: Asked) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -258,9 +259,9 @@ async def test_an_agent_that_registers_in_the_last_moment_keeps_what_its_node_ho
     await scene.assigned(1)
     await scene.assigned(2, node="n2", framework="another")
 
-    async def late(store: Store, name: str, **options: object) -> object:
+    async def late(store: Store, name: str, **options: Any) -> object:
         await scene.node(name, alive=False, mesos_agent="S7")  # it was there, and is away again
-        return await remove_node(store, name, **options)  # type: ignore[arg-type]  # passed on as they are
+        return await remove_node(store, name, **options)
 
     remove_node = actions.remove_node
     monkeypatch.setattr(actions, "remove_node", late)

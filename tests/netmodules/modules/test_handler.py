@@ -18,7 +18,7 @@ from ipam.errors import InvalidInput, MoorageError, TryAgain
 from ipam.keys import IPAddress
 from ipam.records import Label
 from isolator.allocated import AllocateSpec, IsolateSpec
-from isolator.model import Asked, Bandwidth, Endpoint, Limit
+from isolator.model import Asked, Bandwidth, Limit
 from netmodules.modules.handler import KIND, ModulesHandler
 from netmodules.request import Reply, Request
 from tests.netmodules.fakes import ASKED
@@ -49,9 +49,8 @@ class Recorder:
     async def release(self, uid: str, ips: Sequence[IPAddress], _: Asked) -> None:
         self._note(("release", uid, tuple(ips)))
 
-    async def isolate(self, spec: IsolateSpec) -> Endpoint:
+    async def isolate(self, spec: IsolateSpec) -> None:
         self._note(spec)
-        return None  # type: ignore[return-value]  # the protocol's answer says nothing of it
 
     async def cleanup(self, container_id: str, _: Asked) -> None:
         self._note(("cleanup", container_id))
