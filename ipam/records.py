@@ -67,6 +67,9 @@ class Network(Record, frozen=True, kw_only=True):
     strict: addresses nobody asked for by name come from a node's own blocks only, none are borrowed.
     fabric: how other nodes reach its containers, one of FABRICS.
     isolation, allow_from: who may call its containers; ipam/isolation.py.
+    to_node: what of the nodes its containers reach that is kept from them otherwise; ipam/isolation.py. Its default is
+    what a network's containers reached that was written before there was a choice.
+    max_connections: that each container's interface may have tracked by its node; 0 leaves it to the node.
     allow_*, max_bandwidth: who may ask for what; ipam/permissions.py. Their defaults are what a network allows that was
     written before they were there: what worked then.
     """
@@ -84,6 +87,8 @@ class Network(Record, frozen=True, kw_only=True):
     fabric: str = "none"
     isolation: str = "netgroups"
     allow_from: list[str] = []
+    to_node: list[str] = msgspec.field(default_factory=lambda: ["store"])
+    max_connections: int = 0
     allow_netgroups: list[str] = msgspec.field(default_factory=lambda: ["*"])
     allow_public: bool = True
     allow_static: list[str] = msgspec.field(default_factory=lambda: ["all"])

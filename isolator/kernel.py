@@ -29,7 +29,7 @@ from isolator.netlink import (
     shaper_links,
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
-from isolator.policy import Admission, Isolation, Policy, Surroundings, Verdict
+from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
@@ -276,8 +276,12 @@ class Kernel:
         """Pools or networks changed; returns the addresses of endpoints that others may call now than before."""
         return await self._wiring.run(self._policy.set_surroundings, surroundings)
 
-    async def set_nodes(self, ips: Iterable[IPAddress]) -> None:
-        await self._wiring.run(self._policy.set_nodes, frozenset(ips))
+    async def hosts(self) -> Hosts:
+        """What the policy knows of the machines under the containers."""
+        return await self._wiring.run(lambda: self._policy.hosts)
+
+    async def set_hosts(self, hosts: Hosts) -> None:
+        await self._wiring.run(self._policy.set_hosts, hosts)
 
     async def set_others(self, changes: Sequence[tuple[IPAddress, tuple[str, ...]]]) -> list[IPAddress]:
         """Endpoints of other nodes changed; returns those that left a netgroup."""

@@ -41,6 +41,8 @@ def _host_differences(route: NetlinkSocket, wiring: Wiring) -> Iterator[str]:
     link = link_by_name(route, name)
     yield from _link_differences("the node", name, link, HOST_MAC, wiring.mtu)
     if link is not None:
+        if link.arp:
+            yield f"the node's link {name} speaks ARP"
         desired = {fact for ip in wiring.ips for fact in (_route(ip, name), _neighbour(ip, wiring.mac, name))}
         yield from _missing("the node", desired - _host_facts(route, link, wiring))
 

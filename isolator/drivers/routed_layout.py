@@ -1,7 +1,7 @@
 """What the ``routed`` driver lays out at an endpoint's two ends. Pure: a wiring in, netlink requests out.
 
       container                                        node
-      eth0  10.0.0.5/32, fd00::5/128   <--- veth --->  mrgk2j…   no address, MAC ee:ee:ee:ee:ee:ee
+      eth0  10.0.0.5/32, fd00::5/128   <--- veth --->  mrgk2j…   no address, no ARP, MAC ee:ee:ee:ee:ee:ee
       default via 169.254.1.1 onlink                   10.0.0.5 dev mrgk2j… proto 157 scope link
       default via fe80::1     onlink                   fd00::5  dev mrgk2j… proto 157
       169.254.1.1 -> ee:ee:ee:ee:ee:ee permanent       10.0.0.5 -> the container's MAC, permanent
@@ -45,9 +45,13 @@ def peer_index(index: int) -> int:
 
 
 def host_requests(wiring: Wiring, index: int) -> list[Request]:
-    """What makes the node's end: up first, since only a link that is up takes routes."""
+    """What makes the node's end: up first, since only a link that is up takes routes.
+
+    It speaks no ARP: the table ``inet moorage`` does not see ARP, and each request with a made-up sender would add an
+    entry to the neighbour table, which all namespaces of the machine share.
+    """
     name = wiring.host_ifname
-    requests = [messages.link_up(index, name)]
+    requests = [messages.link_up_without_arp(index, name)]
     for ip in wiring.ips:
         requests.append(messages.add_neighbour(index, name, ip, wiring.mac))
         requests.append(messages.add_host_route(index, name, ip))

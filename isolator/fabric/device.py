@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 from ipam.keys import IPAddress
@@ -30,12 +30,13 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The link of the device's name, whatever it is. local: None if it is no VXLAN device."""
+    """The link of the device's name, whatever it is. arp: whether it speaks ARP. local: None if it is no VXLAN device."""
 
     index: int
     up: bool
     mac: str
     mtu: int
+    arp: bool = True
     kind: str = ""
     vni: int = 0
     port: int = 0
@@ -46,7 +47,8 @@ class _Found:
 def ensure_device(node: Node, spec: DeviceSpec | None) -> tuple[int, bool]:
     """Make the device what it has to be, or be gone; its link index, 0 without one, and whether it is new.
 
-    A new one has none of the routes and tunnels that an old one had. Raises KernelRefused.
+    A new one has none of the routes and tunnels that an old one had. One that spoke ARP has lost its neighbours with
+    that, and counts as new. Raises KernelRefused.
     """
     found = _find(node)
     if spec is None:
@@ -66,6 +68,7 @@ def ensure_device(node: Node, spec: DeviceSpec | None) -> tuple[int, bool]:
         found = _find(node)
     if found is None:
         raise KernelRefused(f"the device {VXLAN_DEVICE} was deleted while it was made; it is made again")
+    new = new or found.arp
     node.route.execute(_adjustments(found, spec))
     # Hosts turn IPv6 off for new links; here next hops are IPv6 ones in both families.
     sysctl.ensure(f"net/ipv6/conf/{VXLAN_DEVICE}/disable_ipv6", "0")
@@ -91,7 +94,9 @@ def _adjustments(found: _Found, spec: DeviceSpec) -> list[Request]:
         todo.append(messages.set_mtu(found.index, VXLAN_DEVICE, spec.mtu))
     if not found.up:
         todo.append(messages.no_link_local(found.index, VXLAN_DEVICE))
-        todo.append(messages.link_up(found.index, VXLAN_DEVICE))
+    if not found.up or found.arp:
+        # All that it needs to know of its neighbours is told by us; whoever can send into the tunnel tells it nothing.
+        todo.append(messages.link_up_without_arp(found.index, VXLAN_DEVICE))
     return todo
 
 
@@ -120,18 +125,15 @@ def _find(node: Node) -> _Found | None:
         up=bool(flags & messages.IFF_UP),
         mac=bytes(values.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(values.get(messages.IFLA_MTU)),
+        arp=not flags & messages.IFF_NOARP,
         kind=codec.as_text(info.get(messages.IFLA_INFO_KIND)),
     )
     if found.kind != "vxlan" or messages.IFLA_INFO_DATA not in info:
         return found
     data = codec.attributes(info[messages.IFLA_INFO_DATA])
     local = data.get(messages.IFLA_VXLAN_LOCAL, data.get(messages.IFLA_VXLAN_LOCAL6))
-    return _Found(
-        found.index,
-        found.up,
-        found.mac,
-        found.mtu,
-        found.kind,
+    return replace(
+        found,
         vni=codec.as_u32(data.get(messages.IFLA_VXLAN_ID)),
         port=int.from_bytes(data.get(messages.IFLA_VXLAN_PORT, b""), "big"),
         learning=bytes(data.get(messages.IFLA_VXLAN_LEARNING, b"\1")) != b"\0",

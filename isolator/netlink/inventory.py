@@ -22,13 +22,17 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 @dataclass(frozen=True, slots=True)
 class HostLink:
-    """A link. mac: ``aa:bb:..``. mtu: bytes. peer_namespace: the number of its peer's; None if that is here."""
+    """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP.
+
+    peer_namespace: the number of its peer's; None if that is here.
+    """
 
     name: str
     index: int
     up: bool
     mac: str
     mtu: int
+    arp: bool = True
     peer_namespace: int | None = None
 
 
@@ -140,6 +144,7 @@ def parse_link(message: Message) -> HostLink:
         up=bool(flags & messages.IFF_UP),
         mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
+        arp=not flags & messages.IFF_NOARP,
         peer_namespace=(
             codec.as_u32(found[messages.IFLA_LINK_NETNSID]) if messages.IFLA_LINK_NETNSID in found else None
         ),

@@ -48,7 +48,7 @@ ROUTE = Struct("=BBBBBBBBI")  # family, dst length, src length, tos, table, prot
 NEXT_HOP = Struct("=Hxxi")  # length, index
 RULE = Struct("=BBBBBxxBI")  # family, dst length, src length, tos, table, action, flags
 
-IFF_UP = 0x1
+IFF_UP, IFF_NOARP = 0x1, 0x80
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO = 1, 3, 4, 18
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD, IFLA_LINK_NETNSID = 26, 27, 28, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
@@ -191,6 +191,15 @@ def delete_group(group: int) -> Request:
 def link_up(index: int, name: str) -> Request:
     """Bring a link up."""
     return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP, IFF_UP), f"bring {name} up")
+
+
+def link_up_without_arp(index: int, name: str) -> Request:
+    """Bring a link up that neither asks nor answers by ARP, and learns nothing from it.
+
+    Turning ARP off drops all of the link's neighbours, permanent ones too: add them afterwards.
+    """
+    flags = IFF_UP | IFF_NOARP
+    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, flags, flags), f"bring {name} up without ARP")
 
 
 def link_down(name: str) -> Request:

@@ -36,7 +36,7 @@ class Seen:
     """What went since it was asked for last.
 
     namespaces: numbers of those in which something went. ips, links: of the node itself, where a route or neighbour
-    of that address went, or that link was brought down. lost: there was more than can be told.
+    of that address went, or that link was brought down or began to speak ARP. lost: there was more than can be told.
     """
 
     namespaces: set[int] = field(default_factory=set)
@@ -117,11 +117,11 @@ def _ips(message: Message) -> Iterator[IPAddress]:
 
 
 def _downed(message: Message, prefix: str = messages.ENDPOINT_PREFIX) -> Iterator[str]:
-    """The link that is down."""
+    """The link that is down, or speaks ARP."""
     if message.kind == messages.RTM_NEWLINK:
         _, _, _, flags, changed = messages.LINK.unpack_from(message.body)
         name = codec.as_text(codec.attributes(message.body, messages.LINK.size).get(messages.IFLA_IFNAME))
         # One that is new is down as well, and then everything about it has changed.
-        went_down = not flags & messages.IFF_UP and changed & messages.IFF_UP and changed != _EVERYTHING
-        if went_down and name.startswith(prefix):
+        turned_off = ~flags & changed & (messages.IFF_UP | messages.IFF_NOARP)
+        if turned_off and changed != _EVERYTHING and name.startswith(prefix):
             yield name

@@ -7,8 +7,17 @@ policy.admit(Admission("mrgq7x…", ...))      # before its links go up
 policy.revoke(["mrgq7x…"])                   # after its route is withdrawn
 """
 
-from isolator.policy.book import Admission, Surroundings
+from isolator.policy.book import Admission, Hosts, Surroundings
 from isolator.policy.callers import NETGROUPS, Isolation, Verdict, isolation_of
 from isolator.policy.table import Policy
 
-__all__ = ["NETGROUPS", "Admission", "Isolation", "Policy", "Surroundings", "Verdict", "isolation_of"]
+__all__ = [
+    "NETGROUPS",
+    "Admission",
+    "Hosts",
+    "Isolation",
+    "Policy",
+    "Surroundings",
+    "Verdict",
+    "isolation_of",
+]

@@ -25,6 +25,9 @@ from isolator.policy.names import chain_of_callers, set_of_netgroup
 
 T = TypeVar("T")
 
+DEFAULT_CONNECTIONS = 13107
+"""A twentieth of the table that Linux makes on a machine with 4 GiB and more: ten endpoints at their limit leave half."""
+
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 """Not their names: nft looks those up in /etc/protocols, which may be missing."""
 
@@ -52,14 +55,53 @@ class Surroundings:
 
     pools: where containers' addresses come from; traffic between them is never masqueraded. nat_pools: those whose
     traffic to elsewhere is. open_pools: those of open networks. tunnelled_pools: those of networks whose containers
-    other nodes reach by the tunnel only. isolation: of every network, by name.
+    other nodes reach by the tunnel only. store_pools: those of networks whose containers may talk to the store.
+    isolation: of every network, by name. connections: that an endpoint may have tracked where its network says nothing.
     """
 
     pools: tuple[IPNetwork, ...] = ()
     nat_pools: tuple[IPNetwork, ...] = ()
     open_pools: tuple[IPNetwork, ...] = ()
     tunnelled_pools: tuple[IPNetwork, ...] = ()
+    store_pools: tuple[IPNetwork, ...] = ()
     isolation: Mapping[str, Isolation] = field(default_factory=dict)
+    connections: int = DEFAULT_CONNECTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The machines under the containers.
+
+    nodes: all addresses that nodes call from. underlays: those that their tunnels come from. here: this node's own of
+    those. tunnels: UDP ports of all nodes' tunnels. tunnel: this node's, 0 while it has none or while nobody has said
+    which nodes there are, and then it takes what anybody sends. stores: the store's endpoints, with their TCP ports.
+    """
+
+    nodes: frozenset[IPAddress] = frozenset()
+    underlays: frozenset[IPAddress] = frozenset()
+    here: frozenset[IPAddress] = frozenset()
+    tunnels: frozenset[int] = frozenset()
+    tunnel: int = 0
+    stores: frozenset[tuple[IPAddress, int]] = frozenset()
+
+    def elements(self) -> set[tuple[str, str]]:
+        """(set, element) of all of it."""
+        return {
+            *(
+                (f"{name}{ip.version}", str(ip))
+                for name, ips in (
+                    ("nodes", self.nodes),
+                    ("underlays", self.underlays),
+                    ("here", self.here),
+                    ("stores", {ip for ip, _ in self.stores}),
+                )
+                for ip in ips
+            ),
+            *(("tunnels", str(port)) for port in self.tunnels),
+            *(("guarded", f"{PROTOCOL_NUMBERS['udp']} . {port}") for port in self.tunnels),
+            *(("guarded", f"{PROTOCOL_NUMBERS['tcp']} . {port}") for _, port in self.stores),
+            *([("tunnel", str(self.tunnel))] if self.tunnel else ()),
+        }
 
 
 @dataclass(slots=True)
@@ -91,8 +133,9 @@ class Book:
 
     def __init__(self) -> None:
         self.surroundings = Surroundings()
-        self.nodes: frozenset[IPAddress] = frozenset()
+        self.hosts = Hosts()
         self.admissions: dict[str, Admission] = {}
+        self._limits: dict[str, int] = {}
         self._others: dict[IPAddress, tuple[str, ...]] = {}
         self._here: dict[IPAddress, dict[str, tuple[str, ...]]] = {}
         self._endpoints_with: Counter[Callers] = Counter()
@@ -129,8 +172,9 @@ class Book:
         for netgroup in (PUBLIC, *self._chains_with):
             change.put(_in_netgroup(netgroup, self._members(netgroup)), present=True)
         for admission in self.admissions.values():
-            change.put(elements_of(admission), present=True)
-        change.put(_nodes(self.nodes), present=True)
+            change.put(self._elements(admission), present=True)
+        change.put(map(_quoted, self._here), present=True)
+        change.put(self.hosts.elements(), present=True)
         change.intervals = {name: nets for name, nets in _intervals(self.surroundings).items() if nets}
         return change
 
@@ -166,18 +210,30 @@ class Book:
             before = self.netgroups(ip)
             self._here.setdefault(ip, {})[admission.host_ifname] = admission.netgroups
             self._regroup(ip, before, change)
+            change.put([_quoted(ip)], present=True)
         self._use(admission.callers, change)
-        change.put(elements_of(admission), present=True)
+        self._limits[admission.host_ifname] = self._limit(admission)
+        change.put(self._elements(admission), present=True)
+
+    def _limit(self, admission: Admission) -> int:
+        return admission.isolation.connections or self.surroundings.connections
+
+    def _elements(self, admission: Admission) -> Iterator[tuple[str, str]]:
+        name = admission.host_ifname
+        yield "connections", f'"{name}" ct count over {self._limits[name]}'
+        yield from elements_of(admission)
 
     def _take_out(self, admission: Admission, change: Change) -> None:
         del self.admissions[admission.host_ifname]
-        change.put(elements_of(admission), present=False)
+        change.put(self._elements(admission), present=False)
+        del self._limits[admission.host_ifname]
         for ip in admission.ips:
             before = self.netgroups(ip)
             here = self._here[ip]
             del here[admission.host_ifname]
             if not here:
                 del self._here[ip]
+                change.put([_quoted(ip)], present=False)
             self._regroup(ip, before, change)
 
     def _use(self, may_call: Callers, change: Change) -> None:
@@ -248,22 +304,24 @@ class Book:
         """Pools or networks are different; endpoints get the callers that their networks allow now."""
         before, self.surroundings = self.surroundings, surroundings
         change = Change()
-        for admission in list(self.admissions.values()):
+        for name, admission in list(self.admissions.items()):
             isolation = surroundings.isolation.get(admission.network, admission.isolation)
-            if isolation != admission.isolation:
-                self._admit(replace(admission, isolation=isolation), change)
+            changed = replace(admission, isolation=isolation)
+            if changed != admission or self._limit(changed) != self._limits[name]:
+                self._admit(changed, change)
         old = _intervals(before)
         change.intervals = {
             name: networks for name, networks in _intervals(surroundings).items() if networks != old[name]
         }
         return change
 
-    def set_nodes(self, ips: Iterable[IPAddress]) -> Change:
-        """All addresses of nodes."""
-        before, self.nodes = self.nodes, frozenset(ips)
+    def set_hosts(self, hosts: Hosts) -> Change:
+        """All that is known of the machines under the containers."""
+        before, after = self.hosts.elements(), hosts.elements()
+        self.hosts = hosts
         change = Change()
-        change.put(_nodes(before - self.nodes), present=False)
-        change.put(_nodes(self.nodes - before), present=True)
+        change.put(sorted(before - after), present=False)
+        change.put(sorted(after - before), present=True)
         return change
 
 
@@ -273,7 +331,7 @@ def has_chain(may_call: Callers) -> bool:
 
 
 def elements_of(admission: Admission) -> Iterator[tuple[str, str]]:
-    """(set, element) of everything that the table has for one endpoint, but for its netgroups."""
+    """(set, element) of everything that the table has for one endpoint alone, but for its limit of connections."""
     name = f'"{admission.host_ifname}"'
     verdict = f"jump {chain_of_callers(admission.callers)}" if has_chain(admission.callers) else "accept"
     for ip in admission.ips:
@@ -303,8 +361,9 @@ def _in_netgroup(netgroup: str, ips: Iterable[IPAddress]) -> Iterator[tuple[str,
     return ((names[ip.version], str(ip)) for ip in ips)
 
 
-def _nodes(ips: Iterable[IPAddress]) -> Iterator[tuple[str, str]]:
-    return ((f"nodes{ip.version}", str(ip)) for ip in sorted(ips, key=str))
+def _quoted(ip: IPAddress) -> tuple[str, str]:
+    """That an endpoint with this address may send ICMP errors about packets that were sent to it."""
+    return f"quoted{ip.version}", f"{ip} . {int(ip):#x}"
 
 
 def _shared(may_call: Callers) -> list[str]:
@@ -325,6 +384,7 @@ def _intervals(surroundings: Surroundings) -> dict[str, list[IPNetwork]]:
         "nat": surroundings.nat_pools,
         "open": surroundings.open_pools,
         "tunnelled": surroundings.tunnelled_pools,
+        "tostore": surroundings.store_pools,
     }
     return {f"{name}{family}": _disjoint(nets, family) for name, nets in listed.items() for family in (4, 6)}
 

@@ -23,14 +23,16 @@ from ipam.records import Network
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """What a network says of its endpoints' callers.
+    """What a network says of its endpoints' callers, and of how much they may call themselves.
 
     open: netgroups do not count. allow_from: callers that need be no endpoints. nodes: every node may call.
+    connections: that each may have tracked; 0 leaves it to the node.
     """
 
     open: bool = False
     allow_from: tuple[IPNetwork, ...] = ()
     nodes: bool = False
+    connections: int = 0
 
 
 NETGROUPS = Isolation()
@@ -43,6 +45,7 @@ def isolation_of(network: Network) -> Isolation:
         open=network.isolation == OPEN,
         allow_from=tuple(sources_of(network)),
         nodes=NODES in network.allow_from,
+        connections=max(network.max_connections, 0),
     )
 
 

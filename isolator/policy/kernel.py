@@ -25,7 +25,8 @@ _NAME_OF_TABLE = 1  # in tables, chains, rules and elements alike
 _GEN_ID = 1
 _USE_OF_TABLE, _USE_OF_CHAIN = 3, 6
 _ELEMENTS_OF_SET, _ELEMENTS = 2, 3
-_KEY, _DATA, _FLAGS = 1, 2, 3  # of an element
+_KEY, _DATA, _FLAGS, _EXPRESSION = 1, 2, 3, 7  # of an element
+_EXPRESSION_DATA, _COUNT = 2, 1  # of an expression, and of "ct count over"
 _VALUE, _VERDICT = 1, 2  # of data
 _VERDICT_CHAIN = 2
 _INTERVAL_END = 1
@@ -38,6 +39,11 @@ _SHAPES = {
     "endpoints": (("ifname", "ip"), ()),
     "receivers": (("ifname", "ip"), ()),
     "hairpin": (("ip", "ip"), ()),
+    "quoted": (("ip", "number"), ()),
+    "tunnel": (("port",), ()),
+    "tunnels": (("port",), ()),
+    "guarded": (("proto", "port"), ()),
+    "connections": (("ifname",), ()),
     "ports": (("proto", "port"), ("ip", "port")),
     "portsat": (("ip", "proto", "port"), ("ip", "port")),
 }
@@ -107,6 +113,8 @@ def elements(netfilter: NetlinkSocket, name: str) -> set[str]:
         text = _words(key, shape, family)
         if _DATA in element:
             text += f" : {_data(element[_DATA], target, family)}"
+        if _EXPRESSION in element:
+            text += f" ct count over {_limit(element[_EXPRESSION])}"
         found.add(text)
     return found
 
@@ -138,13 +146,15 @@ def _raw(netfilter: NetlinkSocket, name: str) -> Iterator[tuple[memoryview, code
 def _words(raw: memoryview, shape: Sequence[str], family: str) -> str:
     words = []
     for part in shape:
-        kind = family if part == "ip" else part
+        kind = family if part in ("ip", "number") else part
         value, raw = bytes(raw[: _SIZE[kind]]), raw[_SIZE[kind] :]
         match part:
             case "ifname":
                 words.append(f'"{codec.as_text(memoryview(value))}"')
             case "mac":
                 words.append(value[:6].hex(":"))
+            case "number":
+                words.append(f"{int.from_bytes(value, 'big'):#x}")
             case "ip":
                 words.append(str(ip_address(value)))
             case "proto":
@@ -152,6 +162,11 @@ def _words(raw: memoryview, shape: Sequence[str], family: str) -> str:
             case _:
                 words.append(str(int.from_bytes(value[:2], "big")))
     return " . ".join(words)
+
+
+def _limit(expression: memoryview) -> int:
+    data = codec.attributes(codec.attributes(expression)[_EXPRESSION_DATA])
+    return int.from_bytes(data[_COUNT], "big")
 
 
 def _data(data: memoryview, shape: Sequence[str], family: str) -> str:

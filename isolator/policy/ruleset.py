@@ -4,17 +4,27 @@ A packet's path. Endpoint interfaces are those named ``mrg*``; what neither come
 an accept here never overrules a drop in somebody else's table.
 
     from a container --> sources (raw prerouting, before conntrack: what is dropped costs no entry)
+                           guarded      nothing to a tunnel's UDP port, whatever the destination: a node's VXLAN socket
+                                        listens on all of its addresses. Nothing to the store, but from networks with
+                                        --to-node store. Before masquerading, which would make it the node's own.
+                           errors4/6    an ICMP error only about a packet that was sent to this container: else it
+                                        could shrink the path MTU of others, or reach them as "related"
+                           no multicast, no redirects, none of what keeps links and neighbours
                            its interface, MAC and source address must stand together in senders4/6, else drop. So
                            a spoofed source goes nowhere, and neither do leftovers such as DHCP, router
                            solicitations and MLD, which have no source or a link-local one.
-                     --> the node itself: nothing more; containers may talk to their node
-                     --> forward
-                           where answers are let in, a TCP connection begins with a SYN or is reset (midstream): else
-                           one that was cut would begin anew, in the other direction, with what the container still
-                           has to send
-    from elsewhere   --> outside, claimed (the same hook)
-                           who claims an address of our pools must not claim one of this very node's, and comes by
-                           the tunnel if the container that it is for is reached by the tunnel
+                     --> beginning (forward), input
+                           counted      no more tracked connections than an interface may have
+                           midstream    where answers are let in, a TCP connection begins with a SYN or is reset: else
+                                        one that was cut would begin anew, in the other direction, with what the
+                                        container still has to send
+                         else nothing is asked towards the node itself; containers may talk to their node
+    from elsewhere   --> outside (the same hook)
+                           tunnel       who sends to this node's tunnel has a registered node's underlay address, and
+                                        sends to this node's own one
+                           claimed      who claims an address of our pools must not claim one of this very node's or
+                                        one that no route leads back to, and comes by the tunnel if the container that
+                                        it is for is reached by the tunnel
 
     to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container
 
@@ -50,23 +60,90 @@ TABLE = "moorage"
 _TABLE = Template("""\
 table inet moorage {
 $sets
+	set tunnels {
+		type inet_service
+	}
+
+	set tunnel {
+		type inet_service
+	}
+
+	set guarded {
+		type inet_proto . inet_service
+	}
+
+	set connections {
+		type ifname
+		size 65536
+		flags dynamic
+	}
+
+	set over_limit {
+		type ifname
+		size 65536
+		flags dynamic,timeout
+		timeout 100ms
+	}
+
 $netgroups	chain claimed {
 		iifname != "mfb*" ip daddr @tunnelled4 drop
 		iifname != "mfb*" ip6 daddr @tunnelled6 drop
 		fib saddr oifname "mrg*" drop
-		fib saddr type blackhole drop
+		fib saddr oif missing drop
+	}
+
+	chain tunnel {
+		ip saddr @underlays4 ip daddr @here4 accept
+		ip6 saddr @underlays6 ip6 daddr @here6 accept
+		fib daddr type local th dport @tunnel drop
+		fib daddr type local return
+		ip saddr != @underlays4 ip daddr @underlays4 drop
+		ip6 saddr != @underlays6 ip6 daddr @underlays6 drop
 	}
 
 	chain outside {
 		iifname "lo" accept
+		meta l4proto 17 th dport @tunnels jump tunnel
 		ip saddr @pools4 goto claimed
 		ip6 saddr @pools6 goto claimed
+	}
+
+	chain guarded {
+		meta l4proto 17 drop
+		ip saddr @tostore4 return
+		ip6 saddr @tostore6 return
+		ip daddr @stores4 drop
+		ip6 daddr @stores6 drop
+	}
+
+	chain errors4 {
+		iifname . ether saddr . ip saddr @senders4 ip saddr . @th,192,32 @quoted4 accept
+		drop
+	}
+
+	chain errors6 {
+		iifname . ether saddr . ip6 saddr @senders6 ip6 saddr . @th,256,128 @quoted6 accept
+		drop
+	}
+
+	chain icmp4 {
+		icmp type { 3, 4, 11, 12 } goto errors4
+		icmp type 5 drop
+	}
+
+	chain icmp6 {
+		icmpv6 type < 128 goto errors6
+		icmpv6 type { 130-137, 143 } drop
 	}
 
 	chain sources {
 		type filter hook prerouting priority raw; policy accept;
 		iifname != "mrg*" goto outside
 		ip daddr 127.0.0.0/8 drop
+		ip daddr 224.0.0.0/3 drop
+		ip6 daddr ff00::/8 drop
+		meta l4proto . th dport @guarded jump guarded
+		meta l4proto vmap { 1 : jump icmp4, 2 : drop, 58 : jump icmp6 }
 		iifname . ether saddr . ip saddr @senders4 accept
 		iifname . ether saddr . ip6 saddr @senders6 accept
 		drop
@@ -113,7 +190,7 @@ $chains	chain arriving {
 	}
 
 	chain over {
-		meta l4proto tcp reject with tcp reset
+		meta l4proto 6 reject with tcp reset
 	}
 
 	chain midstream {
@@ -133,10 +210,25 @@ $chains	chain arriving {
 		drop
 	}
 
+	chain counted {
+		iifname @over_limit drop
+		iifname @connections add @over_limit { iifname } drop
+	}
+
+	chain beginning {
+		ct status ! confirmed jump counted
+		tcp flags ! syn jump midstream
+	}
+
 	chain forward {
 		type filter hook forward priority filter; policy accept;
-		ct state new tcp flags ! syn iifname "mrg*" jump midstream
+		ct state new iifname "mrg*" jump beginning
 		oifname "mrg*" goto arriving
+	}
+
+	chain input {
+		type filter hook input priority filter; policy accept;
+		iifname "mrg*" ct state new ct status ! confirmed jump counted
 	}
 
 	chain output {
@@ -172,8 +264,29 @@ _SETS = Template("""\
 		type ipv${family}_addr
 	}
 
+	set quoted$family {
+		typeof $ip saddr . $quoted
+	}
+
 	set nodes$family {
 		type ipv${family}_addr
+	}
+
+	set underlays$family {
+		type ipv${family}_addr
+	}
+
+	set here$family {
+		type ipv${family}_addr
+	}
+
+	set stores$family {
+		type ipv${family}_addr
+	}
+
+	set tostore$family {
+		type ipv${family}_addr
+		flags interval
 	}
 
 	set pools$family {
@@ -218,13 +331,18 @@ _NETGROUP = Template("""\
 
 _FAMILIES = (4, 6)
 _IP = {4: "ip", 6: "ip6"}
+_QUOTED = {4: "@th,192,32", 6: "@th,256,128"}
+"""Where an ICMP error has the destination of the packet that it quotes: after 8 bytes of its own header (RFC 792,
+RFC 4443), 16 into an IPv4 header, 24 into an IPv6 header."""
 
 
 def table(book: Book) -> str:
     """Commands that replace the whole table; ``add`` first, since deleting what is missing fails."""
     all_of_it = book.everything()
     body = _TABLE.substitute(
-        sets="\n".join(_SETS.substitute(family=family) for family in _FAMILIES),
+        sets="\n".join(
+            _SETS.substitute(family=family, ip=_IP[family], quoted=_QUOTED[family]) for family in _FAMILIES
+        ),
         netgroups="".join(_sets_of(netgroup) for netgroup in all_of_it.new_netgroups),
         chains="".join(_chain(may_call) for may_call in all_of_it.new_chains),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 from ipam.netgroups import PUBLIC
 from isolator.errors import KernelRefused
@@ -12,12 +13,17 @@ from isolator.model import IPAddress
 from isolator.netlink.conntrack import Connection
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import kernel, ruleset
-from isolator.policy.book import Admission, Book, Change, Surroundings
+from isolator.policy.book import PROTOCOL_NUMBERS, Admission, Book, Change, Hosts, Surroundings
 from isolator.policy.callers import Caller, Verdict, judge
 from isolator.policy.names import set_of_netgroup
 from isolator.policy.nft import Nft
 
 _FAMILIES = (4, 6)
+_SETS = ("tunnels", "tunnel", "guarded", "connections")
+_SETS_OF_A_FAMILY = (
+    "senders", "endpoints", "receivers", "quoted", "public", "nodes", "underlays", "here", "stores",
+    "ports", "portsat", "hairpin",
+)  # fmt: skip
 
 
 class Policy:
@@ -36,6 +42,7 @@ class Policy:
         self._intact_at = -1
         self._complete_at = -1
         self._is_adopted = False
+        self._is_first = True
 
     def close(self) -> None:
         """Let go of the kernel; the table stays."""
@@ -60,7 +67,7 @@ class Policy:
         book = Book()
         book.set_others(self._book.others().items())
         book.set_surroundings(surroundings)
-        book.set_nodes(self._book.nodes)
+        book.set_hosts(self._hosts_before() if self._is_first else self._book.hosts)
         for admission in admissions:
             book.admit(admission)
         if keep_endpoints:
@@ -68,7 +75,7 @@ class Policy:
         if keep_others:
             self._inherit_others(book)
         self._book = book
-        self._is_adopted = False
+        self._is_adopted = self._is_first = False
         self._fingerprint = None
         self._nft.run(ruleset.table(book), "restore all rules")
         self._trust()
@@ -122,9 +129,14 @@ class Policy:
             for ip in admission.ips
         ]
 
-    def set_nodes(self, ips: Iterable[IPAddress]) -> None:
-        """All addresses of nodes."""
-        self._run(self._book.set_nodes(ips), "replace the nodes' addresses")
+    @property
+    def hosts(self) -> Hosts:
+        """What the table knows of the machines under the containers."""
+        return self._book.hosts
+
+    def set_hosts(self, hosts: Hosts) -> None:
+        """All that is known of the machines under the containers."""
+        self._run(self._book.set_hosts(hosts), "replace the nodes' addresses")
 
     def _run(self, wanted: Change, doing: str) -> None:
         """Carry out a change. One that the kernel refuses stands in the book: ``is_intact`` says no until restored."""
@@ -181,8 +193,25 @@ class Policy:
                     if not book.knows(ip):
                         inherited.setdefault(ip, set()).add(netgroup)
         book.set_others((ip, tuple(sorted(groups))) for ip, groups in inherited.items())
-        nodes = (ip for family in _FAMILIES for ip in kernel.addresses(self._netfilter, f"nodes{family}"))
-        book.set_nodes(book.nodes.union(nodes))
+
+    def _hosts_before(self) -> Hosts:
+        """What an earlier agent left in the table: it stays until somebody knows better."""
+
+        def addresses(name: str) -> frozenset[IPAddress]:
+            return frozenset(
+                ip for family in _FAMILIES for ip in kernel.addresses(self._netfilter, f"{name}{family}")
+            )
+
+        guarded = [words.split(" . ") for words in kernel.elements(self._netfilter, "guarded")]
+        store_ports = [int(port) for number, port in guarded if int(number) == PROTOCOL_NUMBERS["tcp"]]
+        return Hosts(
+            nodes=addresses("nodes"),
+            underlays=addresses("underlays"),
+            here=addresses("here"),
+            tunnels=frozenset(map(int, kernel.elements(self._netfilter, "tunnels"))),
+            tunnel=max(map(int, kernel.elements(self._netfilter, "tunnel")), default=0),
+            stores=frozenset(product(addresses("stores"), store_ports)),
+        )
 
     # -- looking
 
@@ -215,7 +244,7 @@ class Policy:
         ]
         wrong += [
             name
-            for base in ("pools", "tunnelled", "nat", "open")
+            for base in ("pools", "tunnelled", "nat", "open", "tostore")
             for name in (f"{base}4", f"{base}6")
             if not kernel.covers(self._netfilter, name, everything.intervals.get(name, ()))
         ]
@@ -224,9 +253,9 @@ class Policy:
         return wrong
 
     def _set_names(self) -> list[str]:
-        plain = ("senders", "endpoints", "receivers", "public", "nodes", "ports", "portsat", "hairpin")
         return [
-            *(f"{base}{family}" for base in plain for family in _FAMILIES),
+            *_SETS,
+            *(f"{base}{family}" for base in _SETS_OF_A_FAMILY for family in _FAMILIES),
             *(_set_of(netgroup, family) for netgroup in self._book.netgroups_used() for family in _FAMILIES),
         ]
 
@@ -235,7 +264,7 @@ class Policy:
         admission = self._book.admissions.get(host_ifname)
         if admission is None:
             return None
-        caller = Caller(source, self._book.netgroups(source), source in self._book.nodes)
+        caller = Caller(source, self._book.netgroups(source), source in self._book.hosts.nodes)
         return judge(caller, admission.callers)
 
     def forbidden(self, connections: Iterable[Connection]) -> list[Connection]:

@@ -47,7 +47,7 @@ def test_the_node_has_a_neighbour_and_a_route_for_each_address() -> None:
     addresses = (ip_address("10.0.0.5"), ip_address("fd00::5"))
     wiring = Wiring("mrga", "eth0", None, addresses, mac_for(addresses), 1450)
     assert [request.doing for request in host_requests(wiring, 5)] == [
-        "bring mrga up",
+        "bring mrga up without ARP",
         "add the neighbour 10.0.0.5 to mrga",
         "add the route to 10.0.0.5 via mrga",
         "add the neighbour fd00::5 to mrga",

@@ -16,7 +16,7 @@ from isolator.errors import KernelRefused
 from isolator.model import IPAddress, PortMapping
 from isolator.netlink import Connection
 from isolator.netlink.codec import Request
-from isolator.policy import Admission, Isolation, Policy, Surroundings, ruleset
+from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, ruleset
 from isolator.policy.book import Book
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import (
@@ -275,7 +275,7 @@ def test_damage_by_others_is_noticed_and_restored(
 ) -> None:
     assert not container.do(policy.is_intact), "before the first restore"
     container.do(policy.restore, [endpoint(1)], AROUND)
-    container.do(policy.set_nodes, [ip_address("192.0.2.9")])
+    container.do(policy.set_hosts, Hosts(nodes=frozenset([ip_address("192.0.2.9")])))
     container.do(policy.set_others, [(ip_address("10.0.9.9"), ("web", "db"))])
     golden = container.sh("nft list table inet moorage")
     assert container.do(policy.is_intact)
@@ -314,7 +314,7 @@ def test_damage_is_not_taken_for_a_change_of_our_own(container: Room, policy: Po
 def test_sets_that_somebody_tampered_with_are_named(container: Room, policy: Policy, tampering: str) -> None:
     mapping = PortMapping("tcp", 8080, 80)
     container.do(policy.restore, [replace(endpoint(1), ports=(mapping,))], AROUND)
-    container.do(policy.set_nodes, [ip_address("192.0.2.9")])
+    container.do(policy.set_hosts, Hosts(nodes=frozenset([ip_address("192.0.2.9")])))
     assert container.do(policy.wrong_sets) == []
     container.sh(f"nft '{tampering}'")
     assert container.do(policy.is_intact)
@@ -328,7 +328,7 @@ def test_only_connections_to_own_endpoints_that_may_not_begin_now_are_forbidden(
     one, public = endpoint(1), endpoint(2, "public")
     container.do(policy.restore, [replace(one, isolation=Isolation(nodes=True)), public], AROUND)
     container.do(policy.set_others, [(other, ("web",))])
-    container.do(policy.set_nodes, [node])
+    container.do(policy.set_hosts, Hosts(nodes=frozenset([node])))
     own, open_one = one.ips[0], public.ips[0]
 
     def forbidden() -> set[tuple[str, str]]:
@@ -400,7 +400,7 @@ def test_an_agent_that_knows_less_keeps_what_the_table_knows(container: Room, po
     container.do(
         policy.set_others, [(ip_address("10.0.9.9"), ("web",)), (ip_address("10.0.9.8"), ("public",))]
     )
-    container.do(policy.set_nodes, [ip_address("192.0.2.9")])
+    container.do(policy.set_hosts, Hosts(nodes=frozenset([ip_address("192.0.2.9")])))
     before = container.sh("nft list table inet moorage")
     successor = container.do(Policy)
     container.do(partial(successor.restore, [endpoint(1), endpoint(2, "db")], AROUND, keep_others=True))

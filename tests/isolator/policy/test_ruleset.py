@@ -9,13 +9,18 @@ from textwrap import dedent
 import pytest
 
 from isolator.model import PortMapping
-from isolator.policy import Admission, Isolation, Policy, Surroundings, ruleset
+from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, ruleset
 from isolator.policy.book import Book
 from tests.isolator.rooms import Room
 
 POOLS = (ip_network("10.0.0.0/16"), ip_network("10.0.1.0/24"), ip_network("fd00::/64"))
 AROUND = Surroundings(
-    pools=POOLS, nat_pools=POOLS[1:], open_pools=(ip_network("10.0.9.0/24"),), tunnelled_pools=POOLS[2:]
+    pools=POOLS,
+    nat_pools=POOLS[1:],
+    open_pools=(ip_network("10.0.9.0/24"),),
+    tunnelled_pools=POOLS[2:],
+    store_pools=POOLS[2:],
+    connections=500,
 )
 
 WEB = Admission(
@@ -32,7 +37,7 @@ WEB_AND_DB = Admission(
     (ip_address("10.0.0.6"),),
     "prod",
     ("web", "db"),
-    Isolation(allow_from=(ip_network("192.0.2.0/24"),), nodes=True),
+    Isolation(allow_from=(ip_network("192.0.2.0/24"),), nodes=True, connections=40),
 )
 PUBLIC = Admission(
     "mrgcccccccccccc", "0a:58:0a:00:00:07", (ip_address("10.0.0.7"),), "web", ("web", "public")
@@ -48,6 +53,15 @@ OTHERS = [
     (ip_address("10.0.7.3"), ("nobody-is-in-this-here",)),
 ]
 """What other nodes have: as a set, only what an endpoint of this node shares."""
+
+HOSTS = Hosts(
+    nodes=frozenset({ip_address("192.0.2.9"), ip_address("10.0.7.9")}),
+    underlays=frozenset({ip_address("192.0.2.9"), ip_address("192.0.2.1"), ip_address("2001:db8::9")}),
+    here=frozenset({ip_address("192.0.2.1")}),
+    tunnels=frozenset({4789, 8472}),
+    tunnel=8472,
+    stores=frozenset({(ip_address("192.0.2.9"), 2379), (ip_address("2001:db8::9"), 2379)}),
+)
 
 GOLDEN = """\
 table inet moorage {
@@ -80,9 +94,37 @@ table inet moorage {
         elements = { 10.0.0.7, 10.0.7.2 }
     }
 
+    set quoted4 {
+        typeof ip saddr . @th,192,32
+        elements = { 10.0.0.5 . 0xa000005,
+                 10.0.0.6 . 0xa000006,
+                 10.0.0.7 . 0xa000007,
+                 10.0.9.8 . 0xa000908 }
+    }
+
     set nodes4 {
         type ipv4_addr
+        elements = { 10.0.7.9, 192.0.2.9 }
+    }
+
+    set underlays4 {
+        type ipv4_addr
+        elements = { 192.0.2.1, 192.0.2.9 }
+    }
+
+    set here4 {
+        type ipv4_addr
+        elements = { 192.0.2.1 }
+    }
+
+    set stores4 {
+        type ipv4_addr
         elements = { 192.0.2.9 }
+    }
+
+    set tostore4 {
+        type ipv4_addr
+        flags interval
     }
 
     set pools4 {
@@ -142,8 +184,33 @@ table inet moorage {
         type ipv6_addr
     }
 
+    set quoted6 {
+        typeof ip6 saddr . @th,256,128
+        elements = { fd00::5 . 0xfd000000000000000000000000000005 }
+    }
+
     set nodes6 {
         type ipv6_addr
+    }
+
+    set underlays6 {
+        type ipv6_addr
+        elements = { 2001:db8::9 }
+    }
+
+    set here6 {
+        type ipv6_addr
+    }
+
+    set stores6 {
+        type ipv6_addr
+        elements = { 2001:db8::9 }
+    }
+
+    set tostore6 {
+        type ipv6_addr
+        flags interval
+        elements = { fd00::/64 }
     }
 
     set pools6 {
@@ -183,6 +250,40 @@ table inet moorage {
         elements = { fd00::5 . fd00::5 }
     }
 
+    set tunnels {
+        type inet_service
+        elements = { 4789, 8472 }
+    }
+
+    set tunnel {
+        type inet_service
+        elements = { 8472 }
+    }
+
+    set guarded {
+        type inet_proto . inet_service
+        elements = { udp . 8472,
+                 tcp . 2379,
+                 udp . 4789 }
+    }
+
+    set connections {
+        type ifname
+        size 65536
+        flags dynamic
+        elements = { "mrgaaaaaaaaaaaa" ct count over 500,
+                 "mrgbbbbbbbbbbbb" ct count over 40,
+                 "mrgcccccccccccc" ct count over 500,
+                 "mrgdddddddddddd" ct count over 500 }
+    }
+
+    set over_limit {
+        type ifname
+        size 65536
+        flags dynamic,timeout
+        timeout 100ms
+    }
+
     set netgroup4_web_5avdhfgsnrpw {
         type ipv4_addr
         elements = { 10.0.0.5, 10.0.0.6,
@@ -208,19 +309,61 @@ table inet moorage {
         iifname != "mfb*" ip daddr @tunnelled4 drop
         iifname != "mfb*" ip6 daddr @tunnelled6 drop
         fib saddr oifname "mrg*" drop
-        fib saddr type blackhole drop
+        fib saddr oif missing drop
+    }
+
+    chain tunnel {
+        ip saddr @underlays4 ip daddr @here4 accept
+        ip6 saddr @underlays6 ip6 daddr @here6 accept
+        fib daddr type local th dport @tunnel drop
+        fib daddr type local return
+        ip saddr != @underlays4 ip daddr @underlays4 drop
+        ip6 saddr != @underlays6 ip6 daddr @underlays6 drop
     }
 
     chain outside {
         iifname "lo" accept
+        udp dport @tunnels jump tunnel
         ip saddr @pools4 goto claimed
         ip6 saddr @pools6 goto claimed
+    }
+
+    chain guarded {
+        meta l4proto udp drop
+        ip saddr @tostore4 return
+        ip6 saddr @tostore6 return
+        ip daddr @stores4 drop
+        ip6 daddr @stores6 drop
+    }
+
+    chain errors4 {
+        iifname . ether saddr . ip saddr @senders4 ip saddr . @th,192,32 @quoted4 accept
+        drop
+    }
+
+    chain errors6 {
+        iifname . ether saddr . ip6 saddr @senders6 ip6 saddr . @th,256,128 @quoted6 accept
+        drop
+    }
+
+    chain icmp4 {
+        icmp type { destination-unreachable, source-quench, time-exceeded, parameter-problem } goto errors4
+        icmp type redirect drop
+    }
+
+    chain icmp6 {
+        icmpv6 type < echo-request goto errors6
+        icmpv6 type { 130-137, mld2-listener-report } drop
     }
 
     chain sources {
         type filter hook prerouting priority raw; policy accept;
         iifname != "mrg*" goto outside
         ip daddr 127.0.0.0/8 drop
+        ip daddr 224.0.0.0/3 drop
+        ip6 daddr ff00::/8 drop
+        meta l4proto . th dport @guarded jump guarded
+        meta l4proto vmap { icmp : jump icmp4, igmp : drop, ipv6-icmp : jump icmp6 }
         iifname . ether saddr . ip saddr @senders4 accept
         iifname . ether saddr . ip6 saddr @senders6 accept
         drop
@@ -302,10 +445,25 @@ table inet moorage {
         drop
     }
 
+    chain counted {
+        iifname @over_limit drop
+        iifname @connections add @over_limit { iifname } drop
+    }
+
+    chain beginning {
+        ct status ! confirmed jump counted
+        tcp flags ! syn jump midstream
+    }
+
     chain forward {
         type filter hook forward priority filter; policy accept;
-        ct state new tcp flags ! syn iifname "mrg*" jump midstream
+        ct state new iifname "mrg*" jump beginning
         oifname "mrg*" goto arriving
+    }
+
+    chain input {
+        type filter hook input priority filter; policy accept;
+        iifname "mrg*" ct state new ct status ! confirmed jump counted
     }
 
     chain output {
@@ -330,7 +488,7 @@ def test_the_table_as_the_kernel_shows_it(container: Room) -> None:
     policy = container.do(Policy)
     container.do(policy.restore, [WEB, WEB_AND_DB, PUBLIC, OPEN], AROUND)
     container.do(policy.set_others, OTHERS)
-    container.do(policy.set_nodes, [ip_address("192.0.2.9")])
+    container.do(policy.set_hosts, HOSTS)
     assert container.sh("nft list table inet moorage").expandtabs(4) == GOLDEN
     container.do(policy.close)
 
@@ -342,6 +500,8 @@ def test_another_endpoint_with_the_same_callers_is_elements_only() -> None:
     assert ruleset.change(book.admit(like_it)) == dedent(
         """\
         add element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
+        add element inet moorage quoted4 { 10.0.0.9 . 0xa000009 }
+        add element inet moorage connections { "mrgx" ct count over 13107 }
         add element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }
         add element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
         add element inet moorage receivers4 { "mrgx" . 10.0.0.9 : jump callers_web_jti5kxhlzyxk }
@@ -350,14 +510,16 @@ def test_another_endpoint_with_the_same_callers_is_elements_only() -> None:
     going = book.revoke(["mrgx"])
     assert ruleset.change(going) == dedent(
         """\
+        delete element inet moorage connections { "mrgx" ct count over 13107 }
         delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }
         delete element inet moorage endpoints4 { "mrgx" . 10.0.0.9 }
         delete element inet moorage receivers4 { "mrgx" . 10.0.0.9 : jump callers_web_jti5kxhlzyxk }
+        delete element inet moorage quoted4 { 10.0.0.9 . 0xa000009 }
         delete element inet moorage netgroup4_web_5avdhfgsnrpw { 10.0.0.9 }
         """
     )
     assert ruleset.change(going, whatever_is_there=True).startswith(
-        'add element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
+        'add element inet moorage connections { "mrgx" ct count over 13107 }\n'
         'delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
     )
     assert ruleset.change(book.revoke(["mrgx"])) == ""
