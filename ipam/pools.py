@@ -247,7 +247,7 @@ def parse_pool(
             f"the pool {cidr} has a prefix of /{parsed.prefixlen}; "
             f"between /{LARGEST_POOL[family]} and /{SMALLEST_POOL[family]} is possible"
         )
-    what = next((what for what, range_ in UNROUTABLE if _overlap(parsed, range_)), None)
+    what = next((what for what, range_ in UNROUTABLE if overlap(parsed, range_)), None)
     if what is None and parsed.is_reserved:
         what = "reserved by the IETF"
     if what is not None:
@@ -290,10 +290,11 @@ def cidr_name(cidr: IPNetwork) -> str:
 
 def overlapping(cidr: IPNetwork, others: Sequence[Pool]) -> Pool | None:
     """The first of ``others`` that shares an address with ``cidr``."""
-    return next((p for p in others if _overlap(cidr, geometry(p).cidr)), None)
+    return next((p for p in others if overlap(cidr, geometry(p).cidr)), None)
 
 
-def _overlap(a: IPNetwork, b: IPNetwork) -> bool:
+def overlap(a: IPNetwork, b: IPNetwork) -> bool:
+    """Whether two networks share an address."""
     # The families are told apart first: ipaddress raises TypeError on mixed ones.
     return a.version == b.version and (a.network_address in b or b.network_address in a)
 

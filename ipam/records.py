@@ -202,6 +202,7 @@ class Node(Record, frozen=True, kw_only=True):
     gateway: it joins the fabric and runs no containers.
     mesos_agent: the id of the Mesos agent there, "" if there is none, or nobody said how to ask it.
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
+    surroundings: what its own networks use, which no container gets; lines as in ipam/taken.py.
     since: wall clock, seconds, of its first registration.
     """
 
@@ -217,6 +218,7 @@ class Node(Record, frozen=True, kw_only=True):
     mesos_agent: str = ""
     drained: bool = False
     since: float = 0.0
+    surroundings: list[str] = []
 
 
 class Alive(Record, frozen=True, kw_only=True):
