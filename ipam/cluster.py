@@ -133,6 +133,7 @@ class Cluster:
         self._again = asyncio.Event()
         self._grace: asyncio.TimerHandle | None = None
         self._is_over = False
+        self._removed: set[str] = set()
         self.listed = asyncio.Event()
 
     # -- looking in
@@ -140,6 +141,16 @@ class Cluster:
     def nodes(self) -> dict[str, Node]:
         """The facts of every node, by name."""
         return self._nodes
+
+    @property
+    def removed(self) -> frozenset[str]:
+        """Nodes that the store told the removal of, since it was last known to have gone back in time."""
+        return frozenset(self._removed)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all was listed, of a store that is not known to have gone back in time of late."""
+        return self.listed.is_set() and self._grace is None
 
     def names(self) -> set[str]:
         """Every node that has facts, a block or a stray."""
@@ -199,6 +210,7 @@ class Cluster:
         """The store went back in time: it is to be listed anew."""
         self._begin_grace()
         self._is_over = False
+        self._removed.clear()
         self.listed.clear()
         self._again.set()
 
@@ -293,6 +305,8 @@ class Cluster:
     def _deliver(self, _: str, batch: WatchBatch) -> None:
         for event in batch.events:
             self._apply(event.key, event.kv)
+            if event.kv is None and event.key.startswith(keys.NODES):
+                self._removed.add(event.key.removeprefix(keys.NODES))
         self._tell()
 
     def _tell(self) -> None:
@@ -359,6 +373,7 @@ class Cluster:
             del self._nodes[name]
         else:
             self._nodes[name] = node
+            self._removed.discard(name)
         self._changed_nodes.add(name)
 
     def _set_owner(self, family: Family, base: int, owner: str) -> None:

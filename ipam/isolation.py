@@ -2,6 +2,7 @@
 
     isolation   netgroups  only who shares a netgroup may call       open  everybody may
     allow_from  CIDRs, and ``nodes``: callers that need not be containers
+    to_node     ``store``: its containers reach the store, which is kept from all others
 
 Pure. Settings are text in the store; what cannot be read there, because a newer version wrote it, allows nobody.
 """
@@ -9,6 +10,7 @@ Pure. Settings are text in the store; what cannot be read there, because a newer
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 
 from ipam.errors import InvalidInput
@@ -17,6 +19,11 @@ from ipam.records import Network, Node
 
 NETGROUPS, OPEN = ISOLATIONS = ("netgroups", "open")
 NODES = "nodes"
+STORE = "store"
+TO_NODE = (STORE,)
+"""What of the nodes a network can be let reach (docs/decisions/who-may-ask.md)."""
+MOST_CONNECTIONS = 1 << 24
+"""That one container may be allowed to have tracked; more than any node's table holds."""
 MOST_SOURCES = 64
 """Each is a rule that packets of strangers are compared with one after the other."""
 
@@ -35,6 +42,16 @@ def check_isolation(network: Network) -> None:
     for text in network.allow_from:
         if text != NODES:
             parse_source(text)
+    for text in network.to_node:
+        if text not in TO_NODE:
+            raise InvalidInput(
+                f"{text!r} of the nodes is not known; --to-node takes {', '.join(TO_NODE)} or none"
+            )
+    if not 0 <= network.max_connections <= MOST_CONNECTIONS:
+        raise InvalidInput(
+            f"{network.max_connections} connections are no limit; write a number from 1 to {MOST_CONNECTIONS}, "
+            "or default for a twentieth of the node's table"
+        )
 
 
 def sources_of(network: Network) -> list[IPNetwork]:
@@ -59,8 +76,17 @@ def parse_source(text: str) -> IPNetwork:
 
 def addresses_of_node(node: Node) -> list[IPAddress]:
     """Addresses that a node calls others from; link-local ones, and what cannot be read, are left out."""
+    return _readable((*node.underlay, *node.vtep))
+
+
+def underlay_of_node(node: Node) -> list[IPAddress]:
+    """Addresses that a node's tunnel packets come from; link-local ones, and what cannot be read, are left out."""
+    return _readable(node.underlay)
+
+
+def _readable(texts: Iterable[str]) -> list[IPAddress]:
     found = []
-    for text in (*node.underlay, *node.vtep):
+    for text in texts:
         with contextlib.suppress(ValueError):
             ip = ip_address(text)
             if not ip.is_link_local:

@@ -251,6 +251,8 @@ class NetworkChange:
     strict: bool | None = None
     isolation: str | None = None
     allow_from: tuple[str, ...] | None = None
+    to_node: tuple[str, ...] | None = None
+    max_connections: int | None = None
     fabric: str | None = None
     allow_netgroups: tuple[str, ...] | None = None
     allow_public: bool | None = None

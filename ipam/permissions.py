@@ -32,6 +32,7 @@ NEW_NETWORK: dict[str, Any] = {
     "allow_public": False,
     "allow_static": [RANGES],
     "allow_mac": False,
+    "to_node": [],
 }
 """The rules of a network that is created now, where they are stricter than those of one that was written
 before there were any (docs/decisions/who-may-ask.md)."""

@@ -37,6 +37,7 @@ from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
 from isolator.allocated import UNUSED_FOR, Allocated
 from isolator.answers import Answers
+from isolator.connections import Connections
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
@@ -158,6 +159,7 @@ class Isolator:
             self._neighbours,
             self._tell,
         )
+        self._connections = Connections(self._kernel, self._endpoints, self._neighbours.on_catalogue)
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
@@ -238,6 +240,7 @@ class Isolator:
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
+                    ("fullness", self._connections.watch),
                     ("mending", lambda: mend(self._kernel, self._endpoints)),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
@@ -343,7 +346,8 @@ class Isolator:
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
             "journal_rebuilt": self._journal.rebuilt,
             **self._holder.status(),
-            "fabric": self._fabric.status(),
+            "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
+            "connections": self._connections.status(),
         }
 
     # -- what goes on beside

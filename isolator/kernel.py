@@ -9,7 +9,9 @@ network namespace but for the moments when they open a socket inside a container
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
@@ -27,12 +29,14 @@ from isolator.netlink import (
     forget,
     pinned,
     shaper_links,
+    sources,
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
+from isolator.tracking import Table, connection_table, fair_share
 from isolator.underlay import Underlay, underlay
 from isolator.vacancy import is_vacant
 
@@ -257,9 +261,15 @@ class Kernel:
     ) -> None:
         """Put the whole table in place, in one transaction; see Policy.restore."""
         await self._wiring.run(
-            self._policy.restore,
-            list(admissions),
-            surroundings,
+            self._restore_policy, list(admissions), surroundings, keep_endpoints, keep_others
+        )
+
+    def _restore_policy(
+        self, admissions: list[Admission], surroundings: Surroundings, keep_endpoints: bool, keep_others: bool
+    ) -> None:
+        self._policy.restore(
+            admissions,
+            replace(surroundings, connections=fair_share()),
             keep_endpoints=keep_endpoints,
             keep_others=keep_others,
         )
@@ -274,7 +284,10 @@ class Kernel:
 
     async def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
         """Pools or networks changed; returns the addresses of endpoints that others may call now than before."""
-        return await self._wiring.run(self._policy.set_surroundings, surroundings)
+        return await self._wiring.run(self._set_surroundings, surroundings)
+
+    def _set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
+        return self._policy.set_surroundings(replace(surroundings, connections=fair_share()))
 
     async def hosts(self) -> Hosts:
         """What the policy knows of the machines under the containers."""
@@ -302,6 +315,22 @@ class Kernel:
         return await self._wiring.run(self._policy.wrong_sets)
 
     # -- connections
+
+    async def connection_table(self) -> Table:
+        """How full the node's connection table is."""
+        return await self._reaping.run(connection_table)
+
+    async def connection_sources(self) -> Counter[IPAddress]:
+        """How many tracked connections each address began."""
+        return await self._reaping.run(sources)
+
+    async def connection_limits(self) -> dict[str, int]:
+        """Interface -> connections that its endpoint may have tracked."""
+        return await self._wiring.run(self._policy.connection_limits)
+
+    async def halt(self, host_ifnames: Sequence[str], seconds: float) -> None:
+        """Let these endpoints begin no connections for a while."""
+        await self._wiring.run(self._policy.halt, host_ifnames, seconds)
 
     async def forget_connections(self, ips: Iterable[IPAddress]) -> None:
         """Delete every tracked connection of addresses."""

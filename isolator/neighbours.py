@@ -17,10 +17,12 @@ import structlog
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Member
 from ipam.errors import MoorageError
-from ipam.isolation import addresses_of_node
+from ipam.isolation import STORE
 from ipam.keys import IPAddress
+from ipam.sync import REWIND_GRACE
 from isolator.kernel import Kernel
-from isolator.policy import Surroundings, isolation_of
+from isolator.policy import Hosts, Surroundings, isolation_of
+from isolator.registered import Registered
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +31,10 @@ TUNNEL = "vxlan"
 
 TELL_TOGETHER = 0.05
 """Seconds in which changes gather before the kernel is told: each transaction costs more than an element in it."""
+
+REMOVED_AFTER = REWIND_GRACE
+"""Seconds after a node's removal in which it may register again; then the tunnel takes nothing from it any more. In a
+store that somebody emptied, whose nodes assert anew what they hold, every one is removed for a moment."""
 
 FORGET_TOGETHER = 1.0
 """Seconds in which addresses gather whose connections are to be forgotten: a look costs some 5 ms for one or many.
@@ -47,6 +53,9 @@ def surroundings(catalogue: Catalogue) -> Surroundings:
         tunnelled_pools=tuple(
             p.cidr for p in pools if p.network in networks and networks[p.network].fabric == TUNNEL
         ),
+        store_pools=tuple(
+            p.cidr for p in pools if p.network in networks and STORE in networks[p.network].to_node
+        ),
         isolation=isolation,
     )
 
@@ -63,6 +72,9 @@ class Neighbours:
         self._nodes_changed = False
         self._members_changed: dict[IPAddress, Member | None] = {}
         self._own_of_nodes: set[IPAddress] = set()
+        self._registered = Registered(node)
+        self._hosts: Hosts | None = None
+        self._removed_at: dict[str, float] = {}
         self._heard = False
         self._defaults: dict[str, tuple[str, ...]] = {}
         self._leaving: dict[IPAddress, bool] = {}
@@ -105,6 +117,7 @@ class Neighbours:
             self._changed.clear()
             if self._networks_changed:
                 self._networks_changed = False
+                self._nodes_changed = True  # the tunnel may come into use, or go out of it
                 self.left(await self._kernel.set_surroundings(surroundings(self._catalogue)))
             if self._heard or cluster.listed.is_set():
                 await self._tell_of_others(cluster)
@@ -112,7 +125,7 @@ class Neighbours:
     async def _tell_of_others(self, cluster: Cluster) -> None:
         if self._nodes_changed:
             self._nodes_changed = False
-            await self._kernel.set_nodes(self._addresses_of_nodes(cluster))
+            await self._tell_of_hosts(cluster)
         changes, self._members_changed = self._members_changed, {}
         if not self._heard:
             # What an earlier agent left in the table may be more than there is now.
@@ -134,11 +147,36 @@ class Neighbours:
         # One tuple for all that are equal: there may be a hundred thousand.
         return member.netgroups or self._defaults.setdefault(member.network, (member.network,))
 
-    def _addresses_of_nodes(self, cluster: Cluster) -> set[IPAddress]:
-        found = set(self._own_of_nodes)
-        for node in cluster.nodes().values():
-            found.update(addresses_of_node(node))
-        return found
+    async def _tell_of_hosts(self, cluster: Cluster) -> None:
+        if self._hosts is None:
+            self._registered.inherit(await self._kernel.hosts())
+        self._registered.hear(cluster.nodes())
+        self._end_removed(cluster)
+        tunnelled = any(network.fabric == TUNNEL for network in self._catalogue.networks())
+        self._hosts = self._registered.hosts(cluster.nodes(), self._own_of_nodes, tunnelled=tunnelled)
+        await self._kernel.set_hosts(self._hosts)
+
+    def _end_removed(self, cluster: Cluster) -> None:
+        """Nodes that were removed, and are not back after a while, are let go."""
+        loop = asyncio.get_running_loop()
+        self._removed_at = {
+            name: self._removed_at.get(name, loop.time()) for name in cluster.removed - cluster.nodes().keys()
+        }
+        believed = cluster.is_settled and self._node in cluster.nodes()
+        for name, at in self._removed_at.items():
+            if at + REMOVED_AFTER > loop.time():
+                loop.call_at(at + REMOVED_AFTER, self.on_topology, {name})
+            elif believed:
+                self._registered.remove(name)
+
+    def tunnel_status(self) -> dict[str, object]:
+        """Who may send to this node's tunnel, for `moorage status`."""
+        hosts = self._hosts
+        return {
+            "open": hosts is None or not hosts.tunnel,
+            "nodes": len(hosts.underlays) if hosts is not None else 0,
+            "unnamed": [str(ip) for ip in self._registered.unnamed],
+        }
 
     # -- connections
 

@@ -30,7 +30,10 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The link of the device's name, whatever it is. arp: whether it speaks ARP. local: None if it is no VXLAN device."""
+    """The link of the device's name, whatever it is.
+
+    arp: whether it speaks ARP. local: None if it is no VXLAN device.
+    """
 
     index: int
     up: bool

@@ -1,6 +1,13 @@
 """Netlink: messages as bytes, a socket that sends them in batches, namespaces, and what the kernel holds."""
 
-from isolator.netlink.conntrack import Connection, connections_of, flush_conntrack, flush_ports, forget
+from isolator.netlink.conntrack import (
+    Connection,
+    connections_of,
+    flush_conntrack,
+    flush_ports,
+    forget,
+    sources,
+)
 from isolator.netlink.inventory import (
     HostLink,
     HostRoute,
@@ -44,5 +51,6 @@ __all__ = [
     "our_rules",
     "pinned",
     "shaper_links",
+    "sources",
     "unpinned",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
@@ -62,6 +63,24 @@ def forget(connections: Iterable[Connection]) -> None:
         netfilter.execute([connection.deletion for connection in connections])
 
 
+def sources() -> Counter[IPAddress]:
+    """How many entries each address began; costs some 3 ms per 1,000 entries. Raises KernelRefused."""
+    found: Counter[bytes] = Counter()
+    with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+        for datagram in netfilter.stream(_listing(socket.AF_UNSPEC)):
+            for message in codec.messages(datagram):
+                if message.kind != codec.NLMSG_DONE:
+                    found[_source(message)] += 1
+    return Counter({ip_address(packed): count for packed, count in found.items()})
+
+
+def _source(message: Message) -> bytes:
+    """The address that sent the first packet."""
+    ips = codec.attributes(codec.attributes(codec.attributes(message.body, 4)[_TUPLE_ORIG])[_TUPLE_IP])
+    source, _ = _SOURCE_AND_DESTINATION[4 if _SOURCE_AND_DESTINATION[4][0] in ips else 6]
+    return bytes(ips[source])
+
+
 def flush_conntrack(ips: Iterable[IPAddress]) -> None:
     """Delete every entry that names one of the addresses; costs what ``connections_of`` does."""
     forget(connections_of(ips))
@@ -89,14 +108,17 @@ def _found(
     family: int, needles: re.Pattern[bytes], wanted: Callable[[codec.Attributes], bool]
 ) -> list[Connection]:
     """The entries that are wanted among those in which a needle is found."""
-    listing = Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
         return [
             Connection(*_first_packet(entry), _deletion(message.body[0], entry))
-            for datagram in netfilter.stream(listing)
+            for datagram in netfilter.stream(_listing(family))
             for message in _suspects(datagram, needles)
             if wanted(entry := codec.attributes(message.body, 4))
         ]
+
+
+def _listing(family: int) -> Request:
+    return Request(_GET, 0, bytes([family, 0, 0, 0]), "list the tracked connections", (errno.EINVAL,))
 
 
 def _first_packet(entry: codec.Attributes) -> tuple[IPAddress, IPAddress, int]:

@@ -26,7 +26,7 @@ from isolator.policy.names import chain_of_callers, set_of_netgroup
 T = TypeVar("T")
 
 DEFAULT_CONNECTIONS = 13107
-"""A twentieth of the table that Linux makes on a machine with 4 GiB and more: ten endpoints at their limit leave half."""
+"""A twentieth of the table that Linux makes on a machine with 4 GiB and more (262,144)."""
 
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 """Not their names: nft looks those up in /etc/protocols, which may be missing."""
@@ -214,6 +214,10 @@ class Book:
         self._use(admission.callers, change)
         self._limits[admission.host_ifname] = self._limit(admission)
         change.put(self._elements(admission), present=True)
+
+    def limits(self) -> dict[str, int]:
+        """host_ifname -> connections that the endpoint may have tracked."""
+        return self._limits.copy()
 
     def _limit(self, admission: Admission) -> int:
         return admission.isolation.connections or self.surroundings.connections

@@ -387,6 +387,11 @@ def change(wanted: Change, *, whatever_is_there: bool = False) -> str:
     )
 
 
+def halted(host_ifnames: Iterable[str], seconds: float) -> str:
+    """Commands that let endpoints begin no connections for a while."""
+    return _elements("add", "over_limit", (f'"{name}" timeout {round(seconds)}s' for name in host_ifnames))
+
+
 def _in_table(body: str) -> str:
     return f"table inet moorage {{\n{body}}}\n"
 

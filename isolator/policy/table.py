@@ -129,6 +129,14 @@ class Policy:
             for ip in admission.ips
         ]
 
+    def connection_limits(self) -> dict[str, int]:
+        """host_ifname -> connections that the endpoint may have tracked."""
+        return self._book.limits()
+
+    def halt(self, host_ifnames: Sequence[str], seconds: float) -> None:
+        """Let endpoints begin no connections for a while; what is established goes on."""
+        self._nft.run(ruleset.halted(host_ifnames, seconds), "halt endpoints that have too many connections")
+
     @property
     def hosts(self) -> Hosts:
         """What the table knows of the machines under the containers."""

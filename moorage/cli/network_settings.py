@@ -21,6 +21,9 @@ from moorage.cli.session import IP
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+DEFAULT = "default"
+"""In place of a number: what it is where nobody says otherwise."""
+
 NOTHING = "none"
 """In place of a list of rules, or of a rate."""
 
@@ -80,6 +83,22 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
             "CIDR|nodes",
             f"Who else may, without being a container: addresses, every node, or none; {lists}."
             + otherwise(NOTHING),
+        ),
+        click.option(
+            "--to-node",
+            "to_node",
+            metavar="store",
+            multiple=True,
+            callback=_words,
+            help="What of the nodes containers reach that is kept from them otherwise: the store's endpoints, "
+            "or none." + otherwise(NOTHING),
+        ),
+        click.option(
+            "--max-connections",
+            metavar="N",
+            callback=_connections,
+            help="The most connections that a container's interface may have tracked by its node; default: "
+            "a twentieth of the node's table." + otherwise("default"),
         ),
         _rules_option(
             "--allow-netgroup",
@@ -152,6 +171,8 @@ def settings_in_words(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "mtu": row["mtu"] or "underlay's",
         "allow_from": row["allow_from"] or NOTHING,
+        "to_node": row["to_node"] or NOTHING,
+        "max_connections": row["max_connections"] or "a twentieth of the node's table",
         "allow_netgroups": [row["name"], *row["allow_netgroups"]],
         "allow_static": row["allow_static"] or NOTHING,
         "allow_hostports": row["allow_hostports"] or NOTHING,
@@ -169,6 +190,20 @@ def _rules(ctx: click.Context, param: click.Parameter, values: Sequence[str]) ->
     if not values:
         return None
     return () if values[0] == NOTHING else tuple(values)
+
+
+def _words(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[str, ...] | None:
+    return _rules(ctx, param, [word for text in values for word in text.split(",")])
+
+
+def _connections(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None or value == DEFAULT:
+        return None if value is None else 0
+    if not (value.isascii() and value.isdigit() and int(value[:9]) > 0 and len(value) < 10):
+        raise click.BadParameter(
+            f"{value!r} is no number of connections; write for example 5000, or {DEFAULT}"
+        )
+    return int(value)
 
 
 def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

@@ -19,8 +19,14 @@ from isolator import neighbours as neighbours_module
 from isolator.errors import KernelRefused
 from isolator.kernel import Kernel
 from isolator.neighbours import Neighbours
+from isolator.policy import Hosts
 
+NODES = {
+    name: Node(name=name, version="1", underlay=[underlay, "fe80::2"], vtep=vtep, vxlan_port=4789)
+    for name, underlay, vtep in (("n1", "192.0.2.1", []), ("n2", "192.0.2.2", ["10.0.0.64"]))
+}
 A, B, C = (ip_address(f"10.0.0.{n}") for n in (1, 2, 3))
+N1, N2 = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 POOL = ip_network("10.0.0.0/24")
 
 
@@ -29,7 +35,7 @@ class StubKernel:
     """Remembers what it was told; a real one is in tests/cluster."""
 
     others: dict[IPAddress, tuple[str, ...]] = field(default_factory=dict)
-    nodes: set[IPAddress] = field(default_factory=set)
+    known_hosts: Hosts = field(default_factory=Hosts)
     replaced: int = 0
     # (addresses, whether only what is forbidden now)
     forgotten: list[tuple[set[IPAddress], bool]] = field(default_factory=list)
@@ -38,8 +44,15 @@ class StubKernel:
     async def set_surroundings(self, _: object) -> list[IPAddress]:
         return []
 
-    async def set_nodes(self, ips: Iterable[IPAddress]) -> None:
-        self.nodes = set(ips)
+    @property
+    def nodes(self) -> set[IPAddress]:
+        return set(self.known_hosts.nodes)
+
+    async def hosts(self) -> Hosts:
+        return self.known_hosts
+
+    async def set_hosts(self, hosts: Hosts) -> None:
+        self.known_hosts = hosts
 
     async def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> None:
         self.replaced += 1
@@ -67,12 +80,16 @@ class StubCluster:
 
     known: dict[IPAddress, Member] = field(default_factory=dict)
     listed: asyncio.Event = field(default_factory=asyncio.Event)
+    # Nodes that the store lacks, and of those the ones whose removal it told.
+    absent: set[str] = field(default_factory=set)
+    removed: set[str] = field(default_factory=set)
+    is_settled: bool = True
 
     def members(self) -> Iterable[tuple[IPAddress, Member]]:
         return self.known.items()
 
     def nodes(self) -> dict[str, Node]:
-        return {"n2": Node(name="n2", version="1", underlay=["192.0.2.2", "fe80::2"], vtep=["10.0.0.64"])}
+        return {name: node for name, node in NODES.items() if name not in self.absent}
 
 
 class StubCatalogue:
@@ -130,7 +147,7 @@ async def test_nothing_is_told_before_all_was_listed_and_then_all_at_once(stage:
     await stage.settled()
     assert stage.kernel.replaced == 1
     assert stage.kernel.others == {A: ("red",), B: ("web",)}, "none recorded is the network's own"
-    assert stage.kernel.nodes == {ip_address("192.0.2.2"), ip_address("10.0.0.64")}
+    assert stage.kernel.nodes == {N1, N2, ip_address("10.0.0.64")}
 
 
 async def test_this_nodes_own_endpoints_speak_for_themselves_and_nodes_are_no_endpoints(stage: Stage) -> None:
@@ -153,6 +170,47 @@ async def test_connections_of_who_left_are_forgotten_and_only_forbidden_ones_if_
     stage.say({A: None, B: member("blue"), C: member("red", "blue")})
     await stage.settled()
     assert stage.kernel.forgotten == [({A}, False), ({B}, True)]
+
+
+async def tunnel_sources(stage: Stage) -> frozenset[IPAddress]:
+    stage.neighbours.on_topology({"n2"})
+    await stage.settled()
+    return stage.kernel.known_hosts.underlays
+
+
+async def test_a_node_that_was_removed_and_does_not_come_back_may_not_use_the_tunnel_any_more(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours_module, "REMOVED_AFTER", 0.7)
+    stage.cluster.listed.set()
+    assert await tunnel_sources(stage) == {N1, N2}
+    stage.cluster.absent = stage.cluster.removed = {"n2"}
+    assert await tunnel_sources(stage) == {N1, N2}, "it may be registering again this moment"
+    await asyncio.sleep(0.7)
+    await stage.settled()
+    assert stage.kernel.known_hosts.underlays == {N1}
+
+
+@pytest.mark.parametrize("doubt", ["unsettled", "own record is gone, too", "left out of a listing"])
+async def test_a_removal_that_may_be_a_store_gone_wrong_takes_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, doubt: str
+) -> None:
+    monkeypatch.setattr(neighbours_module, "REMOVED_AFTER", 0.1)
+    stage.cluster.listed.set()
+    assert await tunnel_sources(stage) == {N1, N2}
+    stage.cluster.is_settled = doubt != "unsettled"
+    stage.cluster.absent = {"n1", "n2"} if doubt.startswith("own") else {"n2"}
+    stage.cluster.removed = set() if doubt.startswith("left") else set(stage.cluster.absent)
+    for _ in range(3):
+        assert await tunnel_sources(stage) == {N1, N2}
+
+
+async def test_what_an_earlier_agent_left_in_the_table_stays(stage: Stage) -> None:
+    unknown = ip_address("192.0.2.3")
+    stage.kernel.known_hosts = Hosts(underlays=frozenset({unknown}), here=frozenset({N1}), tunnel=4789)
+    stage.cluster.listed.set()
+    assert await tunnel_sources(stage) == {N1, N2, unknown}
+    assert stage.neighbours.tunnel_status()["unnamed"] == [str(unknown)]
 
 
 async def test_a_kernel_that_refuses_still_forgets(stage: Stage) -> None:

@@ -27,6 +27,7 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "--allow-netgroup", "team-*", "--allow-netgroup", "ops", "--allow-static", "all", "--allow-mac",
         "--allow-hostport", "80", "--allow-hostport", "8000-8999", "--allow-public", "--max-bandwidth", "1gbit",
         "--isolation", "open", "--allow-from", "192.0.2.0/24", "--allow-from", "nodes",
+        "--to-node", "store", "--max-connections", "5000",
     )  # fmt: skip
     assert created == {
         "name": "db",
@@ -61,6 +62,8 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "fabric": "none",
         "isolation": "open",
         "allow_from": ["192.0.2.0/24", "nodes"],
+        "to_node": ["store"],
+        "max_connections": 5000,
         "allow_netgroups": ["team-*", "ops"],
         "allow_public": True,
         "allow_static": ["all"],
@@ -69,6 +72,25 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "max_bandwidth": 10**9,
     }
     assert moorage.json("network", "list") == [created]
+
+
+def test_a_new_network_reaches_no_store_and_one_from_before_there_was_a_choice_does(
+    moorage: CommandLine,
+) -> None:
+    created = moorage.json("network", "create", "web", "--pool", "10.64.0.0/16")
+    assert (created["to_node"], created["max_connections"]) == ([], 0)
+    assert moorage.json("network", "set", "web", "--to-node", "store")["to_node"] == ["store"]
+    assert moorage.json("network", "set", "web", "--to-node", "none")["to_node"] == []
+    assert Network.decode("networks/old", b'{"name": "old", "pools": []}').to_node == ["store"]
+
+
+def test_a_limit_of_connections_is_a_number_or_the_nodes(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16", "--max-connections", "50")
+    assert "50" in moorage.ok("network", "show", "web")
+    assert moorage.json("network", "set", "web", "--max-connections", "default")["max_connections"] == 0
+    for nonsense in ("0", "-1", "many", "1e3", "99999999999"):
+        assert "connections" in moorage.fails("network", "set", "web", "--max-connections", nonsense, code=2)
+    assert "--to-node" in moorage.fails("network", "set", "web", "--to-node", "everything")
 
 
 def test_callers_are_allowed_and_taken_back_live(moorage: CommandLine) -> None:

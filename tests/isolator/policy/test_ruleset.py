@@ -520,7 +520,7 @@ def test_another_endpoint_with_the_same_callers_is_elements_only() -> None:
     )
     assert ruleset.change(going, whatever_is_there=True).startswith(
         'add element inet moorage connections { "mrgx" ct count over 13107 }\n'
-        'delete element inet moorage senders4 { "mrgx" . 02:00:00:00:00:01 . 10.0.0.9 }\n'
+        'delete element inet moorage connections { "mrgx" ct count over 13107 }\n'
     )
     assert ruleset.change(book.revoke(["mrgx"])) == ""
 
