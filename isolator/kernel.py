@@ -33,6 +33,7 @@ from isolator.netlink import (
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
+from isolator.policy.sending import Packet, at_limit
 from isolator.steps import reached
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
@@ -306,6 +307,21 @@ class Kernel:
     async def may_call(self, source: IPAddress, host_ifname: str) -> Verdict | None:
         """Whether an address may call an endpoint of this node; see Policy.may_call."""
         return await self._wiring.run(self._policy.may_call, source, host_ifname)
+
+    async def may_send(self, source: IPAddress, target: IPAddress, packet: Packet) -> Verdict:
+        """Whether an endpoint of this node may send such a packet; see Policy.may_send."""
+        return await self._wiring.run(self._policy.may_send, source, target, packet)
+
+    async def may_tunnel(self, source: IPAddress) -> Verdict:
+        """Whether another node's address may send to this node's tunnel; see Policy.may_tunnel."""
+        return await self._wiring.run(self._policy.may_tunnel, source)
+
+    async def may_begin(self, host_ifname: str, ips: Sequence[IPAddress]) -> Verdict:
+        """Whether an endpoint with these addresses has room for another connection."""
+        limits = await self.connection_limits()
+        found = await self._reaping.run(connections_of, ips)
+        count = sum(connection.source in ips for connection in found)
+        return at_limit(count, limits.get(host_ifname, count + 1))
 
     async def policy_is_intact(self) -> bool:
         return await self._wiring.run(self._policy.is_intact)

@@ -1,6 +1,6 @@
 """One node's part in `moorage endpoint trace`: would a packet pass here, and if not, where does it end?
 
-    out    container -> veth -> forwarding -> route -> fabric -> underlay       of the sender's node
+    out    container -> veth -> sending -> forwarding -> route -> fabric -> underlay       of the sender's node
     in     fabric -> forwarding -> route -> policy -> veth -> container         of the receiver's node
 
 Each hop is what the journal and the store say there should be, held against what the kernel has now. Nothing is sent
@@ -20,6 +20,7 @@ from isolator.fabric.plan import Route
 from isolator.kernel import Kernel
 from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.netlink.lookup import Lookup
+from isolator.policy.sending import ICMP_ERROR, Drop, Packet
 
 CONTAINER_SIDE = "the container"
 """Begins what a driver's check says about the container's end."""
@@ -56,16 +57,19 @@ class Tracer:
         """The answer to an intent of kind ``trace``: {"done": True, "hops": [...], "tunnel": what it was sent by}.
 
         evidence: {"part": "out" | "in", "src": IP or "" for the node itself, "dst": IP, "back": whether it is an
-        answer, "tunnel": as the sender's node answered}. Raises InvalidInput.
+        answer, "tunnel": as the sender's node answered, "proto", "port": of the packet, or not there}. Raises
+        InvalidInput.
         """
         try:
             dst = ip_address(str(evidence["dst"]))
             src = ip_address(str(evidence["src"])) if evidence.get("src") else None
             part = evidence["part"]
-        except (KeyError, ValueError) as error:
+            port = evidence.get("port")
+            packet = Packet(str(evidence.get("proto") or "tcp"), None if port is None else int(port))
+        except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"the request to trace makes no sense ({error}); ask again") from error
         if part == "out":
-            hops, tunnel = await self._out(src, dst)
+            hops, tunnel = await self._out(src, dst, packet if not evidence.get("back") else None)
         elif part == "in":
             caller = None if evidence.get("back") else src
             hops, tunnel = await self._in(src, dst, caller, evidence.get("tunnel") or {}), {}
@@ -75,12 +79,18 @@ class Tracer:
 
     # -- the sender's node
 
-    async def _out(self, src: IPAddress | None, dst: IPAddress) -> tuple[list[Hop], dict[str, Any]]:
+    async def _out(
+        self, src: IPAddress | None, dst: IPAddress, packet: Packet | None
+    ) -> tuple[list[Hop], dict[str, Any]]:
+        """packet: what begins; None for an answer, which no limit of connections stops."""
         hops: list[Hop] = []
         sender = self._endpoints.of_ip(src) if src is not None else None
-        if sender is not None:
+        if sender is not None and src is not None:
             container, veth = await self._ends(sender)
-            hops += [container, veth, await self._forwarding(dst)]
+            hops += [container, veth]
+            if packet is not None:
+                hops.append(await self._sending(sender, src, dst, packet))
+            hops.append(await self._forwarding(dst))
         elif src is not None and src not in self._fabric.carried:
             hops.append(self._hop("container", False, f"no endpoint of this node has {src}", _LOOK_AT_IP))
         if self._endpoints.of_ip(dst) is not None or dst in self._fabric.carried:
@@ -103,6 +113,13 @@ class Tracer:
             hops.append(await self._underlay(ip_address(tunnel["remote"])))
         return hops, tunnel
 
+    async def _sending(self, sender: Endpoint, src: IPAddress, dst: IPAddress, packet: Packet) -> Hop:
+        """What the firewall says of a packet before it is judged whom it calls."""
+        verdict = await self._kernel.may_send(src, dst, packet)
+        if verdict.allowed and packet.protocol != ICMP_ERROR:
+            verdict = await self._kernel.may_begin(sender.host_ifname, sender.ips)
+        return self._hop("sending", verdict.allowed, verdict.why, _CURES.get(verdict.drop, ""))
+
     def _route(self, dst: IPAddress, src: IPAddress | None, iif: str, expected: Route, found: Lookup) -> Hop:
         wanted = f"via {expected.via}" + (f" on {expected.device}" if expected.device else "")
         if found.via == expected.via and expected.device in ("", found.device):
@@ -123,7 +140,12 @@ class Tracer:
         says = f"{VXLAN_DEVICE} leads to {held.mac} at {held.remote.ip}"
         return (
             self._hop("fabric", True, says),
-            {"mac": held.mac, "remote": str(held.remote.ip), "port": held.remote.port},
+            {
+                "mac": held.mac,
+                "remote": str(held.remote.ip),
+                "port": held.remote.port,
+                "local": self._fabric.tunnel_source,
+            },
         )
 
     async def _underlay(self, remote: IPAddress | None) -> Hop:
@@ -147,7 +169,7 @@ class Tracer:
     async def _in(
         self, src: IPAddress | None, dst: IPAddress, caller: IPAddress | None, tunnel: dict[str, Any]
     ) -> list[Hop]:
-        hops = [self._arrives(tunnel)] if tunnel else []
+        hops = [await self._arrives(tunnel)] if tunnel else []
         if dst in self._fabric.carried:
             return [*hops, self._hop("container", True, f"{dst} is the node's own, on {VXLAN_DEVICE}")]
         receiver = self._endpoints.of_ip(dst)
@@ -171,11 +193,15 @@ class Tracer:
         container, veth = await self._ends(receiver)
         return [*hops, veth, container]
 
-    def _arrives(self, tunnel: dict[str, Any]) -> Hop:
+    async def _arrives(self, tunnel: dict[str, Any]) -> Hop:
+        cure = "the agents agree within seconds; if they do not, see both logs"
         problem = self._fabric.receives(str(tunnel.get("mac")), str(tunnel.get("remote")))
         if problem:
-            cure = "the agents agree within seconds; if they do not, see both logs"
             return self._hop("fabric", False, problem, cure)
+        if local := tunnel.get("local"):  # an agent of an earlier version does not say it
+            verdict = await self._kernel.may_tunnel(ip_address(str(local)))
+            if not verdict.allowed:
+                return self._hop("fabric", False, verdict.why, cure)
         return self._hop("fabric", True, f"{VXLAN_DEVICE} takes what is sent to {tunnel.get('mac')}")
 
     async def _policy(self, receiver: Endpoint, dst: IPAddress, caller: IPAddress | None) -> Hop:
@@ -224,5 +250,11 @@ class Tracer:
     def _hop(self, at: str, holds: bool | None, says: str, cure: str = "") -> Hop:
         return Hop(self._node, at, holds, says, "" if holds else cure)
 
+
+_CURES = {
+    Drop.TUNNEL_PORT.value: "no container sends to that port; have the other side listen on another one",
+    Drop.STORE.value: "allow it to the whole network with `moorage network set NETWORK --to-node store`",
+    Drop.CONNECTIONS.value: "end some of its connections, or give its network more with --max-connections",
+}
 
 _LOOK_AT_IP = "see `moorage ip list` for who has it"

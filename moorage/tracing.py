@@ -21,6 +21,8 @@ from ipam.intents import ask
 from ipam.keys import IPAddress
 from ipam.records import NODE_ENGINE, Address, AddressState, Intent, IntentKind, Node
 from ipam.store.base import Store, prefix_end, read_prefix
+from isolator.policy.question import ANY
+from isolator.policy.sending import Packet
 from isolator.trace import Hop
 
 NODE_PREFIX = "node:"
@@ -51,10 +53,14 @@ class End:
 
 @dataclass(slots=True)
 class Way:
-    """One direction of one family. back: the answer's, which nobody has to be allowed to give."""
+    """One direction of one family.
+
+    packet: the one that begins. back: the answer's, which nobody has to be allowed to give.
+    """
 
     source: End
     target: End
+    packet: Packet = ANY
     back: bool = False
     hops: list[Hop] = field(default_factory=list)
 
@@ -64,7 +70,7 @@ class Way:
         return next((hop for hop in self.hops if hop.holds is False), None)
 
 
-async def trace(store: Store, source: str, target: str) -> list[Way]:
+async def trace(store: Store, source: str, target: str, packet: Packet = ANY) -> list[Way]:
     """Every way between the two, there and back. Raises NotFound, InvalidInput."""
     sources, targets = await _resolve(store, source), await _resolve(store, target)
     pairs = [(s, t) for s in sources for t in targets if s.family == t.family]
@@ -72,7 +78,12 @@ async def trace(store: Store, source: str, target: str) -> list[Way]:
         raise InvalidInput(
             f"{source} has IPv{sources[0].family} and {target} IPv{targets[0].family}; name addresses of one family"
         )
-    ways = [Way(s, t, back) for pair in pairs for s, t, back in ((*pair, False), (*pair[::-1], True)) if t.ip]
+    ways = [
+        Way(s, t, packet, back)
+        for pair in pairs
+        for s, t, back in ((*pair, False), (*pair[::-1], True))
+        if t.ip
+    ]
     found = await asyncio.gather(*(_hops(store, way) for way in ways))
     for way, hops in zip(ways, found, strict=True):
         way.hops = hops
@@ -91,7 +102,15 @@ async def _hops(store: Store, way: Way) -> list[Hop]:
 async def _part(
     store: Store, way: Way, part: str, node: str, tunnel: dict[str, Any]
 ) -> tuple[list[Hop], dict[str, Any]]:
-    evidence = {"part": part, "src": way.source.ip, "dst": way.target.ip, "back": way.back, "tunnel": tunnel}
+    evidence = {
+        "part": part,
+        "src": way.source.ip,
+        "dst": way.target.ip,
+        "back": way.back,
+        "tunnel": tunnel,
+        "proto": way.packet.protocol,
+        "port": way.packet.port,
+    }
     try:
         answer = await ask(store, node, Intent(kind=IntentKind.TRACE, evidence=evidence))
     except MoorageError as error:

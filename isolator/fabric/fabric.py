@@ -164,6 +164,11 @@ class Fabric:
         return mtu
 
     @property
+    def tunnel_source(self) -> str:
+        """The address that this node's tunnel packets come from; "" without a tunnel."""
+        return str(self._device.local) if self._device is not None else ""
+
+    @property
     def carried(self) -> tuple[IPAddress, ...]:
         """The addresses that the device has."""
         return self._device.addresses if self._device is not None else ()

@@ -128,10 +128,11 @@ def callers(netgroups: Iterable[str], isolation: Isolation) -> Callers:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a call is allowed, and why, as words."""
+    """Whether a call is allowed, and why, as words. drop: the name of what drops it, where netgroups do not decide."""
 
     allowed: bool
     why: str
+    drop: str = ""
 
 
 def judge(caller: Caller, may_call: Callers) -> Verdict:

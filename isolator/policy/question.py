@@ -10,21 +10,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from ipam.isolation import NODES, addresses_of_node
+from ipam.isolation import NODES, STORE, addresses_of_node
 from ipam.keys import IPAddress, IPNetwork
 from ipam.netgroups import PUBLIC
 from ipam.records import Address, AddressState, Network, Node
 from isolator.policy.callers import NETGROUPS, Caller, Callers, Verdict, callers, isolation_of, judge
+from isolator.policy.sending import ICMP_ERROR, Drop, Packet, may_send, may_tunnel
+
+ANY = Packet()
+"""A call of which the port is not said."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the store says. addresses: in any state. nodes: address -> name of its node."""
+    """What the store says.
+
+    addresses: in any state. nodes: address -> name of its node. underlays: those that tunnel packets come from.
+    tunnels: UDP ports. stores: where the store listens, with TCP ports.
+    """
 
     addresses: Mapping[IPAddress, Address]
     networks: Mapping[str, Network]
     pools: Sequence[IPNetwork]
     nodes: Mapping[IPAddress, str]
+    underlays: frozenset[IPAddress] = frozenset()
+    tunnels: frozenset[int] = frozenset()
+    stores: frozenset[tuple[IPAddress, int]] = frozenset()
 
     def endpoint(self, ip: IPAddress) -> Address | None:
         """The record of a container's address; None for any other address."""
@@ -56,10 +67,13 @@ def callers_of(known: Known, record: Address) -> Callers:
     return callers(netgroups_of(record), isolation_of(network) if network is not None else NETGROUPS)
 
 
-def may_call(known: Known, source: IPAddress, target: IPAddress) -> Verdict:
-    """Whether ``source`` may begin a connection to ``target``, on any port."""
+def may_call(known: Known, source: IPAddress, target: IPAddress, packet: Packet = ANY) -> Verdict:
+    """Whether ``source`` may begin a connection to ``target``, on any port but where ``packet`` names one."""
     if source.version != target.version:
         return Verdict(False, f"{source} and {target} are of different families")
+    sent = _may_send(known, source, target, packet)
+    if not sent.allowed or packet.protocol == ICMP_ERROR:
+        return sent
     called = known.endpoint(target)
     if called is None:
         return _no_container(known, target)
@@ -67,14 +81,33 @@ def may_call(known: Known, source: IPAddress, target: IPAddress) -> Verdict:
     if caller is None and known.nodes.get(source) == called.node:
         return Verdict(True, f"node {called.node} reaches all its own containers")
     if caller is None and source not in known.nodes and known.in_pool(source):
-        return Verdict(False, f"{source} is of our pools and no container has it; nobody can send from it")
+        why = f"{source} is of our pools and no container has it; nobody can send from it (unused-address)"
+        return Verdict(False, why, Drop.UNUSED_ADDRESS.value)
     groups = netgroups_of(caller) if caller is not None else ()
     return judge(Caller(source, groups, source in known.nodes), callers_of(known, called))
 
 
-def cure(known: Known, source: IPAddress, target: IPAddress) -> str:
+def _may_send(known: Known, source: IPAddress, target: IPAddress, packet: Packet) -> Verdict:
+    """What is judged where the packet is sent, or by the node that it is sent to."""
+    sender = known.endpoint(source)
+    if sender is not None:
+        network = known.networks.get(sender.network)
+        reaches_store = network is not None and STORE in network.to_node
+        return may_send(target, packet, known.tunnels, known.stores, reaches_store=reaches_store)
+    if target in known.nodes:
+        return may_tunnel(source, packet, known.tunnels, known.underlays)
+    return Verdict(True, "nothing keeps it from being sent")
+
+
+def cure(known: Known, source: IPAddress, target: IPAddress, packet: Packet = ANY) -> str:
     """The command that would allow a call that is denied, or that shows more of an address nobody has; "" for none."""
-    if source.version != target.version or may_call(known, source, target).allowed:
+    if source.version != target.version:
+        return ""
+    verdict = may_call(known, source, target, packet)
+    sender = known.endpoint(source)
+    if verdict.drop == Drop.STORE and sender is not None:
+        return f"moorage network set {quote(sender.network)} --to-node {STORE}"
+    if verdict.allowed or verdict.drop in (Drop.TUNNEL_PORT, Drop.TUNNEL_SOURCE):
         return ""
     called, caller = known.endpoint(target), known.endpoint(source)
     if called is None:

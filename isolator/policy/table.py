@@ -17,6 +17,7 @@ from isolator.policy.book import PROTOCOL_NUMBERS, Admission, Book, Change, Host
 from isolator.policy.callers import Caller, Verdict, judge
 from isolator.policy.names import set_of_netgroup
 from isolator.policy.nft import Nft
+from isolator.policy.sending import Packet, may_send, may_tunnel
 
 _FAMILIES = (4, 6)
 _SETS = ("tunnels", "tunnel", "guarded", "connections")
@@ -274,6 +275,17 @@ class Policy:
             return None
         caller = Caller(source, self._book.netgroups(source), source in self._book.hosts.nodes)
         return judge(caller, admission.callers)
+
+    def may_send(self, source: IPAddress, target: IPAddress, packet: Packet) -> Verdict:
+        """Whether an endpoint may send such a packet, whoever it calls."""
+        hosts, pools = self._book.hosts, self._book.surroundings.store_pools
+        reaches_store = any(source.version == pool.version and source in pool for pool in pools)
+        return may_send(target, packet, hosts.tunnels, hosts.stores, reaches_store=reaches_store)
+
+    def may_tunnel(self, source: IPAddress) -> Verdict:
+        """Whether a machine may send to this node's tunnel."""
+        hosts = self._book.hosts
+        return may_tunnel(source, Packet("udp", hosts.tunnel), {hosts.tunnel} - {0}, hosts.underlays)
 
     def forbidden(self, connections: Iterable[Connection]) -> list[Connection]:
         """TCP connections to an endpoint of this node that whoever began them may not have (any more).

@@ -12,10 +12,11 @@ from ipam.errors import MoorageError, NotFound
 from ipam.netgroups import parse_netgroup
 from ipam.records import Intent, IntentKind
 from ipam.store.base import Store
+from isolator.policy.sending import Packet
 from moorage import tracing
 from moorage.cli.containers import addresses_named, all_addresses
 from moorage.cli.output import Column, age, print_json, words
-from moorage.cli.session import Session, pass_session
+from moorage.cli.session import Session, packet_options, pass_session
 
 
 @click.group(short_help="Interfaces of this machine's containers.")
@@ -132,9 +133,12 @@ def set_netgroups(session: Session, name: str, netgroups: tuple[str, ...]) -> No
 @endpoint.command(short_help="Say how a packet would go, and where it ends.")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@packet_options
 @click.pass_context
 @pass_session
-def trace(session: Session, ctx: click.Context, source: str, target: str) -> None:
+def trace(
+    session: Session, ctx: click.Context, source: str, target: str, port: int | None, proto: str
+) -> None:
     """Say hop by hop how a packet would go from SRC to DST and back, and where it ends.
 
     SRC and DST are addresses, containers (the beginning of an id, with /IFNAME if it has several
@@ -148,7 +152,7 @@ def trace(session: Session, ctx: click.Context, source: str, target: str) -> Non
     """
 
     async def act(store: Store) -> list[tracing.Way]:
-        return await tracing.trace(store, source, target)
+        return await tracing.trace(store, source, target, Packet(proto, port))
 
     ways = session.run(act)
     said = tracing.verdict(ways)

@@ -11,17 +11,19 @@ import click
 
 from ipam import keys
 from ipam.errors import InvalidInput, TryAgain
+from ipam.isolation import underlay_of_node
 from ipam.keys import IPAddress
 from ipam.networks import list_networks
 from ipam.pools import geometry
 from ipam.records import Address, Node
 from ipam.store.base import Store, read_prefix
-from isolator.model import PROTOCOLS
 from isolator.policy.callers import Clause, Nodes, Sharing
 from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call, netgroups_of
+from isolator.policy.sending import Packet
+from isolator.registered import stores_of
 from moorage.cli.containers import Stored, addresses_named, all_addresses, ips_named
 from moorage.cli.output import Column
-from moorage.cli.session import Session, pass_session
+from moorage.cli.session import Session, packet_options, pass_session
 
 
 @click.group(short_help="Who may call whom, and why.")
@@ -39,28 +41,30 @@ async def known_of(store: Store, stored: dict[IPAddress, Stored]) -> Known:
     networks = await list_networks(store)
     nodes, _ = await read_prefix(store, keys.NODES)
     addresses = {ip: found.record for ip, found in stored.items()}
+    records = [Node.decode(kv.key, kv.value) for kv in nodes]
     return Known(
         addresses=addresses,
         networks={network.name: network for network, _ in networks},
         pools=[geometry(pool).cidr for _, pools in networks for pool in pools],
-        nodes=addresses_of_nodes((Node.decode(kv.key, kv.value) for kv in nodes), addresses),
+        nodes=addresses_of_nodes(records, addresses),
+        underlays=frozenset(ip for node in records for ip in underlay_of_node(node)),
+        tunnels=frozenset(node.vxlan_port for node in records if node.vxlan_port),
+        stores=frozenset(stores_of(records)),
     )
 
 
 @policy.command(short_help="Say whether one may call another, and why.")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option(
-    "--port", metavar="P", type=click.IntRange(1, 65535), help="The port that is called.  [default: any]"
-)
-@click.option("--proto", metavar="T", type=click.Choice(PROTOCOLS), default="tcp", help="Its protocol.")
+@packet_options
 @pass_session
 def test(session: Session, source: str, target: str, port: int | None, proto: str) -> None:
     """Say whether SRC may begin a connection to DST, and why.
 
     SRC and DST are IP addresses or CONTAINER[/IFNAME], of any node. Netgroups hold for every port; a port
-    matters where DST is this machine's own address and the port is mapped to a container. What is denied is
-    followed by the command that would allow it. Exit 1 if anything is denied.
+    matters where it is a tunnel's or the store's, and where DST is this machine's own address and the port is
+    mapped to a container. What is denied is followed by the command that would allow it. Exit 1 if anything
+    is denied.
 
     This is what should be. Whether the nodes do it, and where a packet ends: moorage endpoint trace SRC DST.
 
@@ -71,6 +75,8 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
       moorage policy test 192.0.2.7 192.0.2.1 --port 31080
     """
 
+    packet = Packet(proto, port)
+
     async def act(store: Store) -> list[dict[str, Any]]:
         stored = await all_addresses(store)
         known = await known_of(store, stored)
@@ -80,20 +86,21 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
                 "target": str(other),
                 "allowed": verdict.allowed,
                 "why": verdict.why,
-                "command": cure(known, one, other),
+                "drop": verdict.drop,
+                "command": cure(known, one, other, packet),
                 "node": known.nodes.get(other, ""),
             }
             for one in ips_named(stored, source)
             for other in ips_named(stored, target)
             if one.version == other.version
-            for verdict in [may_call(known, one, other)]
+            for verdict in [may_call(known, one, other, packet)]
         ]
 
     rows = session.run(act)
     if not rows:
         raise InvalidInput(f"{source} and {target} have no address of the same family; name others")
     for row in rows:
-        if port is not None:
+        if port is not None and not row["drop"]:
             row["why"] = why_by_port(session, row, port, proto)
     if session.out.as_json:
         session.out.rows(rows, [], none="")

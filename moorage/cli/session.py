@@ -14,11 +14,14 @@ import click
 from ipam.schema import ensure_schema
 from ipam.store import open_store
 from ipam.store.base import Store
+from isolator.model import PROTOCOLS
+from isolator.policy.sending import ICMP_ERROR
 from moorage import admin, config
 from moorage.cli.output import Output
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Command = TypeVar("Command", bound=Callable[..., Any])
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 
 
@@ -100,6 +103,27 @@ def pass_session(command: Callable[Concatenate[Session, P], None]) -> Callable[P
         command(session, *args, **kwargs)
 
     return cast("Callable[P, None]", wrapped)
+
+
+def packet_options(command: Command) -> Command:
+    """Options that say which packet is meant: ``port`` and ``proto``."""
+    for option in (
+        click.option(
+            "--proto",
+            metavar="T",
+            type=click.Choice((*PROTOCOLS, ICMP_ERROR)),
+            default="tcp",
+            help=f"Its protocol: {', '.join(PROTOCOLS)}, or {ICMP_ERROR} for an ICMP error message.  [default: tcp]",
+        ),
+        click.option(
+            "--port",
+            metavar="P",
+            type=click.IntRange(1, 65535),
+            help="The port that is called.  [default: any]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 class IPType(click.ParamType[IPAddress]):

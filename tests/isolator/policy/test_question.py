@@ -10,6 +10,7 @@ import pytest
 from ipam.keys import IPAddress
 from ipam.records import NODE_ENGINE, Address, AddressState, Network, Node
 from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call
+from isolator.policy.sending import Packet
 
 
 def assigned(node: str, network: str, *netgroups: str, engine: str = "mesos") -> Address:
@@ -46,10 +47,13 @@ KNOWN = Known(
     networks={
         "web": Network(name="web", pools=[], allow_from=["198.51.100.0/24"]),
         "open": Network(name="open", pools=[], isolation="open"),
-        "nodes": Network(name="nodes", pools=[], allow_from=["nodes"]),
+        "nodes": Network(name="nodes", pools=[], allow_from=["nodes"], to_node=[]),
     },
     pools=[ip_network("10.0.0.0/24"), ip_network("fd00::/64")],
     nodes=addresses_of_nodes(NODES, ADDRESSES),
+    underlays=frozenset({ip_address("192.0.2.1"), ip_address("192.0.2.2")}),
+    tunnels=frozenset({4789, 8472}),
+    stores=frozenset({(ip_address("192.0.2.1"), 2379)}),
 )
 
 
@@ -106,6 +110,38 @@ def test_what_is_allowed_and_why(source: str, target: str, allowed: bool, why: s
 )
 def test_what_is_denied_has_a_command_that_helps(source: str, target: str, command: str) -> None:
     assert cure(KNOWN, ip_address(source), ip_address(target)) == command
+
+
+UDP, TCP, ERROR = (lambda port, p=p: Packet(p, port) for p in ("udp", "tcp", "icmp-error"))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "packet", "allowed", "drop", "command"),
+    [
+        ("10.0.0.1", "192.0.2.2", UDP(4789), False, "tunnel-port", ""),
+        ("10.0.0.1", "203.0.113.9", UDP(8472), False, "tunnel-port", ""),
+        ("10.0.0.1", "10.0.0.2", UDP(4789), False, "tunnel-port", ""),
+        ("10.0.0.1", "192.0.2.2", UDP(4790), True, "", ""),
+        ("10.0.0.1", "192.0.2.2", TCP(4789), True, "", ""),
+        ("203.0.113.9", "192.0.2.2", UDP(4789), False, "tunnel-source", ""),
+        ("192.0.2.1", "192.0.2.2", UDP(4789), True, "", ""),
+        ("203.0.113.9", "192.0.2.2", TCP(22), True, "", ""),
+        ("10.0.0.9", "192.0.2.1", TCP(2379), False, "store", "moorage network set nodes --to-node store"),
+        ("10.0.0.1", "192.0.2.1", TCP(2379), True, "", ""),
+        ("10.0.0.9", "192.0.2.2", TCP(2379), True, "", ""),
+        ("10.0.0.9", "192.0.2.1", UDP(2379), True, "", ""),
+        ("10.0.0.1", "10.0.0.3", ERROR(None), True, "", ""),
+        ("10.0.0.77", "10.0.0.1", TCP(80), False, "unused-address", "moorage ip show 10.0.0.77"),
+    ],
+)
+def test_what_no_netgroup_decides_has_a_name(
+    source: str, target: str, packet: Packet, allowed: bool, drop: str, command: str
+) -> None:
+    one, other = ip_address(source), ip_address(target)
+    verdict = may_call(KNOWN, one, other, packet)
+    assert (verdict.allowed, verdict.drop) == (allowed, drop)
+    assert drop in verdict.why
+    assert cure(KNOWN, one, other, packet) == command
 
 
 def test_a_containers_name_is_no_shell_text() -> None:
