@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol, cast
 
 import nftables
 
 from ipam.errors import MoorageError
+from ipam.isolation import STORE
 from ipam.networks import list_networks
 from ipam.records import Network
+from ipam.store.etcd_url import parse
 from isolator import sysctl
+from isolator.connections import LEVELS
 from isolator.policy.foreign import blocked
 from moorage.cli.network import resolver_warning
 from moorage.cli.session import Session
@@ -46,6 +50,46 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("agent", f"the agent is out of sync with the store: {status['problem']}")
     for name in status["conflicts"]:
         yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
+    yield from _tunnel(status["fabric"])
+    yield from _connections(status["connections"])
+
+
+def _tunnel(fabric: dict[str, Any]) -> Iterator[Finding]:
+    tunnel = fabric["tunnel"]
+    if fabric["device"] and tunnel["open"]:
+        yield Finding(
+            "tunnel",
+            "the tunnel takes packets from anybody, because the store has not said yet which nodes there are; see that "
+            "it answers",
+        )
+    if tunnel["unnamed"]:
+        yield Finding(
+            "tunnel",
+            f"the tunnel takes packets from {', '.join(tunnel['unnamed'])}, which no node of the store has; if those "
+            "machines are gone for good, delete the firewall's table and have the agent make it anew from the store",
+            (
+                "systemctl stop moorage-agent",
+                "nft delete table inet moorage",
+                "systemctl start moorage-agent",
+            ),
+        )
+
+
+def _connections(connections: dict[str, Any]) -> Iterator[Finding]:
+    tracked, most = connections["tracked"], connections["most"]
+    if most and tracked >= LEVELS[0] * most:
+        largest = ", ".join(
+            f"{one['endpoint'] or one['ip']} {one['count']}" for one in connections["largest"]
+        )
+        yield Finding(
+            "connections",
+            f"{tracked} of {most} entries of the connection table are in use, most by {largest}; when it is full the "
+            "node loses packets of everybody: end what opens so many, give its network fewer, or enlarge the table",
+            (
+                "moorage network set NETWORK --max-connections N",
+                f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}",
+            ),
+        )
 
 
 def forwarding(_: Session) -> Iterator[Finding]:
@@ -69,14 +113,39 @@ def firewalls(_: Session) -> Iterator[Finding]:
         )
 
 
-def resolvers(session: Session) -> Iterator[Finding]:
-    """Do containers get name servers that they reach?"""
+def networks(session: Session) -> Iterator[Finding]:
+    """Do containers get name servers that they reach, and is the store kept from them?"""
     try:
-        networks = session.run(list_networks)
+        known = [network for network, _ in session.run(list_networks)]
     except MoorageError as error:
         yield Finding("store", str(error))
         return
-    yield from (found for network, _ in networks for found in _resolver(network))
+    yield from (found for network in known for found in _resolver(network))
+    if session.store_is_shared:
+        yield from _reaching_store(known, asks_for_login=asks_for_login(session.config().store))
+
+
+def _reaching_store(known: Sequence[Network], *, asks_for_login: bool) -> Iterator[Finding]:
+    """Whoever may write to the store may give away any address and let anybody call anybody."""
+    reaching = [network.name for network in known if STORE in network.to_node]
+    if reaching:
+        yield Finding(
+            "store",
+            f"containers of {', '.join(reaching)} reach the store; unless they need it, keep it from them",
+            tuple(f"moorage network set {quote(name)} --to-node none" for name in reaching),
+        )
+    if not asks_for_login:
+        yield Finding(
+            "store",
+            "etcd asks for neither login nor certificate, and tasks with host networking are the node itself: any of "
+            "them may change everything in it; give etcd users or client certificates (docs/isolation.md)",
+        )
+
+
+def asks_for_login(url: str) -> bool:
+    """Whether the agent shows the store who it is."""
+    parsed = parse(url)
+    return parsed.user_file is not None or parsed.cert is not None
 
 
 def _resolver(network: Network) -> Iterator[Finding]:
@@ -88,7 +157,7 @@ CHECKS: dict[str, Check] = {
     "agent": agent,
     "forwarding": forwarding,
     "firewalls": firewalls,
-    "resolvers": resolvers,
+    "networks": networks,
 }
 
 

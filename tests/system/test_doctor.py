@@ -14,7 +14,7 @@ def test_a_drop_in_somebody_elses_table_is_found_with_the_command_that_helps(nod
         a.add("web")
         ips = b.add("web").ips
         node.cli("network", "set", "web", "--dns", "10.0.0.53")
-        assert node.cli("doctor").stdout == "agent, forwarding, firewalls, resolvers: nothing is wrong.\n"
+        assert node.cli("doctor").stdout == "agent, forwarding, firewalls, networks: nothing is wrong.\n"
         node.namespace.run(
             "nft", "table inet theirs { chain f { type filter hook forward priority 0; policy drop; }; }"
         )
