@@ -51,7 +51,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from string import Template
 
-from isolator.policy.book import Book, Change
+from isolator.policy.book import DEFAULT_CONNECTIONS, Book, Change
 from isolator.policy.callers import Callers, Clause, From, Nodes, Sharing
 from isolator.policy.names import chain_of_callers, set_of_netgroup
 
@@ -74,8 +74,7 @@ $sets
 
 	set connections {
 		type ifname
-		size 65536
-		flags dynamic
+		ct count over $most
 	}
 
 	set over_limit {
@@ -337,9 +336,14 @@ RFC 4443), 16 into an IPv4 header, 24 into an IPv6 header."""
 
 
 def table(book: Book) -> str:
-    """Commands that replace the whole table; ``add`` first, since deleting what is missing fails."""
+    """Commands that replace the whole table; ``add`` first, since deleting what is missing fails.
+
+    The set of limits is not dynamic: the kernel takes elements that count nothing at the moment out of dynamic sets.
+    Each of its elements has a limit of its own; the set's is what nft asks for to allow that.
+    """
     all_of_it = book.everything()
     body = _TABLE.substitute(
+        most=DEFAULT_CONNECTIONS,
         sets="\n".join(
             _SETS.substitute(family=family, ip=_IP[family], quoted=_QUOTED[family]) for family in _FAMILIES
         ),

@@ -145,3 +145,16 @@ def test_ten_endpoints_at_their_limit_leave_half_of_the_table(machine: Machine) 
     assert machine.do(fair_share) == most // SHARE
     assert 10 * machine.do(fair_share) <= most / 2
     assert AROUND.connections > 0
+
+
+def test_limits_stay_while_nothing_is_tracked(stage: Stage) -> None:
+    """The kernel takes idle elements out of dynamic sets, within a second or two."""
+    begin(stage.greedy, WORLD4, LIMIT)
+    stage.machine.sh("conntrack -F >/dev/null 2>&1")
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline:
+        assert stage.machine.do(stage.machine.policy.wrong_sets) == []
+        # Somebody else changes a rule, or nobody looks.
+        stage.machine.sh("nft add set inet moorage other '{ type ipv4_addr; }'")
+        stage.machine.sh("nft delete set inet moorage other")
+        time.sleep(0.2)

@@ -269,8 +269,7 @@ table inet moorage {
 
     set connections {
         type ifname
-        size 65536
-        flags dynamic
+        ct count over 13107
         elements = { "mrgaaaaaaaaaaaa" ct count over 500,
                  "mrgbbbbbbbbbbbb" ct count over 40,
                  "mrgcccccccccccc" ct count over 500,
