@@ -16,7 +16,8 @@ an accept here never overrules a drop in somebody else's table.
                            who claims an address of our pools must not claim one of this very node's, and comes by
                            the tunnel if the container that it is for is reached by the tunnel
 
-    to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container
+    to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container,
+                           but for ::1 and link-local addresses, whose packets Linux cannot forward
 
     to a container   --> arriving (forward)
                            its interface and destination address lead to the chain of who may call it; not even an
@@ -75,6 +76,7 @@ $netgroups	chain claimed {
 	chain portmaps {
 		dnat ip to ip daddr . meta l4proto . th dport map @portsat4
 		dnat ip to meta l4proto . th dport map @ports4
+		ip6 daddr { ::1, fe80::/10 } return
 		dnat ip6 to ip6 daddr . meta l4proto . th dport map @portsat6
 		dnat ip6 to meta l4proto . th dport map @ports6
 	}
