@@ -37,6 +37,13 @@ class Collision(NamedTuple):
     listener: Listener
 
 
+class Look(NamedTuple):
+    """collisions: all that were found. unknown: protocol -> why this kernel cannot tell who listens."""
+
+    collisions: list[Collision]
+    unknown: dict[str, str]
+
+
 def takes(mapping: PortMapping, families: Collection[int], listener: Listener) -> bool:
     """Whether a mapping leads away what a socket would hear. families: those that the endpoint has addresses of."""
     if (mapping.protocol, mapping.host_port) != (listener.protocol, listener.port):
@@ -45,21 +52,27 @@ def takes(mapping: PortMapping, families: Collection[int], listener: Listener) -
     return any(map(listener.hears, mapped)) and (listener.ip.is_unspecified or mapping.covers(listener.ip))
 
 
-def collisions(mappings: Iterable[PortMapping], families: Collection[int]) -> list[Collision]:
-    """Every collision with a socket of the calling thread's network namespace.
-
-    Raises KernelRefused; its errno is ENOENT if this kernel cannot tell who listens.
-    """
+def collisions(mappings: Iterable[PortMapping], families: Collection[int]) -> Look:
+    """Every collision with a socket of the calling thread's network namespace. Raises KernelRefused."""
     by_protocol: dict[str, list[PortMapping]] = {}
     for mapping in mappings:
         by_protocol.setdefault(mapping.protocol, []).append(mapping)
-    return [
-        Collision(mapping, listener)
-        for protocol, asked in by_protocol.items()
-        for listener in listeners(protocol, {mapping.host_port for mapping in asked})
-        for mapping in asked
-        if takes(mapping, families, listener)
-    ]
+    look = Look([], {})
+    for protocol, asked in by_protocol.items():
+        try:
+            found = listeners(protocol, {mapping.host_port for mapping in asked})
+        except KernelRefused as error:
+            if error.errno != errno.ENOENT:
+                raise
+            look.unknown[protocol] = str(error)
+            continue
+        look.collisions.extend(
+            Collision(mapping, listener)
+            for listener in found
+            for mapping in asked
+            if takes(mapping, families, listener)
+        )
+    return look
 
 
 def has_host_ip(node: Node, mapping: PortMapping) -> bool:
@@ -125,13 +138,10 @@ def first_collision(node: Node, spec: AttachSpec, families: Collection[int]) -> 
                 f"{spec.key} asks for {asked}, but this node does not have the address {asked.host_ip}; leave hostIP "
                 "out to map the port of every address, or name one that `ip address` lists"
             )
-    try:
-        return next(iter(collisions(spec.port_mappings, families)), None)
-    except KernelRefused as error:
-        if error.errno != errno.ENOENT:
-            raise
-        log.warning("ports are mapped without knowing who listens there; see moorage doctor", why=str(error))
-        return None
+    look = collisions(spec.port_mappings, families)
+    for why in look.unknown.values():
+        log.warning("ports are mapped without knowing who listens there; see moorage doctor", why=why)
+    return next(iter(look.collisions), None)
 
 
 def taken_by(spec: AttachSpec, found: Collision, who: str) -> PortTaken:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,9 +20,7 @@ from ipam.networks import list_networks
 from ipam.records import Network
 from isolator import sysctl
 from isolator.endpoints import ADMITTED
-from isolator.errors import KernelRefused
 from isolator.hostports import collisions, has_host_ip, who_listens
-from isolator.model import PortMapping
 from isolator.netlink import Node
 from isolator.policy.foreign import blocked
 from moorage.cli.network import resolver_warning
@@ -113,29 +111,21 @@ def _mapped_ports(node: Node, endpoint: Mapping[str, Any]) -> Iterator[Finding]:
                 f"{container} has {mapping}, but this node does not have {mapping.host_ip} (any more), so "
                 "nothing comes by it; give the node that address, or start the container without hostIP",
             )
-    try:
-        found = collisions(mappings, families)
-    except KernelRefused as error:
-        yield _untold(error, mappings)
-        return
+    look = collisions(mappings, families)
+    for protocol, why in look.unknown.items():
+        yield Finding(
+            "ports",
+            f"whether the node itself listens on {protocol} ports that lead to {container} is not known: {why}",
+            (f"modprobe {protocol}_diag",),
+        )
     # Of servers that share a port by SO_REUSEPORT, one stands for all.
-    for mapping, listener in {(c.mapping, str(c.listener)): c for c in reversed(found)}.values():
+    for mapping, listener in {(c.mapping, str(c.listener)): c for c in reversed(look.collisions)}.values():
         yield Finding(
             "ports",
             f"{mapping.protocol} port {mapping.host_port} of this node leads to {container}, so "
             f"{who_listens(node, listener)} listens on {listener} in vain; have it listen on another "
             "port, or start the container with another host port",
         )
-
-
-def _untold(error: KernelRefused, mappings: Sequence[PortMapping]) -> Finding:
-    """The kernel cannot tell who listens."""
-    modules = [f"{protocol}_diag" for protocol in sorted({m.protocol for m in mappings} - {"sctp"})]
-    return Finding(
-        "ports",
-        f"whether the node itself listens on ports that lead to containers is not known: {error}",
-        tuple(f"modprobe {module}" for module in modules),
-    )
 
 
 CHECKS: dict[str, Check] = {

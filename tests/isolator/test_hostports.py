@@ -25,6 +25,7 @@ from isolator.hostports import (
     who_listens,
 )
 from isolator.model import Asked, AttachSpec, EndpointKey, PortMapping
+from isolator.netlink import sockdiag
 from isolator.netlink.sockdiag import Listener
 from tests.isolator.rooms import Machine, Room
 from tests.patience import PATIENCE
@@ -152,7 +153,7 @@ def test_a_process_inside_a_container_is_not_the_nodes(
     machine: Machine, container: Room, listen: Listen
 ) -> None:
     listen("tcp", "0.0.0.0", 7000, room=container)
-    assert not machine.do(collisions, [mapping()], BOTH)
+    assert not machine.do(collisions, [mapping()], BOTH).collisions
 
 
 @pytest.mark.kernel
@@ -160,16 +161,30 @@ def test_of_many_mappings_those_that_collide_are_found(machine: Machine, listen:
     listen("tcp", "0.0.0.0", 7003)
     listen("udp", "::", 7005)
     mappings = [mapping(protocol=protocol, port=7000 + i) for protocol in ("tcp", "udp") for i in range(100)]
-    assert {found.mapping for found in machine.do(collisions, mappings, BOTH)} == {
+    assert {found.mapping for found in machine.do(collisions, mappings, BOTH).collisions} == {
         mapping(port=7003),
         mapping(protocol="udp", port=7005),
     }
 
 
 @pytest.mark.kernel
+def test_a_protocol_that_the_kernel_cannot_tell_of_hides_no_other(
+    machine: Machine, listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen("tcp", "0.0.0.0", 7000)
+    no_kernel_has = 253
+    monkeypatch.setitem(sockdiag._PROTOCOLS, "udp", (no_kernel_has, 1 << 7))
+    look = machine.do(collisions, [mapping(protocol="udp"), mapping()], BOTH)
+    assert [found.mapping for found in look.collisions] == [mapping()]
+    assert list(look.unknown) == ["udp"]
+    udp_alone = spec(mapping(protocol="udp"))
+    assert machine.do(first_collision, machine.node, udp_alone, BOTH) is None, "no reason to map nothing"
+
+
+@pytest.mark.kernel
 def test_the_kernels_own_tunnel_is_named_by_its_device(machine: Machine) -> None:
     machine.sh("ip link add theirs type vxlan id 7 dstport 8472 local 192.0.2.1; ip link set theirs up")
-    (found,) = machine.do(collisions, [mapping(protocol="udp", port=8472)], BOTH)
+    (found,) = machine.do(collisions, [mapping(protocol="udp", port=8472)], BOTH).collisions
     assert "tunnel device theirs" in machine.do(who_listens, machine.node, found.listener)
 
 

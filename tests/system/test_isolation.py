@@ -127,6 +127,7 @@ def test_a_mapped_port_reaches_the_container_and_a_taken_one_names_its_holder(
             ("31081", "tcp port 31081 is not mapped to a container"),
         ):
             assert words in node.cli("policy", "test", other.id, "192.0.2.1", "--port", port).stdout
+        assert "is not mapped" in node.cli("policy", "test", other.id, "::1", "--port", "31080").stdout
         answer = two.add("web", port_mappings=[mapping])
         assert answer.json["code"] == 107
         assert one.id in answer.json["msg"]
