@@ -320,4 +320,5 @@ class Kernel:
 
     async def forget_ports(self, mappings: Iterable[PortMapping]) -> None:
         """Delete the tracked UDP connections to ports that are mapped from now on."""
-        await self._reaping.run(flush_ports, [m.host_port for m in mappings if m.protocol == "udp"])
+        ports = [m.host_port for m in mappings if m.protocol == "udp"]
+        await self._reaping.run(flush_ports, self._reaping.node, ports)

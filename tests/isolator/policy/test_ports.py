@@ -178,6 +178,23 @@ def test_an_endpoint_that_goes_takes_its_mappings_along(machine: Machine, contai
 
 
 @pytest.mark.kernel
+def test_a_flow_to_a_mapped_port_of_another_machine_goes_on(
+    machine: Machine, make_container: MakeRoom
+) -> None:
+    """A container's question to a name server, which is on its way when somebody maps UDP 53 of this node."""
+    client, container = make_container(), make_container()
+    machine.attach(client, "eth0", B4, B6, default_route=True)
+    server = machine.world.udp(ip_address("192.0.2.2"), 53)
+    asking = client.udp(ip_address(B4))
+    asking.sendto(b"question", ("192.0.2.2", 53))
+    _, seen = server.recvfrom(64)
+    mapped(machine, container, PortMapping("udp", 53, 53))
+    machine.do(flush_ports, machine.node, [53])
+    server.sendto(b"answer", seen)
+    assert asking.recv(64) == b"answer"
+
+
+@pytest.mark.kernel
 def test_a_udp_flow_that_began_before_the_mapping_does_not_go_on_past_it(
     machine: Machine, container: Room
 ) -> None:
@@ -190,7 +207,7 @@ def test_a_udp_flow_that_began_before_the_mapping_does_not_go_on_past_it(
     listening = container.udp(ip_address(A4), 80)
     calling.sendto(b"past it", (str(NODE4), 8080))
     assert on_node.recv(64) == b"past it"
-    machine.do(flush_ports, [8080])
+    machine.do(flush_ports, machine.node, [8080])
     calling.sendto(b"mapped", (str(NODE4), 8080))
     assert listening.recv(64) == b"mapped"
 
