@@ -3,6 +3,7 @@
     attach(spec)
       1. authorise it by the network's rules          isolator/authorise.py
       2. take warm addresses, or allocated ones       ipam/holder.py, ipam/allocations.py
+         and look whose the ports are that it maps    isolator/hostports.py
       3. journal: endpoint 'attaching' + addresses    isolator/journal.py, one commit
       4. admit it in the policy                       isolator/policy/, before the links go up
       5. wire the namespace                           isolator/drivers/, links up last
@@ -42,9 +43,10 @@ from isolator.errors import (
     JournalUnwritable,
     KernelRefused,
     NotAttached,
-    PortTaken,
     Superseded,
 )
+from isolator.fabric import VXLAN_PORT
+from isolator.hostports import refuse_claimed, refuse_families, refuse_tunnel
 from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel, admission
@@ -81,7 +83,10 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 
 
 class Endpoints:
-    """See the module's docstring. mtu_of: bytes, of networks that do not set their own."""
+    """See the module's docstring.
+
+    mtu_of: bytes, of networks that do not set their own. tunnel_port: UDP, of this node; no container gets it.
+    """
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class Endpoints:
         catalogue: Catalogue,
         holder: Holder,
         mtu_of: Callable[[Network], int],
+        tunnel_port: int = VXLAN_PORT,
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
@@ -98,6 +104,7 @@ class Endpoints:
         self._catalogue = catalogue
         self._holder = holder
         self._mtu_of = mtu_of
+        self._tunnel_port = tunnel_port
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
@@ -129,8 +136,8 @@ class Endpoints:
     async def attach(self, spec: AttachSpec) -> Endpoint:
         """Give a container an interface with addresses; the same request again gets the same answer.
 
-        Raises NotFound (network), Refused, NamespaceGone, NotANamespace, EndpointExists, Superseded, AddressTaken,
-        TryAgain, KernelRefused, JournalUnwritable; nothing is left behind then.
+        Raises NotFound (network), InvalidInput, Refused, NamespaceGone, NotANamespace, EndpointExists, Superseded,
+        AddressTaken, PortTaken, TryAgain, KernelRefused, JournalUnwritable; nothing is left behind then.
         """
         reached("attach:begun")
         begun = time.monotonic()
@@ -210,11 +217,12 @@ class Endpoints:
         return None
 
     async def _begin(self, spec: AttachSpec, network: Network) -> Endpoint:
-        """Steps 2 and 3."""
+        """Steps 2 and 3. An ADD that is resumed does not come here: it has its ports already."""
         lent = await self._lend(spec, network)
         reached("attach:lent")
         try:
-            self._check_ports(spec, lent)
+            if spec.port_mappings:
+                await self._check_ports(spec, lent)
         except BaseException:
             self._holder.put_back(lent)
             raise
@@ -247,23 +255,14 @@ class Endpoints:
             AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
         )
 
-    def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
-        """Raises PortTaken naming who has a port of the node, InvalidInput for a mapping that leads to no address."""
+    async def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
+        """Raises InvalidInput for a mapping that would be dead, PortTaken naming who has a port of the node."""
         families = {held.ip.version for held in lent}
-        for asked in spec.port_mappings:
-            if asked.host_ip is not None and asked.host_ip.version not in families:
-                raise InvalidInput(
-                    f"{spec.key} asks for {asked}, but network {spec.network} has no IPv{asked.host_ip.version}; "
-                    "map an address of the other family, or none"
-                )
-        for endpoint in self._endpoints.values():
-            for mapping in endpoint.port_mappings if endpoint.state in ADMITTED else ():
-                for asked in spec.port_mappings:
-                    if asked.claims_the_same_as(mapping):
-                        raise PortTaken(
-                            f"{spec.key} asks for {asked}, but on this node {endpoint.key} has {mapping}; "
-                            "end that one first, or ask for another host port"
-                        )
+        refuse_families(spec, families)
+        refuse_tunnel(spec, self._tunnel_port)
+        await self._kernel.check_ports(spec, families)
+        # Last, and nothing is waited for from here to the journal: else two ADDs may both find the port free.
+        refuse_claimed(spec, (e for e in self._endpoints.values() if e.state in ADMITTED))
 
     def _endpoint(self, spec: AttachSpec, network: Network, lent: Sequence[Held]) -> Endpoint:
         ips = tuple(held.ip for held in lent)

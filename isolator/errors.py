@@ -68,7 +68,7 @@ class Refused(MoorageError):
 
 
 class PortTaken(MoorageError):
-    """A port of the node that is to be mapped leads to another container."""
+    """A port of the node that is to be mapped leads to another container, or the node itself listens there."""
 
     code = 107
 

@@ -139,7 +139,13 @@ class Isolator:
             is_leaving=lambda: self._holder.drain.is_on and not self._endpoints.all(),
         )
         self._endpoints = Endpoints(
-            self._boot_id, self._kernel, self._journal, self._catalogue, self._holder, self._fabric.mtu
+            self._boot_id,
+            self._kernel,
+            self._journal,
+            self._catalogue,
+            self._holder,
+            self._fabric.mtu,
+            settings.vxlan_port,
         )
         self.allocated = Allocated(
             self._kernel,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
-from isolator.model import Endpoint, IPAddress, PortMapping
+from isolator.hostports import first_collision, taken_by, who_listens
+from isolator.model import AttachSpec, Endpoint, IPAddress, PortMapping
 from isolator.netlink import (
     HostLink,
     HostRoute,
@@ -111,6 +112,14 @@ class Kernel:
         """
         with self._wiring.node.open_namespace(f"/proc/{pid}/ns/net") as namespace:
             yield pinned(namespace)
+
+    async def check_ports(self, spec: AttachSpec, families: Collection[int]) -> None:
+        """Raises InvalidInput for a hostIP that is not the node's, PortTaken naming who of the node listens there."""
+        found = await self._wiring.run(first_collision, self._wiring.node, spec, families)
+        if found is not None:
+            # It looks at every process: on the thread that no ADD waits for.
+            who = await self._reaping.run(who_listens, self._reaping.node, found.listener)
+            raise taken_by(spec, found, who)
 
     async def connect(self, endpoint: Endpoint, isolation: Isolation) -> None:
         """Admit the endpoint in the policy, then wire it; neither if either fails. isolation: its network's."""
@@ -360,4 +369,5 @@ class Kernel:
 
     async def forget_ports(self, mappings: Iterable[PortMapping]) -> None:
         """Delete the tracked UDP connections to ports that are mapped from now on."""
-        await self._reaping.run(flush_ports, [m.host_port for m in mappings if m.protocol == "udp"])
+        ports = [m.host_port for m in mappings if m.protocol == "udp"]
+        await self._reaping.run(flush_ports, self._reaping.node, ports)

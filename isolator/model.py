@@ -47,7 +47,7 @@ class PortMapping:
 
     protocol: of PROTOCOLS. host_port, container_port: 1 to 65535.
     host_ip: the node's address that it holds for; None is every address of the node, the unspecified one of a
-    family (``0.0.0.0``, ``::``) every address of that family.
+    family (``0.0.0.0``, ``::``) every address of that family. What ``can_be_mapped`` excludes is among none of these.
     """
 
     protocol: str
@@ -60,6 +60,10 @@ class PortMapping:
         return (self.protocol, self.host_port) == (other.protocol, other.host_port) and _overlap(
             self.host_ip, other.host_ip
         )
+
+    def covers(self, ip: IPAddress) -> bool:
+        """Whether packets to this address of the node are meant."""
+        return can_be_mapped(ip) and _overlap(self.host_ip, ip)
 
     def __str__(self) -> str:
         host = "" if self.host_ip is None else f" on {self.host_ip}"
@@ -89,6 +93,15 @@ class Bandwidth:
 
 
 UNLIMITED = Bandwidth()
+
+
+def can_be_mapped(ip: IPAddress) -> bool:
+    """Whether a port of this address of a node can lead to a container.
+
+    Linux does not forward packets from ::1 or from link-local IPv6 addresses, and others rarely go to those. It does
+    from 127.0.0.0/8 (``route_localnet``).
+    """
+    return not ip.is_multicast and not (ip.version == 6 and (ip.is_loopback or ip.is_link_local))
 
 
 def _overlap(one: IPAddress | None, other: IPAddress | None) -> bool:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol, cast
@@ -22,9 +23,12 @@ from ipam.records import Network
 from ipam.store.etcd_url import parse
 from isolator import sysctl
 from isolator.connections import LEVELS
+from isolator.endpoints import ADMITTED
+from isolator.hostports import collisions, has_host_ip, who_listens
+from isolator.netlink import Node
 from isolator.policy.foreign import blocked
 from moorage.cli.network import resolver_warning
-from moorage.cli.session import Session
+from moorage.cli.session import Session, as_port_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +157,52 @@ def _resolver(network: Network) -> Iterator[Finding]:
         yield Finding("resolver", warning, (f"moorage network set {network.name} --dns IP",))
 
 
+def mapped_ports(session: Session) -> Iterator[Finding]:
+    """Does the node itself listen on a port that leads to a container, or is an address gone that one is mapped of?"""
+    try:
+        endpoints = session.ask_agent("endpoints")
+    except MoorageError:
+        return  # the first check says so
+    with Node() as node:
+        for endpoint in endpoints:
+            if endpoint["state"] in ADMITTED and endpoint["port_mappings"]:
+                yield from _mapped_ports(node, endpoint)
+
+
+def _mapped_ports(node: Node, endpoint: Mapping[str, Any]) -> Iterator[Finding]:
+    container = f"{endpoint['container_id']}/{endpoint['ifname']}"
+    mappings = [as_port_mapping(row) for row in endpoint["port_mappings"]]
+    families = {ip_address(ip).version for ip in endpoint["addresses"]}
+    for mapping in mappings:
+        if not has_host_ip(node, mapping):
+            yield Finding(
+                "ports",
+                f"{container} has {mapping}, but this node does not have {mapping.host_ip} (any more), so "
+                "nothing comes by it; give the node that address, or start the container without hostIP",
+            )
+    look = collisions(mappings, families)
+    for protocol, why in look.unknown.items():
+        yield Finding(
+            "ports",
+            f"whether the node itself listens on {protocol} ports that lead to {container} is not known: {why}",
+            (f"modprobe {protocol}_diag",),
+        )
+    # Of servers that share a port by SO_REUSEPORT, one stands for all.
+    for mapping, listener in {(c.mapping, str(c.listener)): c for c in reversed(look.collisions)}.values():
+        yield Finding(
+            "ports",
+            f"{mapping.protocol} port {mapping.host_port} of this node leads to {container}, so "
+            f"{who_listens(node, listener)} listens on {listener} in vain; have it listen on another "
+            "port, or start the container with another host port",
+        )
+
+
 CHECKS: dict[str, Check] = {
     "agent": agent,
     "forwarding": forwarding,
     "firewalls": firewalls,
     "networks": networks,
+    "ports": mapped_ports,
 }
 
 

@@ -49,6 +49,11 @@ def _host_ip(what: str, value: str) -> IPAddress:
         raise InvalidInput(f"the host's address in {what} must be an IP address, not {value!r:.80}") from None
     if isinstance(address, IPv6Address) and (address.scope_id or address.ipv4_mapped):
         raise InvalidInput(f"the host's address in {what} must be a plain IPv6 address, not {value!r:.80}")
+    if address.version == 6 and address.is_loopback:
+        raise InvalidInput(
+            f"the host's address in {what} must not be {address}: Linux forwards nothing from there, so no container "
+            "can be reached by it; use 127.0.0.1 for what only the node itself may call"
+        )
     if address.is_multicast or address.is_link_local:
         raise InvalidInput(f"the host's address in {what} must be one that the node can have, not {address}")
     return address

@@ -20,6 +20,8 @@ from typing import NamedTuple
 from isolator.model import IPAddress
 from isolator.netlink import codec
 from isolator.netlink.codec import Message, Request, attribute
+from isolator.netlink.lookup import is_local
+from isolator.netlink.node import Node
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 
 _SUBSYSTEM = 1 << 8
@@ -86,10 +88,12 @@ def flush_conntrack(ips: Iterable[IPAddress]) -> None:
     forget(connections_of(ips))
 
 
-def flush_ports(ports: Iterable[int]) -> None:
-    """Delete every UDP entry whose first packet went to one of these ports; costs what ``connections_of`` does.
+def flush_ports(node: Node, ports: Iterable[int]) -> None:
+    """Delete every UDP entry whose first packet went to one of these ports of the node; costs what
+    ``connections_of`` does, and a look for each address that such packets went to.
 
-    A flow that began before its port was mapped would go on past the mapping for as long as it is kept up.
+    A flow that began before its port was mapped would go on past the mapping for as long as it is kept up. One that
+    goes to that port of another machine is not concerned, and without its entry its answer would be lost.
     """
     wanted = frozenset(port.to_bytes(2, "big") for port in ports)
     if not wanted:
@@ -101,7 +105,9 @@ def flush_ports(ports: Iterable[int]) -> None:
         is_udp = bytes(found.get(_PROTO_NUMBER, b"")) == bytes([socket.IPPROTO_UDP])
         return is_udp and bytes(found.get(_PORT_DST, b"")) in wanted
 
-    forget(_found(socket.AF_UNSPEC, needles, doomed))
+    found = _found(socket.AF_UNSPEC, needles, doomed)
+    own = {ip for ip in {connection.target for connection in found} if is_local(node, ip)}
+    forget(connection for connection in found if connection.target in own)
 
 
 def _found(

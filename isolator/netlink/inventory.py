@@ -113,6 +113,28 @@ def our_rules(node: Node) -> list[HostRule]:
     ]
 
 
+_TUNNEL_PORTS = {
+    "vxlan": messages.IFLA_VXLAN_PORT,
+    "geneve": messages.IFLA_GENEVE_PORT,
+    "bareudp": messages.IFLA_BAREUDP_PORT,
+}
+"""Kinds of links that listen on a UDP port by a socket of the kernel's, and what says on which."""
+
+
+def tunnel_ports(node: Node) -> dict[int, str]:
+    """UDP port -> a link of this namespace that is a tunnel on it, up or not."""
+    found = {}
+    for message in node.route.dump(messages.dump_links()):
+        values = codec.attributes(message.body, messages.LINK.size)
+        info = codec.attributes(values.get(messages.IFLA_LINKINFO, memoryview(b"")))
+        kind = _TUNNEL_PORTS.get(codec.as_text(info.get(messages.IFLA_INFO_KIND)))
+        options = codec.attributes(info.get(messages.IFLA_INFO_DATA, memoryview(b"")))
+        if kind is not None and kind in options:
+            port = int.from_bytes(options[kind], "big")
+            found[port] = codec.as_text(values.get(messages.IFLA_IFNAME))
+    return found
+
+
 def delete_links(node: Node, names: Iterable[str]) -> None:
     """Delete links that are ours by name, all in one go; what is gone is fine.
 

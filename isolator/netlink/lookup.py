@@ -55,6 +55,17 @@ def look_up(node: Node, dst: IPAddress, src: IPAddress | None, iif: str) -> Look
     return Lookup(socket.if_indextoname(route.index), route.gateway)
 
 
+def is_local(node: Node, ip: IPAddress) -> bool:
+    """Whether the node takes packets to an address for its own (``fib daddr type local``): all of 127.0.0.0/8 too."""
+    try:
+        message = node.route.get(messages.get_route(ip, None, 0))
+    except KernelRefused as error:
+        if error.errno not in (*_ANSWERS, errno.EHOSTUNREACH, errno.EACCES):
+            raise
+        return False
+    return message is not None and parse_route(message).kind == messages.RTN_LOCAL
+
+
 def neighbour_state(node: Node, ip: IPAddress, device: str) -> str:
     """What the kernel knows of a neighbour: ``reachable``, ``failed``, …; "" if it never asked for it."""
     try:

@@ -18,6 +18,7 @@ from isolator.netlink import codec
 from isolator.netlink.codec import Message, Request
 
 NETLINK_ROUTE = 0
+NETLINK_SOCK_DIAG = 4
 NETLINK_NETFILTER = 12
 
 _SOL_NETLINK = 270

@@ -26,7 +26,8 @@ an accept here never overrules a drop in somebody else's table.
                                         one that no route leads back to, and comes by the tunnel if the container that
                                         it is for is reached by the tunnel
 
-    to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container
+    to the node      --> portmaps (nat prerouting, and output for the node's own): a mapped port leads to its container,
+                           but for ::1 and link-local addresses, whose packets Linux cannot forward
 
     to a container   --> arriving (forward)
                            its interface and destination address lead to the chain of who may call it; not even an
@@ -151,6 +152,7 @@ $netgroups	chain claimed {
 	chain portmaps {
 		dnat ip to ip daddr . meta l4proto . th dport map @portsat4
 		dnat ip to meta l4proto . th dport map @ports4
+		ip6 daddr { ::1, fe80::/10 } return
 		dnat ip6 to ip6 daddr . meta l4proto . th dport map @portsat6
 		dnat ip6 to meta l4proto . th dport map @ports6
 	}

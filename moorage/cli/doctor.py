@@ -15,8 +15,8 @@ from moorage.cli.session import Session, pass_session
 def doctor(session: Session) -> None:
     """Find what commonly keeps containers of this machine from working, and say what would mend it.
 
-    Looks at the agent, the tunnel and the connection table, at forwarding, at other firewalls, at name servers
-    and at who reaches the store; changes nothing. Needs root.
+    Looks at the agent, the tunnel and the connection table, at forwarding, at other firewalls, at name servers,
+    at who reaches the store, and at mapped ports that the node itself listens on; changes nothing. Needs root.
     Exit 1 if anything was found.
 
     \b

@@ -23,7 +23,7 @@ from isolator.policy.sending import Packet
 from isolator.registered import stores_of
 from moorage.cli.containers import Stored, addresses_named, all_addresses, ips_named
 from moorage.cli.output import Column
-from moorage.cli.session import Session, packet_options, pass_session
+from moorage.cli.session import Session, as_port_mapping, packet_options, pass_session
 
 
 @click.group(short_help="Who may call whom, and why.")
@@ -140,11 +140,12 @@ def is_local(ip: str) -> bool:
 
 def mapped(session: Session, target: str, port: int, proto: str) -> str:
     """Where a port of this machine's address leads; "" if it is not mapped. Raises TryAgain."""
+    ip = ip_address(target)
     for endpoint in session.ask_agent("endpoints"):
-        for mapping in endpoint["port_mappings"]:
-            at = ip_address(mapping["host_ip"] or target)
-            here = at == ip_address(target) or at.is_unspecified
-            if here and (mapping["protocol"], mapping["host_port"]) == (proto, port):
+        if all(ip_address(own).version != ip.version for own in endpoint["addresses"]):
+            continue
+        for mapping in map(as_port_mapping, endpoint["port_mappings"]):
+            if mapping.covers(ip) and (mapping.protocol, mapping.host_port) == (proto, port):
                 return (
                     f"{proto} port {port} is mapped to {endpoint['container_id']}/{endpoint['ifname']}, "
                     "and everybody may call a mapped port"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
@@ -14,7 +14,7 @@ import click
 from ipam.schema import ensure_schema
 from ipam.store import open_store
 from ipam.store.base import Store
-from isolator.model import PROTOCOLS
+from isolator.model import PROTOCOLS, PortMapping
 from isolator.policy.sending import ICMP_ERROR
 from moorage import admin, config
 from moorage.cli.output import Output
@@ -124,6 +124,17 @@ def packet_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def as_port_mapping(row: Mapping[str, Any]) -> PortMapping:
+    """One of an endpoint's port mappings, as the agent tells of it."""
+    host_ip = row["host_ip"]
+    return PortMapping(
+        row["protocol"],
+        row["host_port"],
+        row["container_port"],
+        None if host_ip is None else ip_address(host_ip),
+    )
 
 
 class IPType(click.ParamType[IPAddress]):

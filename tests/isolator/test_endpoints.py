@@ -24,7 +24,7 @@ from ipam.reservations import reserve
 from ipam.store import Store, open_store
 from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.endpoints import Endpoints
-from isolator.errors import JournalUnwritable, KernelRefused, Refused, Superseded
+from isolator.errors import JournalUnwritable, KernelRefused, PortTaken, Refused, Superseded
 from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
@@ -37,6 +37,7 @@ from isolator.model import (
     EndpointKey,
     EndpointState,
     Limit,
+    PortMapping,
     ValidAttachments,
 )
 from tests.patience import PATIENCE
@@ -54,6 +55,7 @@ class StubKernel:
     intact: bool = True
     limited: set[str] = field(default_factory=set)
     vacant: set[str] = field(default_factory=set)
+    taken: str = ""
 
     def _told(self, what: str, endpoint: Endpoint) -> None:
         self.calls.append(f"{what} {endpoint.key.container_id}")
@@ -63,6 +65,12 @@ class StubKernel:
 
     def check_namespace(self, path: str) -> None:
         pass
+
+    async def check_ports(self, spec: AttachSpec, families: set[int]) -> None:
+        self.calls.append(f"ports of {spec.key.container_id} over {families}")
+        await asyncio.sleep(0)
+        if self.taken:
+            raise PortTaken(self.taken)
 
     async def connect(self, endpoint: Endpoint, _: object) -> None:
         await asyncio.sleep(0)
@@ -168,6 +176,51 @@ async def test_a_failed_add_leaves_no_endpoint_and_no_assigned_address(node: Nod
     assert node.endpoints.all() == []
     assert node.journal.load_endpoints() == []
     assert node.holder.assigned() == {}
+
+
+async def test_a_port_of_the_node_that_is_taken_leaves_nothing_behind(node: Node) -> None:
+    node.kernel.taken = "sshd"
+    with pytest.raises(PortTaken, match="sshd"):
+        await node.endpoints.attach(replace(node.spec(), port_mappings=(PortMapping("tcp", 31022, 22),)))
+    assert node.kernel.calls == ["ports of c1 over {4}"], "before anything is wired"
+    assert node.endpoints.all() == []
+    assert node.journal.load_endpoints() == []
+    assert node.holder.assigned() == {}
+
+
+async def test_the_tunnels_port_is_refused(node: Node) -> None:
+    await set_network(node.store, "web", NetworkChange(allow_hostports=("4789",)))
+    await node.catalogue.refresh()
+    with pytest.raises(PortTaken, match="tunnel"):
+        await node.endpoints.attach(replace(node.spec(), port_mappings=(PortMapping("udp", 4789, 53),)))
+    assert node.endpoints.all() == []
+
+
+async def test_an_add_without_mappings_does_not_look_at_ports(node: Node) -> None:
+    await node.endpoints.attach(node.spec())
+    assert node.kernel.calls == ["connect c1"]
+
+
+@pytest.mark.parametrize("state", [EndpointState.ATTACHED, EndpointState.ATTACHING])
+async def test_the_same_add_again_is_not_refused_for_a_port_that_it_has(
+    node: Node, state: EndpointState
+) -> None:
+    spec = replace(node.spec(), port_mappings=(PortMapping("tcp", 31080, 80),))
+    first = await node.endpoints.attach(spec)
+    node.endpoints.adopt(replace(first, state=state))
+    node.kernel.taken = "a process that began to listen since"
+    assert await node.endpoints.attach(spec) == first
+
+
+async def test_of_two_adds_at_once_for_one_port_one_is_refused(node: Node) -> None:
+    """Both have looked at the node before either is journalled."""
+    ports = (PortMapping("tcp", 31080, 80),)
+    specs = [
+        replace(node.spec(name, request=name), port_mappings=ports, netns=f"/{name}") for name in ("c1", "c2")
+    ]
+    ends = await asyncio.gather(*map(node.endpoints.attach, specs), return_exceptions=True)
+    assert sorted(type(end).__name__ for end in ends) == ["Endpoint", "PortTaken"]
+    assert node.kernel.calls[:2] == ["ports of c1 over {4}", "ports of c2 over {4}"]
 
 
 async def test_an_unknown_network_takes_no_address(node: Node) -> None:

@@ -19,7 +19,7 @@ def mapping(host_port: int = 80, container_port: int = 8080, *, host_ip: str | N
     )
 
 
-@pytest.mark.parametrize("host_ip", ["0.0.0.0", "127.0.0.1", "192.0.2.1", "::", "::1", "2001:db8::1"])
+@pytest.mark.parametrize("host_ip", ["0.0.0.0", "127.0.0.1", "127.0.0.53", "192.0.2.1", "::", "2001:db8::1"])
 def test_a_host_address_is_one_that_the_node_can_have(host_ip: str) -> None:
     assert mapping(host_ip=host_ip).host_ip == ip_address(host_ip)
 
@@ -33,6 +33,9 @@ def test_a_host_address_is_one_that_the_node_can_have(host_ip: str) -> None:
         "224.0.0.1",
         "fe80::1",
         "fe80::1%eth0",
+        "::1",
+        "0::0001",
+        "ff02::1",
         "::ffff:10.0.0.1",
         " ",
         "1\n",
@@ -51,10 +54,10 @@ def test_the_same_mapping_said_twice_is_one() -> None:
     ("one", "other"),
     [
         (None, "192.0.2.1"),
-        (None, "::1"),
+        (None, "2001:db8::1"),
         ("0.0.0.0", "192.0.2.1"),
-        ("::1", "::"),
-        ("::1", "::1"),
+        ("2001:db8::1", "::"),
+        ("2001:db8::1", "2001:db8::1"),
         (None, None),
     ],
 )
@@ -65,7 +68,7 @@ def test_two_mappings_of_one_port_are_refused_naming_both(one: str | None, other
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("0.0.0.0", "::"), ("0.0.0.0", "::1"), ("192.0.2.1", "192.0.2.2")]
+    ("one", "other"), [("0.0.0.0", "::"), ("0.0.0.0", "2001:db8::1"), ("192.0.2.1", "192.0.2.2")]
 )
 def test_one_port_of_two_addresses_is_two_ports(one: str, other: str) -> None:
     mappings = (mapping(host_ip=one), mapping(container_port=9090, host_ip=other))

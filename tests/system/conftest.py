@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,6 +32,32 @@ def node() -> Iterator[LabNode]:
             "all",
         )
         yield node
+
+
+LISTEN = """
+import socket, sys, time
+protocol, ip, port = sys.argv[1:]
+family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+made = socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
+made.bind((ip, int(port)))
+if protocol == "tcp":
+    made.listen()
+print(flush=True)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def listening(node: LabNode, protocol: str, ip: str, port: int) -> Iterator[int]:
+    """A process of the node that listens; its pid."""
+    command = (sys.executable, "-c", LISTEN, protocol, ip, str(port))
+    with node.namespace.start(*command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def eventually(holds: Callable[[], object], within: float = PATIENCE) -> None:

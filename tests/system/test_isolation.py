@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from moorage.lab import Container, LabNode, Namespace, unique
-from tests.system.conftest import eventually
+from moorage.lab.container import Answer
+from tests.system.conftest import assert_nothing_left, eventually, listening
 
 pytestmark = pytest.mark.kernel
 
@@ -126,6 +127,7 @@ def test_a_mapped_port_reaches_the_container_and_a_taken_one_names_its_holder(
             ("31081", "tcp port 31081 is not mapped to a container"),
         ):
             assert words in node.cli("policy", "test", other.id, "192.0.2.1", "--port", port).stdout
+        assert "is not mapped" in node.cli("policy", "test", other.id, "::1", "--port", "31080").stdout
         answer = two.add("web", port_mappings=[mapping])
         assert answer.json["code"] == 107
         assert one.id in answer.json["msg"]
@@ -139,6 +141,57 @@ def test_a_mapped_port_reaches_the_container_and_a_taken_one_names_its_holder(
         assert two.add("web", port_mappings=[mapping]).exit == 0
         serve(two, server)
         assert fetched(world, "http://192.0.2.1:31080/")
+
+
+@pytest.mark.parametrize(("protocol", "ip"), [("tcp", "127.0.0.1"), ("tcp", "::"), ("udp", "0.0.0.0")])
+def test_a_port_that_a_process_of_the_node_listens_on_is_refused_by_its_name(
+    node: LabNode, protocol: str, ip: str
+) -> None:
+    mapping = {"host_port": 31080, "container_port": 80, "protocol": protocol}
+    with node.container() as container:
+        with listening(node, protocol, ip, 31080) as pid:
+            answer = container.add("web", port_mappings=[mapping])
+            assert answer.json["code"] == 107
+            assert f"(pid {pid}) listens on {protocol} " in answer.json["msg"]
+            assert_nothing_left(node)
+        assert container.add("web", port_mappings=[mapping]).exit == 0
+
+
+def test_the_tunnels_port_is_refused_before_there_is_a_tunnel(node: LabNode) -> None:
+    node.cli("network", "set", "web", "--allow-hostport", "4789")
+    mapping = {"host_port": 4789, "container_port": 53, "protocol": "udp"}
+    with node.container() as container:
+        # The agent hears of the permission in its own time; until then it is code 106.
+        eventually(lambda: container.add("web", port_mappings=[mapping]).json["code"] == 107)
+        assert "--vxlan-port" in container.add("web", port_mappings=[mapping]).json["msg"]
+        assert_nothing_left(node)
+
+
+def mapped_at(node: LabNode, container: Container, host_ip: str) -> Answer:
+    """ADD with a mapping of an address; the way of containerd, since Mesos cannot ask for one."""
+    mapping = {"hostPort": 31080, "containerPort": 80, "hostIP": host_ip}
+    config = {"name": "web", "type": "moorage-cni", "cniVersion": "1.0.0", "socket": str(node.socket)}
+    return container.call("ADD", {**config, "runtimeConfig": {"portMappings": [mapping]}})
+
+
+@pytest.mark.parametrize("host_ip", ["::1", "192.0.2.9", "2001:db8::9", "ff02::1", "10.64.0.1"])
+def test_a_host_ip_that_is_none_of_the_nodes_is_refused(node: LabNode, host_ip: str) -> None:
+    with node.container() as container:
+        answer = mapped_at(node, container, host_ip)
+        assert answer.json["code"] == 7
+        assert host_ip in answer.json["msg"]
+        assert_nothing_left(node)
+
+
+def test_a_host_ip_of_the_node_is_mapped_beside_a_process_on_another(node: LabNode) -> None:
+    with (
+        node.container() as container,
+        listening(node, "tcp", "127.0.0.53", 31080),
+        listening(node, "tcp", "::1", 31080),
+    ):
+        for host_ip in ("198.18.0.1", "fd98::1", "127.0.0.1"):
+            assert mapped_at(node, container, host_ip).exit == 0
+            assert container.delete("web").exit == 0
 
 
 def test_a_mapping_of_a_family_that_the_network_has_not_is_refused(node: LabNode) -> None:

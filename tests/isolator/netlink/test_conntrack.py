@@ -10,7 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from isolator.model import IPAddress
-from isolator.netlink import connections_of, flush_conntrack, flush_ports, forget
+from isolator.netlink import Node, connections_of, flush_conntrack, flush_ports, forget
 from isolator.netlink.codec import NLM_F_CREATE, NLM_F_EXCL, Request, attribute, nested
 from isolator.netlink.codec import attributes as attributes_of
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
@@ -116,11 +116,14 @@ def test_connections_are_told_by_who_began_them(container: Room, netfilter: Netl
 
 
 def test_flows_to_a_port_are_found_by_their_first_packet(container: Room, netfilter: NetlinkSocket) -> None:
-    netfilter.execute([flow("10.0.0.5", "10.9.0.1", 1), flow("fd00::5", "fd09::1", 2)])
-    container.do(flush_ports, [1, 2, 54])
-    assert flows(netfilter) == 2
-    container.do(flush_ports, [53])
-    assert flows(netfilter) == 0
+    container.sh("ip address add 10.9.0.1/32 dev lo; ip address add fd09::1/128 dev lo")
+    elsewhere = flow("10.0.0.5", "10.9.0.2", 3)
+    netfilter.execute([flow("10.0.0.5", "10.9.0.1", 1), flow("fd00::5", "fd09::1", 2), elsewhere])
+    with container.do(Node) as node:
+        container.do(flush_ports, node, [1, 2, 54])
+        assert flows(netfilter) == 3
+        container.do(flush_ports, node, [53])
+        assert flows(netfilter) == 1, "the one to another machine is left"
 
 
 def test_an_address_in_another_attribute_is_no_hit(container: Room, netfilter: NetlinkSocket) -> None:

@@ -51,7 +51,7 @@ def answer(
     listening.bind(("", port))
     listening.listen()
     try:
-        calling.connect((str(target), target_port))
+        calling.connect(place(target, target_port))
         connection, seen = listening.accept()
         with connection:
             connection.sendall(b"hello")
@@ -63,6 +63,12 @@ def answer(
     return str(seen[0])
 
 
+def place(ip: IPAddress, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """For a socket; of a link-local address with its link, which stands behind it by number."""
+    scope = ip.scope_id if isinstance(ip, IPv6Address) else None
+    return (str(ip), port) if scope is None else (str(ip).split("%")[0], port, 0, int(scope))
+
+
 def _udp_answer(
     server: Room, port: int, client: Room, target: IPAddress, target_port: int, family: int, within: float
 ) -> str | None:
@@ -71,9 +77,9 @@ def _udp_answer(
         each.settimeout(within)
     listening.bind(("", port))
     try:
-        calling.sendto(b"hello?", (str(target), target_port))
+        calling.sendto(b"hello?", place(target, target_port))
         _, seen = listening.recvfrom(64)
-        listening.sendto(b"hello", seen[:2])
+        listening.sendto(b"hello", seen)
         assert calling.recv(64) == b"hello"
     except OSError:
         return None
@@ -131,11 +137,61 @@ def test_a_host_ip_limits_a_mapping_to_one_address_of_the_node(machine: Machine,
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+@pytest.mark.parametrize("own", ["127.0.0.1", "127.0.0.53", "127.255.255.254"])
+def test_a_host_ip_of_the_nodes_loopback_leads_from_the_node_itself(
+    machine: Machine, container: Room, own: str, proto: str
+) -> None:
+    mapped(machine, container, PortMapping(proto, 8080, 80, ip_address(own)))
+    assert answer(container, 80, machine, ip_address(own), 8080, proto) == str(NODE4)
+    for other in ("127.0.0.2", str(NODE4)):
+        assert not answer(container, 80, machine, ip_address(other), 8080, proto, within=SILENCE)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_a_mapped_port_leaves_the_node_what_cannot_be_forwarded(
+    machine: Machine, container: Room, proto: str
+) -> None:
+    """::1, and link-local addresses, which a process of the node or of its neighbour calls from its own."""
+    for room, number in ((machine, 1), (machine.world, 2)):
+        link = "uplink" if room is machine else "up0"
+        room.sh(f"ip addr add fe80::{number}/64 dev {link} nodad")
+        room.sh(f"ip neigh replace fe80::{3 - number} dev {link} lladdr 02:00:00:00:00:0{3 - number}")
+        room.delivers(f"fe80::{number}")
+    mapped(machine, container, PortMapping(proto, 8080, 80))
+    for client, target in (
+        (machine, ip_address("::1")),
+        (machine, ip_address("fe80::1%1001")),
+        (machine.world, ip_address("fe80::1%1002")),
+    ):
+        assert answer(machine, 8080, client, target, 8080, proto), (client.name, target)
+    assert answer(container, 80, machine.world, NODE6, 8080, proto)
+
+
+@pytest.mark.kernel
 def test_an_endpoint_that_goes_takes_its_mappings_along(machine: Machine, container: Room) -> None:
     wiring = mapped(machine, container, PortMapping("tcp", 8080, 80))
     machine.detach(wiring)
     for name in ("ports4", "ports6", "hairpin4", "hairpin6"):
         assert "elements" not in machine.sh(f"nft list table inet moorage | grep -A4 ' {name} '")
+
+
+@pytest.mark.kernel
+def test_a_flow_to_a_mapped_port_of_another_machine_goes_on(
+    machine: Machine, make_container: MakeRoom
+) -> None:
+    """A container's question to a name server, which is on its way when somebody maps UDP 53 of this node."""
+    client, container = make_container(), make_container()
+    machine.attach(client, "eth0", B4, B6, default_route=True)
+    server = machine.world.udp(ip_address("192.0.2.2"), 53)
+    asking = client.udp(ip_address(B4))
+    asking.sendto(b"question", ("192.0.2.2", 53))
+    _, seen = server.recvfrom(64)
+    mapped(machine, container, PortMapping("udp", 53, 53))
+    machine.do(flush_ports, machine.node, [53])
+    server.sendto(b"answer", seen)
+    assert asking.recv(64) == b"answer"
 
 
 @pytest.mark.kernel
@@ -151,7 +207,7 @@ def test_a_udp_flow_that_began_before_the_mapping_does_not_go_on_past_it(
     listening = container.udp(ip_address(A4), 80)
     calling.sendto(b"past it", (str(NODE4), 8080))
     assert on_node.recv(64) == b"past it"
-    machine.do(flush_ports, [8080])
+    machine.do(flush_ports, machine.node, [8080])
     calling.sendto(b"mapped", (str(NODE4), 8080))
     assert listening.recv(64) == b"mapped"
 

@@ -371,6 +371,7 @@ table inet moorage {
     chain portmaps {
         dnat ip to ip daddr . meta l4proto . th dport map @portsat4
         dnat ip to meta l4proto . th dport map @ports4
+        ip6 daddr { ::1, fe80::/10 } return
         dnat ip6 to ip6 daddr . meta l4proto . th dport map @portsat6
         dnat ip6 to meta l4proto . th dport map @ports6
     }
