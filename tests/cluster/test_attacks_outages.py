@@ -11,6 +11,7 @@ from isolator.fabric.plan import VXLAN_PORT
 from moorage.lab import Lab, LabNode
 from tests.cluster.attacking import Result, Shot, Tally, fire, mark, tallied, udp_socket
 from tests.cluster.peers import PORT, Peer, create_networks
+from tests.cluster.tunnel import device_addresses
 from tests.cluster.tunnel_scene import USUAL, Scene, by_socket, payloads, scene_of, shots, to_tunnels, truths
 from tests.patience import PATIENCE
 from tests.system.conftest import eventually
@@ -150,6 +151,9 @@ def test_nobody_else_is_let_in_after_the_store_was_emptied_and_networks_are_made
 ) -> None:
     empty_the_store(scene, agents)
     create_networks(scene.lab.nodes[0])
+    for node in scene.lab.nodes:
+        for family, ip in device_addresses(node).items():
+            scene.own[node.name][family][0] = ip
     judge(scene, tally, f"the store was emptied, agents {agents}")
 
 
