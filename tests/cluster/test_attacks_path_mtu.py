@@ -198,8 +198,11 @@ def is_refused(source: Namespace, target: str) -> bool:
 @pytest.mark.parametrize("who", ["red", "hostgw", "public", "net-modules"])
 def test_a_smaller_mtu_on_the_way_is_told(scene: Scene, who: str, family: int) -> None:
     """By a router of the world, through the node's masquerading."""
-    with udp_socket(scene.evil[who].namespace, family) as sock:
+    evil = scene.evil[who]
+    with udp_socket(evil.namespace, family) as sock:
         sock.setsockopt(*_DISCOVER[family], _DO)
+        # Routes of a container's interface are looked up by source; so is what is remembered of a path.
+        sock.bind((evil.ips[family], 0))
         sock.connect((BEHIND[family], CLOSED))
 
         def told() -> bool:
