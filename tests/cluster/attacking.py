@@ -148,13 +148,14 @@ class Listener:
 
 
 class IcmpListener:
-    """All ICMP and ICMPv6 that a namespace's own stack is given."""
+    """All ICMP, ICMPv6 and IGMP that a namespace's own stack is given."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._sockets = [
             inside(namespace, lambda f=family, p=protocol: socket.socket(f, socket.SOCK_RAW, p))
             for family, protocol in (
                 (socket.AF_INET, socket.IPPROTO_ICMP),
+                (socket.AF_INET, socket.IPPROTO_IGMP),
                 (socket.AF_INET6, socket.IPPROTO_ICMPV6),
             )
         ]
