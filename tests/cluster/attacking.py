@@ -141,14 +141,41 @@ class Listener:
         self.socket.setblocking(False)
 
     def heard(self) -> Counter[str]:
-        found: Counter[str] = Counter()
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                found.update(label.decode() for label in _MARK.findall(self.socket.recv(65536)))
-        return found
+        return Counter(_labels(self.socket))
 
     def close(self) -> None:
         self.socket.close()
+
+
+class IcmpListener:
+    """All ICMP, ICMPv6 and IGMP that a namespace's own stack is given."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._sockets = [
+            inside(namespace, lambda f=family, p=protocol: socket.socket(f, socket.SOCK_RAW, p))
+            for family, protocol in (
+                (socket.AF_INET, socket.IPPROTO_ICMP),
+                (socket.AF_INET, socket.IPPROTO_IGMP),
+                (socket.AF_INET6, socket.IPPROTO_ICMPV6),
+            )
+        ]
+        for sock in self._sockets:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, QUEUE)
+            sock.setblocking(False)
+
+    def heard(self) -> Counter[str]:
+        return Counter(label for sock in self._sockets for label in _labels(sock))
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+
+def _labels(sock: socket.socket) -> Iterator[str]:
+    """Of the marks in everything that waits at a socket."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield from (label.decode() for label in _MARK.findall(sock.recv(65536)))
 
 
 def udp_socket(namespace: Namespace, family: int, port: int = 0) -> socket.socket:
@@ -182,8 +209,10 @@ class Result:
     which: Counter[str]
 
 
-def fire(shots: Iterable[Shot], truths: Iterable[Shot], ears: Sequence[Hears]) -> Result:
-    """Send every shot REPEAT times, then the truths until each was heard; what was heard of the shots.
+def fire(
+    shots: Iterable[Shot], truths: Iterable[Shot], ears: Sequence[Hears], repeat: int = REPEAT
+) -> Result:
+    """Send every shot ``repeat`` times, then the truths until each was heard; what was heard of the shots.
 
     Fails if a truth is never heard.
     """
@@ -191,7 +220,7 @@ def fire(shots: Iterable[Shot], truths: Iterable[Shot], ears: Sequence[Hears]) -
         ear.heard()
     sent = 0
     for shot in shots:
-        for _ in range(REPEAT):
+        for _ in range(repeat):
             # What a kernel refuses to send at all was not sent.
             with contextlib.suppress(OSError):
                 shot.send()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from isolator.fabric.plan import VXLAN_PORT
 from moorage.lab import Lab, LabNode, Namespace
@@ -24,6 +25,7 @@ class Scene:
     family: of the underlay; ports: of each node's tunnel.
     own: the addresses that a node has beside its underlay's, by node, then family: of its VXLAN device and of another
     interface. services: UDP ones of nodes. wires: at the underlay. outsider: a machine there that is no node.
+    backup: of the store, for who restores it.
     """
 
     lab: Lab
@@ -36,6 +38,7 @@ class Scene:
     services: dict[str, Listener]
     wires: dict[str, Wire]
     outsider: Namespace
+    backup: Path | None = None
 
     @property
     def ears(self) -> list[Hears]:
@@ -49,11 +52,18 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene_of(lab: Lab, family: int = 4, ports: Sequence[int] = (VXLAN_PORT, VXLAN_PORT)) -> Iterator[Scene]:
-    """The scene in a lab of two nodes whose agents run."""
+def scene_of(
+    lab: Lab,
+    family: int = 4,
+    ports: Sequence[int] = (VXLAN_PORT, VXLAN_PORT),
+    *,
+    networks: bool = True,
+) -> Iterator[Scene]:
+    """The scene in a lab of two nodes whose agents run. networks: whether they are yet to be made."""
     with contextlib.ExitStack() as stack:
         n1, n2 = lab.nodes
-        create_networks(n1)
+        if networks:
+            create_networks(n1)
         outsider = stack.enter_context(stranger(lab))
         join = stack.enter_context(peers(lab))
         near = {name: join(n1, name, "blue") for name in ("vx", "hg")}
