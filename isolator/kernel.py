@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ipam.taken import Taken
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
 from isolator.model import Endpoint, IPAddress, PortMapping
@@ -31,6 +32,7 @@ from isolator.netlink import (
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
 from isolator.policy import Admission, Isolation, Policy, Surroundings, Verdict
 from isolator.steps import reached
+from isolator.surrounds import surroundings
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
 from isolator.underlay import Underlay, underlay
@@ -219,6 +221,10 @@ class Kernel:
         """What the node reaches the world through: ``link``, or the one with the default route."""
         # It reads all of the main table, where the fabric has thousands of routes.
         return await self._reaping.run(underlay, self._reaping.node, link)
+
+    async def surroundings(self) -> list[Taken]:
+        """What the node's own networks use; see surrounds.py."""
+        return await self._reaping.run(surroundings, self._reaping.node)
 
     async def enable_forwarding(self) -> None:
         await self._wiring.run(enable_forwarding, self._wiring.node)
