@@ -5,9 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, summarize_address_range
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    collapse_addresses,
+    summarize_address_range,
+)
 
-from ipam.keys import IPAddress, IPNetwork
+from ipam.keys import Family, IPAddress, IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +111,11 @@ def without(network: IPNetwork, taken: Ranges) -> list[IPNetwork]:
         for gap in taken.outside(whole.first, whole.last)
         for piece in summarize(kind(gap.first), kind(gap.last))
     ]
+
+
+def address(value: int, family: Family) -> IPAddress:
+    """An address from its number."""
+    return IPv4Address(value) if family == 4 else IPv6Address(value)
 
 
 def summarize(first: IPAddress, last: IPAddress) -> Iterator[IPNetwork]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ipam.keys import Family
+from ipam.ranges import Ranges
 from ipam.taken import Taken
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
@@ -31,6 +33,7 @@ from isolator.netlink import (
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
 from isolator.policy import Admission, Isolation, Policy, Surroundings, Verdict
+from isolator.policy.adopted import let_go
 from isolator.steps import reached
 from isolator.surrounds import surroundings
 from isolator.sysctl import enable_forwarding
@@ -274,9 +277,10 @@ class Kernel:
         """Interface -> the MAC that the policy knows its container by."""
         return await self._wiring.run(self._policy.macs)
 
-    async def adopt_policy(self) -> None:
-        """Leave the table as it is."""
+    async def adopt_policy(self, closed: Mapping[Family, Ranges]) -> list[str]:
+        """Leave the table as it is, but for what no pool may have; see policy/adopted.py. Returns changed sets."""
         await self._wiring.run(self._policy.adopt)
+        return await self._wiring.run(let_go, closed)
 
     async def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
         """Pools or networks changed; returns the addresses of endpoints that others may call now than before."""
