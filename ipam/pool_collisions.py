@@ -23,14 +23,14 @@ USED = FIRM | {Kind.CONNECTED}
 
 def check_pool(shape: Geometry, around: NodesNetworks) -> None:
     """Raises InvalidInput, which names what a pool collides with unless it is forced, or that nothing is left of it."""
-    effective = around.effective(shape)
-    if effective.usable_count() == 0:
+    found = _shared(shape, around, FIRM if shape.forced else USED)
+    is_left = shape.without(around.closed(shape.family, forced=True)).usable_count() > 0
+    if found and not is_left:
         raise InvalidInput(
             f"the pool {shape.cidr} has no address that nodes do not use themselves: it collides with "
-            f"{_listed(_shared(shape, around, FIRM if shape.forced else USED))}; choose another CIDR"
-            + ("" if shape.forced or not _is_left(shape, around) else ", or give --force")
+            f"{_listed(found)}; choose another CIDR"
         )
-    if not shape.forced and (found := _shared(shape, around, USED)):
+    if found and not shape.forced:
         raise InvalidInput(
             f"the pool {shape.cidr} collides with {_listed(found)}; choose another CIDR, or give --force to use what "
             "is left of it without the addresses that nodes use"
@@ -49,11 +49,6 @@ def _shared(shape: Geometry, around: NodesNetworks, kinds: Collection[Kind]) -> 
 def _common(shape: Geometry, network: IPNetwork) -> tuple[int, int]:
     whole = range_of(network)
     return max(whole.first, shape.first), min(whole.last, shape.last)
-
-
-def _is_left(shape: Geometry, around: NodesNetworks) -> bool:
-    """Whether forcing the pool would leave it an address."""
-    return shape.without(around.closed(shape.family, forced=True)).usable_count() > 0
 
 
 def warnings(shapes: Iterable[Geometry], around: NodesNetworks) -> list[str]:

@@ -92,9 +92,9 @@ def test_a_pool_over_the_underlay_takes_neither_store_nor_nodes_from_anybody(
 ) -> None:
     running = lab.nodes[:2]
     with pool_over(running[0], cidr, fabric):
+        stay_well(lab, running)
         for node in running:
             eventually(lambda node=node: any(cidr in said for said in node.ask("status")["collisions"]))
-        stay_well(lab, running)
         for node in running:
             assert captured(node) == []
             for name in ("pools4", "pools6", "nat4", "tunnelled4", "tunnelled6"):
@@ -126,7 +126,6 @@ def test_nothing_is_given_out_of_it_and_the_refusal_says_whose_it_is(lab: Lab) -
 def test_an_agent_that_finds_what_an_older_one_did_reaches_its_store_again(lab: Lab, journal: str) -> None:
     node = lab.nodes[1]
     with pool_over(lab.nodes[0], UNDERLAY4), contextlib.ExitStack() as stack:
-        eventually(lambda: node.ask("status")["collisions"])
         # With an endpoint, whose rules nobody would make anew before the store was heard.
         stack.enter_context(guest(node, "kept"))
         node.stop()
