@@ -251,9 +251,12 @@ class Catalogue:
     def pool_of(self, ip: IPAddress) -> Geometry | None:
         return next((p for p in self._pools.values() if ip in p.cidr), None)
 
-    def closed_in(self, network: IPNetwork) -> Ranges:
-        """What of a network no route and no rule may take for containers': by the pool that it lies in."""
-        pool = self.pool_of(network.network_address)
+    def closed_in(self, network: IPNetwork, pool_name: str = "") -> Ranges:
+        """What of a network no route and no rule may take for containers': by the pool that it lies in.
+
+        pool_name: of that pool, from who knows it, because looking for it takes long with many pools.
+        """
+        pool = self._pools.get(pool_name) if pool_name else self.pool_of(network.network_address)
         closed = self.around.closed(network.version, forced=pool is not None and pool.forced)
         return closed.within(int(network.network_address), int(network.broadcast_address))
 

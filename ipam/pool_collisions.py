@@ -72,7 +72,7 @@ def colliding_pools(shapes: Iterable[Geometry], around: NodesNetworks) -> list[s
         f"what they share; move the network to another pool, or use the rest with `moorage network set "
         f"{shape.network} --enable-pool {shape.cidr} --force`"
         for shape in shapes
-        if not shape.forced and (found := _shared(shape, around, USED))
+        if not shape.forced and around.closed_to(shape) and (found := _shared(shape, around, USED))
     ]
 
 

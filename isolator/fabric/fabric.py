@@ -395,14 +395,14 @@ class Fabric:
             piece
             for block in self._cluster.blocks_of(name)
             if not self._is_away(block.cidr, name)
-            for piece in self._cut(Piece(block.cidr, fabrics.get(block.pool, "none")), name)
+            for piece in self._cut(Piece(block.cidr, fabrics.get(block.pool, "none")), block.pool, name)
         ]
         if name == self._node:
             return at_home(blocks), []
         away = (
             Piece(host(ip), fabrics.get(pool, "none"))
             for ip, pool in self._cluster.strays_of(name)
-            if self._may_lead_to(ip)
+            if self._may_lead_to(ip, pool)
         )
         pieces = [piece for piece in (*blocks, *away) if piece.fabric != "none"]
         record = self._cluster.nodes().get(name)
@@ -410,20 +410,19 @@ class Fabric:
             return Plan(), _unknown(name, pieces)
         return towards(parse_peer(record), pieces, here)
 
-    def _cut(self, block: Piece, owner: str) -> list[Piece]:
+    def _cut(self, block: Piece, pool: str, owner: str) -> list[Piece]:
         """A block without what nodes' own networks use; another node's still with containers that have such
         addresses."""
-        closed = self._catalogue.closed_in(block.destination)
+        closed = self._catalogue.closed_in(block.destination, pool)
         if not closed or owner == self._node:
             return cut(block, closed, ())
         assigned = self._cluster.assigned_in(block.destination, closed)
-        return cut(block, closed, (ip for ip in assigned if self._may_lead_to(ip)))
+        return cut(block, closed, (ip for ip in assigned if self._may_lead_to(ip, pool)))
 
-    def _may_lead_to(self, ip: IPAddress) -> bool:
+    def _may_lead_to(self, ip: IPAddress, pool: str) -> bool:
         """Whether a route may lead to that address alone: a node's own network comes first, unless all that it has in
         common is the prefix, and a container had the address before that was known."""
-        closed = self._catalogue.closed_in(host(ip))
-        if not closed:
+        if not self._catalogue.closed_in(host(ip), pool):
             return True
         holding = self._cluster.holder_of(ip)
         is_assigned = holding is not None and holding.member is not None

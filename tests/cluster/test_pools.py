@@ -202,8 +202,10 @@ def test_a_node_that_comes_later_with_such_a_lan_keeps_it(lab: Lab) -> None:
             said = first.ask("status")["collisions"]
             assert any(before in sentence and "stays assigned" in sentence for sentence in said), said
             assert kept.namespace.run("ip", "-4", "addr", "show", "dev", "eth0").stdout.count(before) == 1
-            # Who has an address keeps it, and stays reachable where nothing else has it.
+            # Who has an address keeps it, and is reached by a route of its own.
             assert first.namespace.pings(before)
+            assert lab.nodes[1].namespace.pings(before)
+            assert [row.split()[0] for row in captured(lab.nodes[1], "10.51.")] == [before]
             usage = first.ask("network", "show", "early")["pools"][0]["usage"]
             assert usage["free"] == 0
             with first.container() as more:
@@ -215,6 +217,7 @@ def test_a_node_that_comes_later_with_such_a_lan_keeps_it(lab: Lab) -> None:
             assert late.namespace.run("ip", "route", "get", "10.51.0.77").stdout.startswith(
                 "10.51.0.77 dev lan0"
             )
+        eventually(lambda: captured(lab.nodes[1], "10.51.") == [])
     finally:
         late.stop()
         no_lan(late)
