@@ -1,15 +1,18 @@
-"""The catalogue: networks, pools and reservations as the node last saw them.
+"""The catalogue: networks, pools and reservations as the node last saw them, and what nodes' own networks use.
 
 Followed from the store by snapshot and watch, kept in the node's journal, so that an ADD reads memory
 only and works while the store is away. A network that is not known yet is looked for once more in the
 store before it is refused: operators create a network and start an app in the same breath.
+
+Pools come out of it without what nodes' own networks use (ipam/nodes_networks.py), so nobody who gives out
+addresses has to know of that. Of this very node it is what its kernel says, whatever stands in the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,15 +21,19 @@ import structlog
 from ipam import keys
 from ipam.errors import MoorageError, NotFound, StoreError
 from ipam.following import follow
-from ipam.keys import Family, IPAddress
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.networks import unknown_network
+from ipam.nodes_networks import NodesNetworks
 from ipam.pools import Geometry, geometry
-from ipam.records import Network, Pool, Reservation
+from ipam.ranges import Ranges
+from ipam.records import Network, Node, Pool, Reservation
 from ipam.store.base import KeyValue, Store, WatchBatch, read_prefix
+from ipam.taken import Taken, parse_all
 
 log = structlog.get_logger(__name__)
 
-FOLLOWED = (keys.NETWORKS, keys.POOLS, keys.RESERVATIONS)
+OPERATORS = (keys.NETWORKS, keys.POOLS, keys.RESERVATIONS)
+FOLLOWED = (*OPERATORS, keys.NODES)
 
 
 class CatalogueCache(Protocol):
@@ -49,7 +56,8 @@ class Reserved:
 class Catalogue:
     """See the module's docstring. Reading it never blocks.
 
-    on_rewound: told when the store turned out to have gone back in time, for others who follow it.
+    node: this one's name. on_rewound: told when the store turned out to have gone back in time, for others who
+    follow it.
     """
 
     def __init__(
@@ -58,13 +66,19 @@ class Catalogue:
         cache: CatalogueCache,
         on_change: Callable[[], None],
         on_rewound: Callable[[], None] = lambda: None,
+        *,
+        node: str = "",
     ) -> None:
         self._store = store
         self._cache = cache
         self._on_change = on_change
         self._on_rewound = on_rewound
+        self._node = node
+        self._own_told = False
         self._networks: dict[str, Network] = {}
+        self._drawn: dict[str, Geometry] = {}
         self._pools: dict[str, Geometry] = {}
+        self.around = NodesNetworks()
         self._reserved: dict[IPAddress, Reserved] = {}
         self._revisions: dict[str, int] = {}
         # How far each prefix was heard. A snapshot that a watch has overtaken says nothing new.
@@ -76,14 +90,22 @@ class Catalogue:
         """Start from what the journal remembers. It may be of another store: revisions say nothing yet."""
         for key, value, _ in self._cache.load_cache():
             self._set(key, value, 0)
+        self._draw()
 
-    async def refresh(self) -> int:
+    def tell_own(self, taken: Sequence[Taken]) -> None:
+        """What this node's own networks use, as its kernel says; until then it is what its record says."""
+        self._own_told = True
+        if self.around.tell(self._node, taken):
+            self._draw()
+            self._on_change()
+
+    async def refresh(self, prefixes: Sequence[str] = FOLLOWED) -> int:
         """Read everything anew; returns the revision it was read at. Raises StoreUnavailable."""
         async with self._refreshing:
             changed: list[KeyValue] = []
             gone: list[str] = []
             revisions = []
-            for prefix in FOLLOWED:
+            for prefix in prefixes:
                 items, at = await read_prefix(self._store, prefix)
                 revisions.append(at)
                 if at >= self._heard.get(prefix, 0):
@@ -92,7 +114,7 @@ class Catalogue:
                     gone += [key for key in self._revisions if key.startswith(prefix) and key not in fresh]
                     changed += [kv for kv in items if self._revisions.get(kv.key) != kv.mod_revision]
             self._apply(changed, gone)
-            # Watching starts from the oldest of the three, so nothing between them is missed.
+            # Watching starts from the oldest of them, so nothing between them is missed.
             return min(revisions)
 
     async def start_over(self) -> None:
@@ -119,19 +141,27 @@ class Catalogue:
 
     def _apply(self, changed: Iterable[KeyValue], gone: Iterable[str]) -> None:
         rows = []
+        matters = False
         for kv in changed:
-            self._set(kv.key, kv.value, kv.mod_revision)
+            matters = self._set(kv.key, kv.value, kv.mod_revision) or matters
             rows.append((kv.key, kv.value, kv.mod_revision))
-        removed = [key for key in gone if self._drop(key)]
+        removed = []
+        for key in gone:
+            if self._revisions.pop(key, None) is not None:
+                matters = self._drop(key) or matters
+                removed.append(key)
         if not rows and not removed:
             return
         try:
             self._cache.save_cache(rows, removed)
         except MoorageError as error:
             log.warning("catalogue not saved", why=str(error))
-        self._on_change()
+        if matters:
+            self._draw()
+            self._on_change()
 
-    def _set(self, key: str, value: bytes, revision: int) -> None:
+    def _set(self, key: str, value: bytes, revision: int) -> bool:
+        """Whether anybody has to know; not of a node that is different, and uses what it did."""
         self._revisions[key] = revision
         try:
             if key.startswith(keys.NETWORKS):
@@ -139,24 +169,39 @@ class Catalogue:
                 self._networks[network.name] = network
             elif key.startswith(keys.POOLS):
                 shape = geometry(Pool.decode(key, value))
-                self._pools[shape.name] = shape
+                self._drawn[shape.name] = shape
+            elif key.startswith(keys.NODES):
+                return self._set_node(key.removeprefix(keys.NODES), Node.decode(key, value))
             else:
                 ip = keys.ip_of(key)
                 self._reserved[ip] = Reserved(ip, Reservation.decode(key, value), revision)
         except MoorageError as error:
             log.error("catalogue entry ignored", key=key, why=str(error))
+        return True
+
+    def _set_node(self, name: str, node: Node) -> bool:
+        return not self._is_own(name) and self.around.tell(name, parse_all(node.surroundings))
+
+    def _is_own(self, node: str) -> bool:
+        return self._own_told and node == self._node
 
     def _drop(self, key: str) -> bool:
-        if self._revisions.pop(key, None) is None:
-            return False
+        """Whether anybody has to know."""
         if key.startswith(keys.NETWORKS):
             self._networks.pop(key.removeprefix(keys.NETWORKS), None)
         elif key.startswith(keys.POOLS):
-            self._pools.pop(key.removeprefix(keys.POOLS), None)
+            self._drawn.pop(key.removeprefix(keys.POOLS), None)
+        elif key.startswith(keys.NODES):
+            name = key.removeprefix(keys.NODES)
+            return not self._is_own(name) and self.around.tell(name, ())
         else:
             with contextlib.suppress(StoreError):  # one that could not be read was never there
                 self._reserved.pop(keys.ip_of(key), None)
         return True
+
+    def _draw(self) -> None:
+        """Pools as they are now, without what nodes use."""
+        self._pools = {name: self.around.effective(shape) for name, shape in self._drawn.items()}
 
     async def network(self, name: str) -> Network:
         """The network called ``name``, when its pools are known too. Raises NotFound naming the known ones,
@@ -181,7 +226,7 @@ class Catalogue:
     async def look_again(self) -> None:
         """Read the store once more if it answers: something is asked for that may just have been created."""
         try:
-            await self.refresh()
+            await self.refresh(OPERATORS)
         except StoreError as error:
             log.warning("catalogue not refreshed", why=str(error))
 
@@ -194,6 +239,10 @@ class Catalogue:
     def pools(self) -> list[Geometry]:
         return list(self._pools.values())
 
+    def drawn(self) -> list[Geometry]:
+        """The pools as operators made them, with what nodes' own networks use."""
+        return list(self._drawn.values())
+
     def pools_of(self, network: Network, family: Family | None = None) -> list[Geometry]:
         """The network's pools in its order, of one family if given."""
         found = (self._pools.get(name) for name in network.pools)
@@ -201,6 +250,15 @@ class Catalogue:
 
     def pool_of(self, ip: IPAddress) -> Geometry | None:
         return next((p for p in self._pools.values() if ip in p.cidr), None)
+
+    def closed_in(self, network: IPNetwork, pool_name: str = "") -> Ranges:
+        """What of a network no route and no rule may take for containers': by the pool that it lies in.
+
+        pool_name: of that pool, from who knows it, because looking for it takes long with many pools.
+        """
+        pool = self._pools.get(pool_name) if pool_name else self.pool_of(network.network_address)
+        closed = self.around.closed(network.version, forced=pool is not None and pool.forced)
+        return closed.within(int(network.network_address), int(network.broadcast_address))
 
     def reserved(self, ip: IPAddress) -> Reserved | None:
         return self._reserved.get(ip)

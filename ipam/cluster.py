@@ -31,6 +31,7 @@ from ipam.errors import StoreError
 from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
+from ipam.ranges import Ranges
 from ipam.records import NODE_ENGINE, AddressState, Block, Node
 from ipam.store.base import IN_A_ROW, KeyValue, Store, WatchBatch, pages, prefix_end
 from ipam.sync import REWIND_GRACE
@@ -179,6 +180,15 @@ class Cluster:
         """Who holds an address; None if nobody does."""
         piece = self._slice(ip.version, int(ip))
         return piece.held.get(int(ip) - piece.base)
+
+    def assigned_in(self, block: IPNetwork, within: Ranges) -> list[IPAddress]:
+        """The assigned addresses of a block that lie in ``within`` and are held by who has the block."""
+        piece = self._slice(block.version, int(block.network_address))
+        return [
+            _ip(block.version, piece.base + offset)
+            for offset, holding in piece.held.items()
+            if holding.member is not None and holding.node == piece.owner and piece.base + offset in within
+        ]
 
     def members(self) -> Iterator[tuple[IPAddress, Member]]:
         """Every assigned address."""
@@ -413,6 +423,9 @@ class Cluster:
             self._place_stray(place, holding, piece)
         if (before.member if before else None) != (member := holding.member if holding else None):
             self._changed_members[place] = member
+            if value in self._catalogue.around.closed(family, forced=False):
+                # A route leads to it alone (isolator/fabric/plan.py).
+                self._changed_nodes |= {of.node for of in (before, holding) if of is not None}
         if piece.size == BITS[family] and piece.owner:
             self._changed_nodes.add(piece.owner)  # the whole block is elsewhere now, or back
         self._keep(family, piece)

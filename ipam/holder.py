@@ -218,10 +218,13 @@ class Holder:
         return sorted(lent, key=lambda held: held.ip.version)
 
     def _check_still_held(self, lent: Sequence[Held]) -> None:
-        """A sync that ran while this ADD waited may have found one of them to be another's."""
+        """While this ADD waited, one of them may have turned out to be another's, or not to be for containers."""
         for held in lent:
             if self._shelf.held.get(held.ip) is not held:
                 raise TryAgain(f"{held.ip} was lost to another node just now; try again")
+            pool = self._catalogue.pool_of(held.ip)
+            if pool is not None and not pool.usable(held.ip):
+                raise TryAgain(f"{held.ip} turned out just now to be used by a node's own network; try again")
         self._check_serving()
 
     def _check_giving(self) -> None:

@@ -102,8 +102,7 @@ class Named:
                     f"{ip} is in no pool of network {network.name}; its pools are "
                     f"{', '.join(str(p.cidr) for p in pools)}"
                 )
-            if not pool.usable(ip):
-                raise InvalidInput(f"{ip} is excluded from pool {pool.cidr}; ask for another address")
+            self._check_usable(ip, pool)
             reservation = self._holdings.catalogue.reserved(ip)
             if reservation is not None and reservation.reservation.key != request.reservation:
                 raise AddressTaken(
@@ -111,7 +110,20 @@ class Named:
                     "or ask for another address"
                 )
             kept.pop(ip.version, None)
+        for ip in kept.values():
+            if (pool := next((p for p in pools if ip in p.cidr), None)) is not None:
+                self._check_usable(ip, pool)
         return [*dict.fromkeys(request.ips), *(ip for ip in kept.values() if self._is_wanted(ip, request))]
+
+    def _check_usable(self, ip: IPAddress, pool: Geometry) -> None:
+        if pool.usable(ip):
+            return
+        if whose := self._holdings.catalogue.around.why_closed(ip, pool):
+            raise InvalidInput(
+                f"{ip} of pool {pool.cidr} is given to nobody, because it is in use outside of moorage: {whose}; ask "
+                "for another address"
+            )
+        raise InvalidInput(f"{ip} is excluded from pool {pool.cidr}; ask for another address")
 
     @staticmethod
     def _is_wanted(ip: IPAddress, request: AddressRequest) -> bool:

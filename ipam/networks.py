@@ -18,7 +18,9 @@ from typing import Any
 from ipam import keys
 from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
 from ipam.isolation import check_isolation
+from ipam.nodes_networks import NodesNetworks, read_nodes_networks
 from ipam.permissions import check_rules
+from ipam.pool_collisions import check_pool
 from ipam.pools import NAME, geometry, overlapping, parse_pool
 from ipam.records import FABRICS, OWN, Address, AddressState, Block, Network, Pool, Reservation
 from ipam.store.base import (
@@ -50,17 +52,21 @@ CHANGE_TRIES = 50
 
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
-    """A pool as an operator asks for it; None and () are defaults."""
+    """A pool as an operator asks for it; None and () are defaults. forced: see Pool."""
 
     cidr: str
     block_size: int | None = None
     static: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
     """How a pool is used, in addresses. own: the nodes' own ones, counted as state ``own``.
+
+    usable: that may be given out; without what nodes' own networks use. outside: of those that are held, how many are
+    not usable (any more).
 
     by_node: node -> state -> count; a record that cannot be read is counted as ``unreadable`` of node ``?``.
     """
@@ -71,11 +77,12 @@ class PoolUsage:
     own: int
     warm: int
     cooling: int
+    outside: int = 0
     by_node: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def free(self) -> int:
-        return self.usable - sum(sum(states.values()) for states in self.by_node.values())
+        return self.usable + self.outside - sum(sum(states.values()) for states in self.by_node.values())
 
     def __str__(self) -> str:
         nodes = "; ".join(
@@ -120,8 +127,8 @@ def validate(network: Network) -> None:
 async def create_network(store: Store, network: Network, pools: Sequence[PoolSpec]) -> Network:
     """Create a network and its pools in one transaction.
 
-    Raises InvalidInput for nonsense, AlreadyExists naming what it overlaps with or that the name is
-    taken. Nothing is written then.
+    Raises InvalidInput for nonsense and for pools over nodes' own networks (ipam/pool_collisions.py), AlreadyExists
+    naming what it overlaps with or that the name is taken. Nothing is written then.
     """
     validate(network)
     if not pools:
@@ -146,6 +153,9 @@ async def create_network(store: Store, network: Network, pools: Sequence[PoolSpe
                 raise AlreadyExists(
                     f"the pool {pool.cidr} overlaps {other.cidr} of network {other.network}; choose another CIDR"
                 )
+        around = await read_nodes_networks(store)
+        for pool in parsed:
+            check_pool(geometry(pool), around)
         result = await store.txn(
             Txn(
                 (_guard(guard), absent(keys.NETWORKS + record.name)),
@@ -204,12 +214,17 @@ def unknown_network(name: str, known: Sequence[str]) -> str:
     )
 
 
-async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
-    """Counts the pool's addresses in the store; the time grows with those in use, not with the pool's size."""
-    shape = geometry(pool)
+async def pool_usage(store: Store, pool: Pool, around: NodesNetworks | None = None) -> PoolUsage:
+    """Counts the pool's addresses in the store; the time grows with those in use, not with the pool's size.
+
+    around: what nodes' own networks use; read from the store if it is not given.
+    """
+    shape = (around or await read_nodes_networks(store)).effective(geometry(pool))
     counts: Counter[tuple[str, str]] = Counter()
+    outside = 0
     async for kv in scan(store, *keys.address_range(shape.cidr)):
         try:
+            outside += not shape.usable(keys.ip_of(kv.key))
             address = Address.decode(kv.key, kv.value)
             counts[address.node, address.use] += 1
         except StoreError:
@@ -228,6 +243,7 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
         own=total(OWN),
         warm=total(AddressState.WARM),
         cooling=total(AddressState.COOLING),
+        outside=outside,
         by_node=by_node,
     )
 
@@ -236,12 +252,13 @@ async def pool_usage(store: Store, pool: Pool) -> PoolUsage:
 class NetworkChange:
     """What an operator changes of a network; None leaves a field as it is.
 
-    add: pools. disable, enable: CIDRs of its own pools.
+    add: pools. disable, enable: CIDRs of its own pools. force: those to enable are forced from now on; see Pool.
     """
 
     add: tuple[PoolSpec, ...] = ()
     disable: tuple[str, ...] = ()
     enable: tuple[str, ...] = ()
+    force: bool = False
     mtu: int | None = None
     nat: bool | None = None
     dns: tuple[str, ...] | None = None
@@ -267,7 +284,7 @@ class NetworkChange:
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in given.items()
-            if value is not None and name not in ("add", "disable", "enable")
+            if value is not None and name not in ("add", "disable", "enable", "force")
         }
 
 
@@ -288,6 +305,10 @@ async def set_network(store: Store, name: str, change: NetworkChange) -> tuple[N
         own = {pool.name: kv for kv, pool in existing if pool.name in network.pools}
         changed = _switched(network, [pool for _, pool in existing], change)
         added = _added(network, [pool for _, pool in existing], change.add)
+        if added or change.force:
+            around = await read_nodes_networks(store)
+            for pool in (*added, *(pool for pool in changed if pool.forced and not pool.disabled)):
+                check_pool(geometry(pool), around)
         record = network.with_(**change.fields(), pools=[*network.pools, *(pool.name for pool in added)])
         validate(record)
         if len(record.pools) > MAX_POOLS:
@@ -316,7 +337,8 @@ def _switched(network: Network, pools: Sequence[Pool], change: NetworkChange) ->
                 )
             if pool.name in wanted and wanted[pool.name].disabled != disabled:
                 raise InvalidInput(f"the pool {pool.cidr} cannot be both disabled and enabled; leave one out")
-            wanted[pool.name] = pool.with_(disabled=disabled)
+            forced = pool.forced or (change.force and not disabled)
+            wanted[pool.name] = pool.with_(disabled=disabled, forced=forced)
     return list(wanted.values())
 
 
@@ -347,6 +369,7 @@ def _parsed(network: str, spec: PoolSpec) -> Pool:
         block_size=spec.block_size,
         static=spec.static,
         excluded=spec.excluded,
+        forced=spec.forced,
     )
 
 
@@ -377,7 +400,8 @@ async def delete_network(store: Store, name: str, *, patience: float = 5.0) -> N
     enabled again. Raises NotFound, TryAgain saying who still holds what.
     """
     _, pools = await get_network(store, name)
-    uses = {pool.cidr: await pool_usage(store, pool) for pool in pools}
+    around = await read_nodes_networks(store)
+    uses = {pool.cidr: await pool_usage(store, pool, around) for pool in pools}
     if any(use.allocated or use.assigned or use.cooling for use in uses.values()):
         raise TryAgain(_in_use(name, uses))
     enabled = [pool.name for pool in pools if not pool.disabled]
@@ -445,7 +469,8 @@ async def _remove_network(store: Store, name: str) -> None:
         if (await store.txn(Txn(tuple(compares), tuple(operations)))).succeeded:
             return
         blocks = [kv for shape in shapes for kv in (await store.page(*keys.block_range(shape.cidr))).items]
-        uses = {pool.cidr: await pool_usage(store, pool) for pool in pools}
+        around = await read_nodes_networks(store)
+        uses = {pool.cidr: await pool_usage(store, pool, around) for pool in pools}
         if any(use.by_node for use in uses.values()):
             raise TryAgain(_in_use(name, uses))
         if blocks:

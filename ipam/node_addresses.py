@@ -65,8 +65,8 @@ class NodeAddresses:
         kept: set[Family] = set()
         self._unwanted.clear()
         for ip in self._mine():
-            in_pool = any(ip in pool.cidr for pool in pools[ip.version]) and not self._holder.is_returning(ip)
-            if ip.version not in kept and in_pool:
+            fits = any(pool.usable(ip) for pool in pools[ip.version]) and not self._holder.is_returning(ip)
+            if ip.version not in kept and fits:
                 kept.add(ip.version)
             else:
                 self._unwanted.add(ip)

@@ -82,7 +82,8 @@ class NodeDetail:
 
     mesos_agent: the id of the Mesos agent there, "" if nobody told it.
     fence: how many writes of it the store has confirmed; None if it has no fence.
-    blocks: CIDRs. kept: addresses that its containers may be using, so that they are not freed unasked.
+    blocks: CIDRs. surroundings: what its own networks use, as in ipam/taken.py.
+    kept: addresses that its containers may be using, so that they are not freed unasked.
     """
 
     name: str
@@ -98,6 +99,7 @@ class NodeDetail:
     fence: int | None
     since: float
     blocks: list[str]
+    surroundings: list[str]
     addresses: list[Count]
     kept: dict[str, int]
 
@@ -169,6 +171,7 @@ async def get_node(store: Store, name: str) -> NodeDetail:
         fence=Fence.decode(fence.key, fence.value).seq if fence else None,
         since=node.since,
         blocks=blocks,
+        surroundings=node.surroundings,
         addresses=[
             Count(network, family, state, count) for (network, family, state), count in sorted(counts.items())
         ],

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 
 from ipam.errors import InvalidInput, StoreError
 from ipam.keys import Family, IPAddress, IPNetwork
+from ipam.ranges import Range, Ranges, range_of
 from ipam.records import Pool
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -40,31 +41,31 @@ UNROUTABLE: tuple[tuple[str, IPNetwork], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
-    """Addresses as numbers, both ends included."""
-
-    first: int
-    last: int
-
-    def __contains__(self, value: int) -> bool:
-        return self.first <= value <= self.last
-
-
-@dataclass(frozen=True, slots=True)
 class Geometry:
     """A parsed pool.
 
     block_size: prefix length; never shorter than the pool's own prefix.
-    static, excluded: as the pool says; ``excluded`` has the pool's network and broadcast address too.
+    static, excluded: as the pool says; ``excluded`` has the pool's network and broadcast address too, and what
+    ``without`` took out. forced: it may lie over networks that nodes are connected to.
     """
 
     name: str
     network: str
     cidr: IPNetwork
     block_size: int
-    static: tuple[Range, ...]
-    excluded: tuple[Range, ...]
+    static: Ranges
+    excluded: Ranges
     disabled: bool
+    forced: bool = False
+    _withheld: Ranges = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_withheld", self.static | self.excluded)
+
+    def without(self, taken: Ranges) -> Geometry:
+        """The same pool, with what others use of it excluded."""
+        used = taken.within(self.first, self.last)
+        return replace(self, excluded=self.excluded | used) if used else self
 
     @property
     def family(self) -> Family:
@@ -103,19 +104,18 @@ class Geometry:
 
     def usable(self, ip: IPAddress) -> bool:
         """May be given to somebody."""
-        return ip in self.cidr and not any(int(ip) in r for r in self.excluded)
+        return ip in self.cidr and int(ip) not in self.excluded
 
     def dynamic(self, ip: IPAddress) -> bool:
         """May be given to somebody who did not ask for it by name."""
-        return self.usable(ip) and not any(int(ip) in r for r in self.static)
+        return ip in self.cidr and int(ip) not in self._withheld
 
     def dynamic_in(self, block: IPNetwork) -> Iterator[IPAddress]:
         """The addresses of a block that may be given to anybody, in order."""
-        taken = self.static + self.excluded
         kind = type(self.cidr.network_address)
-        for value in range(int(block.network_address), int(block.broadcast_address) + 1):
-            if not any(value in r for r in taken):
-                yield kind(value)
+        whole = range_of(block)
+        for free in self._withheld.outside(whole.first, whole.last):
+            yield from map(kind, range(free.first, free.last + 1))
 
     def next_block_with_dynamic(self, index: int) -> int | None:
         """The first block from ``index`` on that has an address for anybody; None if there is none.
@@ -123,27 +123,13 @@ class Geometry:
         Jumps over static and excluded ranges: an IPv6 pool has more blocks than can be walked.
         """
         at = self.first + index * self.block_length
-        while at <= self.last:
-            covering = [r.last for r in (*self.static, *self.excluded) if at in r]
-            if not covering:
-                return (at - self.first) // self.block_length
-            at = max(covering) + 1
-        return None
+        end = self._withheld.end_of(at)
+        at = at if end is None else end + 1
+        return (at - self.first) // self.block_length if at <= self.last else None
 
     def usable_count(self) -> int:
         """How many addresses may be given to somebody, asked for by name or not."""
-        return self.last - self.first + 1 - _covered(self.excluded, self.first, self.last)
-
-
-def _covered(ranges: Sequence[Range], first: int, last: int) -> int:
-    """How many numbers of [first, last] lie in at least one range."""
-    count, at = 0, first
-    for r in sorted(ranges, key=lambda r: r.first):
-        start, end = max(r.first, at), min(r.last, last)
-        if end >= start:
-            count += end - start + 1
-            at = end + 1
-    return count
+        return self.last - self.first + 1 - self.excluded.within(self.first, self.last).count()
 
 
 @lru_cache(maxsize=4096)
@@ -155,6 +141,7 @@ def _geometry(
     static: tuple[str, ...],
     excluded: tuple[str, ...],
     disabled: bool,
+    forced: bool,
 ) -> Geometry:
     parsed = ip_network(cidr)
     if not parsed.prefixlen <= block_size <= BITS[parsed.version]:
@@ -164,9 +151,10 @@ def _geometry(
         network=network,
         cidr=parsed,
         block_size=block_size,
-        static=tuple(parse_range(text, parsed) for text in static),
-        excluded=tuple(parse_range(text, parsed) for text in excluded) + _unusable(parsed),
+        static=Ranges(parse_range(text, parsed) for text in static),
+        excluded=Ranges((*(parse_range(text, parsed) for text in excluded), *_unusable(parsed))),
         disabled=disabled,
+        forced=forced,
     )
 
 
@@ -181,6 +169,7 @@ def geometry(pool: Pool) -> Geometry:
             tuple(pool.static),
             tuple(pool.excluded),
             pool.disabled,
+            pool.forced,
         )
     except (ValueError, InvalidInput) as error:
         raise StoreError(
@@ -233,6 +222,7 @@ def parse_pool(
     block_size: int | None = None,
     static: Sequence[str] = (),
     excluded: Sequence[str] = (),
+    forced: bool = False,
 ) -> Pool:
     """A Pool record from what an operator wrote. Raises InvalidInput saying what is wrong with it."""
     try:
@@ -275,6 +265,7 @@ def parse_pool(
         block_size=size,
         static=list(static),
         excluded=list(excluded),
+        forced=forced,
     )
     if geometry(pool).usable_count() == 0:
         raise InvalidInput(

@@ -104,6 +104,7 @@ class Pool(Record, frozen=True, kw_only=True):
     static: ranges ``first-last`` or CIDRs given only to who asks for an address by name.
     excluded: ranges never given to anybody.
     disabled: gives out nothing new; what is assigned stays.
+    forced: gives out addresses of networks that nodes are connected to; what a node uses itself it never does.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Pool(Record, frozen=True, kw_only=True):
     static: list[str] = []
     excluded: list[str] = []
     disabled: bool = False
+    forced: bool = False
 
 
 class Block(Record, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from ipam import keys
 from ipam.allocator import first_block
 from ipam.borrowing import Borrowing
+from ipam.catalogue import OPERATORS
 from ipam.errors import Exhausted
 from ipam.holdings import Holdings
 from ipam.journal import BlockRow
@@ -80,7 +81,7 @@ class Refill:
             return claims
         if self._reservation_unknown:
             self._reservation_unknown = False
-            await self._holdings.catalogue.refresh()
+            await self._holdings.catalogue.refresh(OPERATORS)
         for network in self._holdings.catalogue.networks():
             keeps_warm = self._holdings.keeps_warm(network)
             for family in _FAMILIES:
@@ -217,9 +218,9 @@ class Refill:
         for pool in pools:
             record = await self._store.get(keys.POOLS + pool.name)
             if record is not None:
-                used.append(
-                    f"{pool.cidr}: {await pool_usage(self._store, Pool.decode(record.key, record.value))}"
-                )
+                around = self._holdings.catalogue.around
+                use = await pool_usage(self._store, Pool.decode(record.key, record.value), around)
+                used.append(f"{pool.cidr}: {use}")
         disabled = [str(p.cidr) for p in pools if p.disabled]
         away = sorted({f"{node} ({count} warm)" for r in reliefs for node, count in r.away.items()})
         error = Exhausted(

@@ -8,6 +8,7 @@ from ipam import keys
 from ipam.errors import AlreadyExists, InvalidInput, NotFound, TryAgain
 from ipam.keys import IPAddress
 from ipam.networks import list_networks
+from ipam.nodes_networks import read_nodes_networks
 from ipam.pools import geometry
 from ipam.records import Reservation
 from ipam.store.base import Delete, Put, Store, Txn, absent, read_prefix, unchanged
@@ -33,6 +34,12 @@ async def reserve(store: Store, ip: IPAddress, key: str, note: str = "") -> Rese
         raise InvalidInput(
             f"{ip} is in no pool (pools: {', '.join(str(s.cidr) for s in shapes) or 'none yet'}); "
             "choose an address of one"
+        )
+    around = await read_nodes_networks(store)
+    if whose := around.why_closed(ip, shape):
+        raise InvalidInput(
+            f"{ip} of pool {shape.cidr} is given to nobody, because it is in use outside of moorage: {whose}; choose "
+            "another address"
         )
     if not shape.usable(ip):
         raise InvalidInput(f"{ip} is excluded from pool {shape.cidr}; choose another address")

@@ -16,11 +16,12 @@ import enum
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from ipaddress import IPv6Network, ip_network
 from typing import NamedTuple
 
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import BITS, UNROUTABLE, overlap
+from ipam.ranges import collapse
 
 LIMIT = 64
 """Lines of one node's record. It is followed by every agent: with a thousand nodes 64 lines of 40 bytes are 2.5 MB."""
@@ -112,7 +113,8 @@ def taken(kind: Kind, network: IPNetwork | IPAddress, note: str = "") -> Taken |
     A note that does not fit the text form is told without what does not fit.
     """
     whole = ip_network(network)
-    if whole.prefixlen == 0 or any(overlap(whole, never) for _, never in UNROUTABLE):
+    never = whole.prefixlen == 0 or whole.is_reserved or whole.is_loopback
+    if never or any(overlap(whole, other) for _, other in UNROUTABLE):
         return None
     return Taken(kind, whole, re.sub(r"[^!-~]", "?", note)[:40])
 
@@ -168,7 +170,7 @@ def _fitted(entries: Sequence[Taken], room: int) -> list[Taken]:
     routes = [one for one in entries if one.kind is Kind.ROUTE]
     others = [one for one in entries if one.kind is not Kind.ROUTE]
     if len(others) <= room:
-        merged = [Taken(Kind.ROUTE, network) for network in _collapsed(routes)]
+        merged = [Taken(Kind.ROUTE, network) for network in collapse(one.network for one in routes)]
         fewer = merged if len(merged) < len(routes) else routes
         fewer = sorted(fewer, key=lambda one: one.network.prefixlen)
         return _sorted([*others, *fewer[: room - len(others)]])
@@ -208,12 +210,6 @@ def _spanning(networks: Sequence[IPNetwork]) -> IPNetwork:
 
 def _widened(network: IPNetwork, length: int) -> IPNetwork:
     return network.supernet(new_prefix=length) if length < network.prefixlen else network
-
-
-def _collapsed(entries: Sequence[Taken]) -> list[IPNetwork]:
-    four = [one.network for one in entries if isinstance(one.network, IPv4Network)]
-    six = [one.network for one in entries if isinstance(one.network, IPv6Network)]
-    return [*collapse_addresses(four), *collapse_addresses(six)]
 
 
 _ORDER = {kind: place for place, kind in enumerate(Kind)}

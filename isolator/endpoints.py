@@ -323,7 +323,7 @@ class Endpoints:
 
     async def restore_policy(self, *, keep_endpoints: bool = False, keep_others: bool = False) -> None:
         """Put the firewall's table in place for what is attached; see Policy.restore for what may be kept."""
-        around = surroundings(self._catalogue)
+        around = surroundings(self._catalogue, self._holder.assigned())
         admitted = [
             admission(endpoint, around.isolation.get(endpoint.network, NETGROUPS))
             for endpoint in self._endpoints.values()

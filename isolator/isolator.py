@@ -32,13 +32,16 @@ from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
 from ipam.node_addresses import NodeAddresses
+from ipam.pool_collisions import colliding_address, colliding_pools
 from ipam.records import Address, AddressState, Fence, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
+from ipam.taken import aggregated, lines
 from isolator.allocated import UNUSED_FOR, Allocated
 from isolator.answers import Answers
 from isolator.connections import Connections
 from isolator.endpoints import Endpoints
+from isolator.errors import KernelRefused
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
 from isolator.journal import Journal
@@ -49,6 +52,8 @@ from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.recovery import adopted_endpoint, owner_of, recover
+from isolator.store_addresses import StoreAddresses
+from isolator.surrounds import kept
 from isolator.underlay import DEFAULT_MTU, Underlay
 
 log = structlog.get_logger(__name__)
@@ -87,7 +92,8 @@ class Settings:
 
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
-    cooldown: seconds. unused_for: seconds that allocated addresses may stay without a container.
+    store_endpoints: (name or IP, TCP port) of the store's servers. cooldown: seconds. unused_for: seconds that
+    allocated addresses may stay without a container.
     """
 
     node: str
@@ -96,6 +102,7 @@ class Settings:
     underlay: str | None = None
     vxlan_port: int = VXLAN_PORT
     gateway: bool = False
+    store_endpoints: tuple[tuple[str, int], ...] = ()
     cooldown: float = COOLDOWN
     unused_for: float = UNUSED_FOR
 
@@ -111,7 +118,9 @@ class Isolator:
         self._boot_id = boot_id()
         self._journal = Journal(settings.state_dir / "journal.db", self._boot_id)
         self._kernel = Kernel()
-        self._catalogue = Catalogue(store, self._journal, self._catalogue_changed, self._store_rewound)
+        self._catalogue = Catalogue(
+            store, self._journal, self._catalogue_changed, self._store_rewound, node=settings.node
+        )
         self._holder = Holder(
             settings.node,
             store,
@@ -127,7 +136,8 @@ class Isolator:
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
         )
-        self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue)
+        self._store_addresses = StoreAddresses(settings.store_endpoints)
+        self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue, self._holder.assigned)
         self._cluster = Cluster(store, self._catalogue, self._topology_changed, self._neighbours.on_members)
         self._fabric = Fabric(
             settings.node,
@@ -181,6 +191,7 @@ class Isolator:
     async def start(self) -> None:
         """Recover; returns when ADD and DEL can be served. Raises KernelRefused."""
         self._catalogue.load()
+        await self._look_around()
         self._holder.load()
         self._endpoints.load()
         self._links = await self._kernel.links()
@@ -354,7 +365,24 @@ class Isolator:
             **self._holder.status(),
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
             "connections": self._connections.status(),
+            "collisions": self._collisions(),
         }
+
+    def _collisions(self) -> list[str]:
+        """Sentences about pools, and addresses assigned here, that nodes' own networks use, too."""
+        around = self._catalogue.around
+        found = colliding_pools(self._catalogue.drawn(), around)
+        for ip, held in self._holder.assigned().items():
+            pool = self._catalogue.pool_of(ip)
+            if pool is not None and held.record is not None and not pool.usable(ip):
+                whose = f"container {held.record.container_id} ({held.record.ifname})"
+                found.append(colliding_address(ip, pool, around, whose))
+        if left := aggregated(lines(around.taken_by(self.node))):
+            found.append(
+                f"the node's networks use more than a record has room for, so {left} entries are told to other nodes "
+                "as wider ones, or not at all; see `moorage node show`"
+            )
+        return [sentence for sentence in found if sentence]
 
     # -- what goes on beside
 
@@ -386,6 +414,7 @@ class Isolator:
             vtep=[str(ip) for ip in self._addresses.current().values()],
             gateway=self._settings.gateway,
             mesos_agent=self._mesos_agent,
+            surroundings=lines(self._catalogue.around.taken_by(self.node)),
             features=["routed", "hostgw", "vxlan", f"{FEATURE}{VERSION}"],
         )
 
@@ -397,6 +426,17 @@ class Isolator:
         assert self._membership is not None, "start() comes first"
         await self._membership.tell()
 
+    async def _look_around(self) -> None:
+        """What the node's own networks use is no container's, from now on. What cannot be read stays as it was."""
+        known = self._catalogue.around.taken_by(self.node)
+        try:
+            found = [*await self._kernel.surroundings(), *await self._store_addresses.look(known)]
+            self._catalogue.tell_own(kept(known, found))
+            # Even while the store does not answer: perhaps because of them.
+            await self._fabric.release()
+        except KernelRefused as error:
+            log.warning("the node's own networks are not known; what they were is kept", why=str(error))
+
     async def _follow_underlay(self) -> None:
         """Other nodes and the fabric are told when the node's own network changes."""
         while True:
@@ -406,6 +446,8 @@ class Isolator:
             await asyncio.sleep(UNDERLAY_SETTLE)
             told = self._underlay_changed.is_set()
             self._underlay_changed.clear()
+            await self._look_around()
+            self._describe()
             try:
                 found = await self._kernel.underlay(self._settings.underlay)
             except InvalidInput as error:
@@ -509,6 +551,7 @@ class Isolator:
 
     async def _restore_policy(self) -> None:
         await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
+        self._neighbours.on_catalogue()  # other nodes' containers are known there alone
 
     async def _heal(self) -> None:
         """Keeps the firewall as it should be, and catches up on recovery when the store came back."""

@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ipam.keys import Family
+from ipam.ranges import Ranges
+from ipam.taken import Taken
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
 from isolator.hostports import first_collision, taken_by, who_listens
@@ -34,8 +37,10 @@ from isolator.netlink import (
 )
 from isolator.netlink.lookup import Lookup, look_up, neighbour_state
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
+from isolator.policy.adopted import let_go
 from isolator.policy.sending import Packet, at_limit
 from isolator.steps import reached
+from isolator.surrounds import surroundings
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
 from isolator.tracking import Table, connection_table, fair_share
@@ -234,6 +239,10 @@ class Kernel:
         # It reads all of the main table, where the fabric has thousands of routes.
         return await self._reaping.run(underlay, self._reaping.node, link)
 
+    async def surroundings(self) -> list[Taken]:
+        """What the node's own networks use; see surrounds.py."""
+        return await self._reaping.run(surroundings, self._reaping.node)
+
     async def enable_forwarding(self) -> None:
         await self._wiring.run(enable_forwarding, self._wiring.node)
 
@@ -288,9 +297,10 @@ class Kernel:
         """Interface -> the MAC that the policy knows its container by."""
         return await self._wiring.run(self._policy.macs)
 
-    async def adopt_policy(self) -> None:
-        """Leave the table as it is."""
+    async def adopt_policy(self, closed: Mapping[Family, Ranges]) -> list[str]:
+        """Leave the table as it is, but for what no pool may have; see policy/adopted.py. Returns changed sets."""
         await self._wiring.run(self._policy.adopt)
+        return await self._wiring.run(let_go, closed)
 
     async def set_surroundings(self, surroundings: Surroundings) -> list[IPAddress]:
         """Pools or networks changed; returns the addresses of endpoints that others may call now than before."""

@@ -10,7 +10,8 @@ look through the kernel's table for all that left meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import ip_network
 
 import structlog
 
@@ -18,7 +19,9 @@ from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Member
 from ipam.errors import MoorageError
 from ipam.isolation import STORE
-from ipam.keys import IPAddress
+from ipam.keys import IPAddress, IPNetwork
+from ipam.pools import Geometry
+from ipam.ranges import without
 from ipam.sync import REWIND_GRACE
 from isolator.kernel import Kernel
 from isolator.policy import Hosts, Surroundings, isolation_of
@@ -41,32 +44,59 @@ FORGET_TOGETHER = 1.0
 Nothing that is forbidden waits for this: the policy judges callers packet by packet."""
 
 
-def surroundings(catalogue: Catalogue) -> Surroundings:
-    """Pools and networks, as the table needs them."""
+def surroundings(catalogue: Catalogue, assigned: Iterable[IPAddress] = ()) -> Surroundings:
+    """Pools and networks, as the table needs them: without what nodes' own networks use, so that no packet between
+    nodes, their gateways and the store is judged as a container's.
+
+    assigned: addresses of containers. Of those, the ones that had theirs before a node said that it is connected to
+    the same prefix stay containers', unless it is a node's very own.
+    """
     networks = {network.name: network for network in catalogue.networks()}
     isolation = {name: isolation_of(network) for name, network in networks.items()}
     pools = catalogue.pools()
+    parts = {pool.name: without(pool.cidr, catalogue.around.closed_to(pool)) for pool in pools}
+    for ip in assigned:
+        pool = catalogue.pool_of(ip) if is_inside(catalogue, ip) else None
+        if pool is not None and not catalogue.around.is_firm(ip):
+            parts[pool.name].append(ip_network(ip))
+
+    def those(chosen: Callable[[Geometry], bool]) -> tuple[IPNetwork, ...]:
+        return tuple(part for pool in pools if chosen(pool) for part in parts[pool.name])
+
     return Surroundings(
-        pools=tuple(p.cidr for p in pools),
-        nat_pools=tuple(p.cidr for p in pools if p.network in networks and networks[p.network].nat),
-        open_pools=tuple(p.cidr for p in pools if p.network in isolation and isolation[p.network].open),
-        tunnelled_pools=tuple(
-            p.cidr for p in pools if p.network in networks and networks[p.network].fabric == TUNNEL
-        ),
-        store_pools=tuple(
-            p.cidr for p in pools if p.network in networks and STORE in networks[p.network].to_node
-        ),
+        pools=those(lambda _: True),
+        nat_pools=those(lambda p: p.network in networks and networks[p.network].nat),
+        open_pools=those(lambda p: p.network in isolation and isolation[p.network].open),
+        tunnelled_pools=those(lambda p: p.network in networks and networks[p.network].fabric == TUNNEL),
+        store_pools=those(lambda p: p.network in networks and STORE in networks[p.network].to_node),
         isolation=isolation,
     )
 
 
-class Neighbours:
-    """See the module's docstring. Its ``on_...`` are for catalogue and cluster to call."""
+def is_inside(catalogue: Catalogue, ip: IPAddress) -> bool:
+    """Whether an address lies in what nodes' own networks use, and a pool that is not forced must not."""
+    pool = catalogue.pool_of(ip)
+    forced = pool is not None and pool.forced
+    return int(ip) in catalogue.around.closed(ip.version, forced=forced)
 
-    def __init__(self, node: str, kernel: Kernel, catalogue: Catalogue) -> None:
+
+class Neighbours:
+    """See the module's docstring. Its ``on_...`` are for catalogue and cluster to call.
+
+    assigned_here: addresses of this node's own endpoints.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        kernel: Kernel,
+        catalogue: Catalogue,
+        assigned_here: Callable[[], Iterable[IPAddress]] = lambda: (),
+    ) -> None:
         self._node = node
         self._kernel = kernel
         self._catalogue = catalogue
+        self._assigned_here = assigned_here
         self._changed = asyncio.Event()
         self._networks_changed = False
         self._nodes_changed = False
@@ -96,6 +126,8 @@ class Neighbours:
     def on_members(self, changes: Sequence[tuple[IPAddress, Member | None]]) -> None:
         """Addresses were assigned, changed netgroups, or are assigned no more."""
         for ip, member in changes:
+            if int(ip) in self._catalogue.around.closed(ip.version, forced=False):
+                self._networks_changed = True
             if self._heard:  # else all are read at once when all are there
                 self._members_changed[ip] = member
             is_nodes_own = member is not None and member.own
@@ -118,9 +150,18 @@ class Neighbours:
             if self._networks_changed:
                 self._networks_changed = False
                 self._nodes_changed = True  # the tunnel may come into use, or go out of it
-                self.left(await self._kernel.set_surroundings(surroundings(self._catalogue)))
+                around = surroundings(self._catalogue, self._inside(cluster))
+                self.left(await self._kernel.set_surroundings(around))
             if self._heard or cluster.listed.is_set():
                 await self._tell_of_others(cluster)
+
+    def _inside(self, cluster: Cluster) -> set[IPAddress]:
+        """Assigned addresses in what nodes' own networks use. All are looked at only if there can be any."""
+        around = self._catalogue.around
+        if not any(around.closed_to(pool) for pool in self._catalogue.pools()):
+            return set()
+        everyone = (*self._assigned_here(), *(ip for ip, _ in cluster.members()))
+        return {ip for ip in everyone if int(ip) in around.closed(ip.version, forced=False)}
 
     async def _tell_of_others(self, cluster: Cluster) -> None:
         if self._nodes_changed:

@@ -19,6 +19,7 @@ import structlog
 
 from ipam.catalogue import Catalogue
 from ipam.netgroups import Netgroup
+from ipam.nodes_networks import FAMILIES
 from ipam.records import Address
 from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
 from isolator.endpoints import Endpoints
@@ -88,7 +89,11 @@ async def recover(
     if in_sync or catalogue.pools() or not await kernel.elements():
         await endpoints.restore_policy(keep_endpoints=not in_sync, keep_others=keep_others)
     else:
-        await kernel.adopt_policy()
+        closed = {family: catalogue.around.closed(family, forced=False) for family in FAMILIES}
+        if changed := await kernel.adopt_policy(closed):
+            log.warning(
+                "the firewall took nodes' own networks for containers'; it does no more", sets=changed
+            )
     for endpoint in endpoints.all():
         if endpoint.state is EndpointState.DETACHING:
             await endpoints.resume_end(endpoint)

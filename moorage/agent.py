@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from ipam.errors import InvalidInput, MoorageError
-from ipam.store import open_store
+from ipam.store import endpoints, open_store
 from isolator.identity import claim_namespace
 from isolator.isolator import Isolator, Settings
 from isolator.model import Endpoint
@@ -89,6 +89,7 @@ async def _serve(config: AgentConfig) -> None:
                     underlay=config.underlay,
                     vxlan_port=config.vxlan_port,
                     gateway=config.gateway,
+                    store_endpoints=endpoints(config.store),
                 ),
                 store,
             )

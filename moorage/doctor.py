@@ -52,6 +52,8 @@ def agent(session: Session) -> Iterator[Finding]:
         return
     if status["problem"]:
         yield Finding("agent", f"the agent is out of sync with the store: {status['problem']}")
+    for sentence in status.get("collisions", []):
+        yield Finding("pools", sentence)
     for name in status["conflicts"]:
         yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
     yield from _tunnel(status["fabric"])

@@ -34,7 +34,7 @@ from ipam.store.base import (
     scan,
     unchanged,
 )
-from ipam.store.etcd_url import SCHEME
+from ipam.store.etcd_url import SCHEME, parse
 from ipam.store.sqlite import SqliteStore
 from ipam.store.sqlite_file import exists
 
@@ -55,6 +55,7 @@ __all__ = [
     "TxnResult",
     "WatchBatch",
     "absent",
+    "endpoints",
     "none_between",
     "open_store",
     "pages",
@@ -99,6 +100,13 @@ async def open_store(url: str, *, create: bool = True) -> Store:
             raise InvalidInput(f"the store URL {url!r} has no scheme; it has the form {FORMS}")
         case _:
             raise InvalidInput(f"the store URL has the unknown scheme {scheme!r}; it has the form {FORMS}")
+
+
+def endpoints(url: str) -> tuple[tuple[str, int], ...]:
+    """(name or IP, TCP port) of each server that a store URL names; () of a file. Raises InvalidInput."""
+    if not url.startswith(SCHEME):
+        return ()
+    return tuple((address.host, address.port) for address in parse(url).addresses)
 
 
 def sqlite_path(url: str) -> Path:

@@ -5,7 +5,8 @@
 A change of one node is worked out for that node alone, so its cost does not grow with the cluster. What somebody else
 changed in the kernel is found by comparing all of it, when the kernel tells that something changed and every few
 seconds. Until the cluster was listed, and IPAM knows the node's own addresses, nothing is touched: what an earlier
-agent left goes on working.
+agent left goes on working. But for routes that take addresses of nodes' own networks for containers': they may be what
+keeps the store from answering (``release``).
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from isolator.fabric.plan import (
     Plan,
     Route,
     at_home,
+    cut,
     host,
     mac_of,
     parse_peer,
+    released,
     towards,
 )
 from isolator.underlay import Underlay
@@ -244,6 +247,24 @@ class Fabric:
 
     # -- work
 
+    async def release(self) -> None:
+        """Before anything else was heard: what an earlier agent left in the kernel lets nodes' own networks go.
+
+        Raises KernelRefused.
+        """
+        if self._begun:
+            return  # plans are without them anyway
+        held = await self._kernel.held()
+        kept = released(held, self._catalogue.closed_in, self._catalogue.around.is_firm)
+        if captured := sorted(map(str, held.routes.keys() - kept.routes.keys())):
+            log.warning(
+                "routes to containers captured addresses of nodes' own networks; they were cut back",
+                count=len(captured),
+                such_as=captured[:5],
+            )
+            for error in await self._kernel.apply(held, kept):
+                log.warning("a route was not cut back", why=str(error))
+
     async def run(self) -> None:
         """Keep the kernel as it should be, until cancelled."""
         await self._cluster.listed.wait()
@@ -376,18 +397,41 @@ class Fabric:
 
     def _plan_of(self, name: str, fabrics: dict[str, str], here: Here) -> tuple[Plan, list[str]]:
         blocks = [
-            Piece(block.cidr, fabrics.get(block.pool, "none"))
+            piece
             for block in self._cluster.blocks_of(name)
             if not self._is_away(block.cidr, name)
+            for piece in self._cut(Piece(block.cidr, fabrics.get(block.pool, "none")), block.pool, name)
         ]
         if name == self._node:
             return at_home(blocks), []
-        away = (Piece(host(ip), fabrics.get(pool, "none")) for ip, pool in self._cluster.strays_of(name))
+        away = (
+            Piece(host(ip), fabrics.get(pool, "none"))
+            for ip, pool in self._cluster.strays_of(name)
+            if self._may_lead_to(ip, pool)
+        )
         pieces = [piece for piece in (*blocks, *away) if piece.fabric != "none"]
         record = self._cluster.nodes().get(name)
         if record is None:
             return Plan(), _unknown(name, pieces)
         return towards(parse_peer(record), pieces, here)
+
+    def _cut(self, block: Piece, pool: str, owner: str) -> list[Piece]:
+        """A block without what nodes' own networks use; another node's still with containers that have such
+        addresses."""
+        closed = self._catalogue.closed_in(block.destination, pool)
+        if not closed or owner == self._node:
+            return cut(block, closed, ())
+        assigned = self._cluster.assigned_in(block.destination, closed)
+        return cut(block, closed, (ip for ip in assigned if self._may_lead_to(ip, pool)))
+
+    def _may_lead_to(self, ip: IPAddress, pool: str) -> bool:
+        """Whether a route may lead to that address alone: a node's own network comes first, unless all that it has in
+        common is the prefix, and a container had the address before that was known."""
+        if not self._catalogue.closed_in(host(ip), pool):
+            return True
+        holding = self._cluster.holder_of(ip)
+        is_assigned = holding is not None and holding.member is not None
+        return is_assigned and not self._catalogue.around.is_firm(ip)
 
     def _is_away(self, block: IPNetwork, owner: str) -> bool:
         """Whether a block is one address, and another node has that: then it is that node's to lead to."""

@@ -17,7 +17,7 @@ from isolator.fabric.device import DeviceSpec, ensure_device
 from isolator.fabric.plan import VXLAN_DEVICE, Plan, Remote, Route
 from isolator.model import IPAddress
 from isolator.netlink import codec, fabric_routes, messages
-from isolator.netlink.inventory import link_by_name
+from isolator.netlink.inventory import link_by_name, parse_link
 from isolator.netlink.messages import NUD_PERMANENT, RTN_BLACKHOLE
 from isolator.netlink.node import Node
 from isolator.thread import KernelThread
@@ -59,6 +59,10 @@ class FabricKernel:
         """What there is of the tunnel that a route leads into. Raises KernelRefused."""
         return await self._thread.run(_held_for, self._thread.node, route)
 
+    async def held(self) -> Plan:
+        """All that the kernel holds of the fabric, whoever put it there. Raises KernelRefused."""
+        return await self._thread.run(_held, self._thread.node)
+
     async def resync(self, desired: Plan, *, keep: bool) -> tuple[list[str], list[KernelRefused]]:
         """Make the kernel hold the whole plan, and nothing else unless ``keep``.
 
@@ -91,6 +95,11 @@ def _resync(node: Node, desired: Plan, keep: bool) -> tuple[list[str], list[Kern
     actual = read(node, {index_of(name): name for name in {VXLAN_DEVICE, *_devices(desired)}})
     todo = layout.requests(actual, desired.over(actual) if keep else desired, index_of)
     return [request.doing for request in todo], node.route.attempt(todo)
+
+
+def _held(node: Node) -> Plan:
+    links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
+    return read(node, {link.index: link.name for link in links})
 
 
 def _devices(plan: Plan) -> set[str]:

@@ -7,6 +7,8 @@
     away from its  10.64.9.7/32  -->  as above, to the node that has it
     own block      10.64.1.0/26  -->  dropped, where no container's own route is better
 
+Addresses that nodes' own networks use are cut out of all of them (ipam/nodes_networks.py).
+
 One next hop serves both families, IPv4 routes have it as an IPv6 one: it follows from the node's MAC alone, so a
 node can be reached before its device has any address, and IPv6 over an underlay that has only IPv4.
 """
@@ -14,13 +16,14 @@ node can be reached before its device has any address, and IPv6 over an underlay
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import blake2s
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import NamedTuple
 
 from ipam.keys import Family, IPNetwork
+from ipam.ranges import Ranges, without
 from ipam.records import Node
 from isolator.model import IPAddress
 
@@ -211,6 +214,37 @@ def _far_end(peer: Peer, here: Here) -> Remote | str:
             "start both agents with an --underlay that has the same family"
         )
     return Remote(remote, 0 if peer.port == here.port else peer.port)
+
+
+def cut(piece: Piece, closed: Ranges, assigned: Iterable[IPAddress]) -> list[Piece]:
+    """A piece without what nodes' own networks use, but with each assigned address in there: the fewest routes.
+
+    assigned: those of the piece that lie in ``closed`` and stay reachable; never one that a node itself uses.
+    """
+    if not closed:
+        return [piece]
+    parts = [*without(piece.destination, closed), *map(host, assigned)]
+    return [Piece(part, piece.fabric) for part in parts]
+
+
+def released(
+    actual: Plan, closed_in: Callable[[IPNetwork], Ranges], is_firm: Callable[[IPAddress], bool]
+) -> Plan:
+    """A plan that an earlier agent left in the kernel, without what takes nodes' own networks for containers'.
+
+    closed_in: what of a network is closed. is_firm: whether an address is a node's, a gateway's, ... Routes to single
+    addresses go only if it is: the others may be those of containers that had theirs before.
+    """
+    kept = Plan(neighbours=actual.neighbours, tunnels=actual.tunnels)
+    for destination, route in actual.routes.items():
+        if destination.num_addresses == 1:
+            parts = [] if is_firm(destination.network_address) else [destination]
+        else:
+            parts = without(destination, closed_in(destination))
+        for part in parts:
+            if part == destination or part not in actual.routes:
+                kept.routes[part] = replace(route, destination=part)
+    return kept
 
 
 def at_home(pieces: Iterable[Piece]) -> Plan:

@@ -10,7 +10,7 @@ from ipaddress import ip_address, ip_network
 from ipam.keys import IPNetwork
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
-from isolator.netlink.codec import Message
+from isolator.netlink.codec import Attributes, Message
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
@@ -177,18 +177,33 @@ def parse_route(message: Message) -> HostRoute:
     """A route from RTM_NEWROUTE."""
     family, dst_len, _, _, table, _, _, kind, _ = messages.ROUTE.unpack_from(message.body)
     found = codec.attributes(message.body, messages.ROUTE.size)
-    gateway, source = found.get(messages.RTA_GATEWAY), found.get(messages.RTA_PREFSRC)
-    if messages.RTA_VIA in found:  # of the other family, which comes before it in two bytes
-        gateway = found[messages.RTA_VIA][2:]
+    source = found.get(messages.RTA_PREFSRC)
     return HostRoute(
         destination=_network(family, found.get(messages.RTA_DST), dst_len),
         table=codec.as_u32(found.get(messages.RTA_TABLE), table),
         index=codec.as_u32(found.get(messages.RTA_OIF)),
         kind=kind,
         metric=codec.as_u32(found.get(messages.RTA_PRIORITY)),
-        gateway=ip_address(bytes(gateway)) if gateway is not None else None,
+        gateway=gateway_in(found),
         source=ip_address(bytes(source)) if source is not None else None,
     )
+
+
+def gateway_in(found: Attributes) -> IPAddress | None:
+    """The next hop that a route's attributes name; None if it is on the link."""
+    gateway = found.get(messages.RTA_GATEWAY)
+    if messages.RTA_VIA in found:  # of the other family, which comes before it in two bytes
+        gateway = found[messages.RTA_VIA][2:]
+    return ip_address(bytes(gateway)) if gateway is not None else None
+
+
+def next_hops_of(message: Message) -> list[tuple[int, IPAddress | None]]:
+    """(link index, gateway) of every next hop of a route from RTM_NEWROUTE."""
+    found = codec.attributes(message.body, messages.ROUTE.size)
+    if messages.RTA_OIF in found:
+        return [(codec.as_u32(found[messages.RTA_OIF]), gateway_in(found))]
+    hops = messages.next_hops(found.get(messages.RTA_MULTIPATH))
+    return [(index, gateway_in(values)) for index, values in hops]
 
 
 def parse_rule(message: Message) -> HostRule | None:

@@ -17,8 +17,10 @@ from isolator.netlink.codec import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
+    Attributes,
     Request,
     attribute,
+    attributes,
     nested,
     text,
     u32,
@@ -470,13 +472,18 @@ def dump_rules(family: int) -> Request:
 
 def next_hop_links(multipath: memoryview | None) -> list[int]:
     """Link indexes of a multipath route's next hops."""
-    indexes: list[int] = []
+    return [index for index, _ in next_hops(multipath)]
+
+
+def next_hops(multipath: memoryview | None) -> list[tuple[int, Attributes]]:
+    """(link index, attributes) of a multipath route's next hops."""
+    hops: list[tuple[int, Attributes]] = []
     offset = 0
     while multipath is not None and offset + NEXT_HOP.size <= len(multipath):
         length, index = NEXT_HOP.unpack_from(multipath, offset)
-        indexes.append(index)
+        hops.append((index, attributes(multipath[: offset + length], offset + NEXT_HOP.size)))
         offset += max(length + (-length & 3), NEXT_HOP.size)
-    return indexes
+    return hops
 
 
 _NDA_IFINDEX = 8

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address
 
 from ipam.keys import IPNetwork
+from ipam.ranges import Range, Ranges
 from isolator.model import IPAddress
 from isolator.netlink import codec
 from isolator.netlink.codec import Request
@@ -129,6 +130,23 @@ def covers(netfilter: NetlinkSocket, name: str, networks: Iterable[IPNetwork]) -
         there.add((int.from_bytes(key, "big"), bool(end)))
     # The kernel's first element may be the end of what lies before everything.
     return wanted == there - {(0, True)}
+
+
+def intervals(netfilter: NetlinkSocket, name: str) -> Ranges:
+    """What an interval set holds; nothing if there is no such set."""
+    ends = []
+    for key, element in _raw(netfilter, name):
+        is_end = int.from_bytes(element.get(_FLAGS, b"\0"), "big") & _INTERVAL_END
+        # Where one ends and another begins, the end comes first.
+        ends.append((int.from_bytes(key, "big"), not is_end, 8 * len(key)))
+    found, first = [], None
+    for value, begins, _ in sorted(ends):
+        if first is not None:
+            found.append(Range(first, value - 1))
+        first = value if begins else None
+    if first is not None:
+        found.append(Range(first, (1 << ends[0][2]) - 1))
+    return Ranges(found)
 
 
 def _raw(netfilter: NetlinkSocket, name: str) -> Iterator[tuple[memoryview, codec.Attributes]]:

@@ -11,6 +11,7 @@ from ipam.checks import CheckReport, Finding
 from ipam.errors import MoorageError, NotFound
 from ipam.networks import get_network, list_networks
 from ipam.nodes import check_node
+from ipam.nodes_networks import read_nodes_networks
 from ipam.pools import geometry
 from ipam.records import Address, AddressState, Intent, IntentKind, Pool, Reservation
 from ipam.store.base import Store
@@ -100,12 +101,14 @@ def show(session: Session, address: IPAddress) -> None:
             shown = row(address, found[0])
         else:
             pool = await pool_of(store, address)
-            usable = geometry(pool).usable(address)
+            shape = geometry(pool)
+            whose = (await read_nodes_networks(store)).why_closed(address, shape)
             shown = {
                 "address": str(address),
-                "state": FREE if usable else "excluded",
+                "state": "excluded" if whose or not shape.usable(address) else FREE,
                 "pool": pool.name,
                 "network": pool.network,
+                **({"used_by": whose} if whose else {}),
             }
         return {**shown, "reservation": fields(reservation) if reservation else None}
 

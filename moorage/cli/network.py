@@ -13,8 +13,10 @@ import click
 from ipam import networks
 from ipam.errors import InvalidInput
 from ipam.networks import NetworkChange, PoolSpec
+from ipam.nodes_networks import read_nodes_networks
 from ipam.permissions import EVERYTHING, NEW_NETWORK
-from ipam.pools import parse_range
+from ipam.pool_collisions import warnings
+from ipam.pools import geometry, parse_range
 from ipam.records import Network, Pool
 from ipam.store.base import Store
 from moorage.cli.network_settings import read_settings, setting_options, settings_in_words
@@ -80,6 +82,11 @@ def _prefix_length(ctx: click.Context, param: click.Parameter, values: Sequence[
 @click.option(
     "--exclude", "excluded", metavar="RANGE", multiple=True, help="Addresses given to nobody; repeatable."
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Let pools lie over networks that nodes are connected to; addresses that nodes use are left out.",
+)
 @setting_options(new=True)
 @pass_session
 def create(
@@ -90,6 +97,7 @@ def create(
     block_sizes: list[int],
     static: tuple[str, ...],
     excluded: tuple[str, ...],
+    force: bool,
     **settings: Any,
 ) -> None:
     """Create a network with its pools.
@@ -97,23 +105,28 @@ def create(
     With an IPv4 and an IPv6 pool every container gets an address of each. A RANGE belongs to the
     pool that contains it. What apps ask for beyond an address of some sort has to be allowed.
 
+    A pool must not share addresses with the networks of nodes: their interfaces' prefixes, their addresses,
+    gateways and name servers, and the store. It may with what they only have a route to; that is a warning.
+
     \b
     Examples:
       moorage network create web --pool 10.64.0.0/16
       moorage network create db --pool 10.65.0.0/24 --pool fd00:65::/64 \\
           --block-size 28 --static 10.65.0.10-10.65.0.19 --dns 10.0.0.2 --no-nat
     """
-    specs = pool_specs(pools, block_sizes, static, excluded)
+    specs = pool_specs(pools, block_sizes, static, excluded, forced=force)
     settings["fabric"] = settings["fabric"] or ("vxlan" if session.store_is_shared else "none")
     record = Network(name=name, pools=[], **{**NEW_NETWORK, **read_settings(settings).fields()})
 
-    async def act(store: Store) -> tuple[Network, list[Pool]]:
+    async def act(store: Store) -> tuple[Network, list[Pool], list[str]]:
         await networks.create_network(store, record, specs)
-        return await networks.get_network(store, name)
+        created, found = await networks.get_network(store, name)
+        return created, found, warnings(map(geometry, found), await read_nodes_networks(store))
 
-    created, created_pools = session.run(act, create=True)
-    if warning := resolver_warning(created):
-        click.echo(f"Warning: {warning}", err=True)
+    created, created_pools, told = session.run(act, create=True)
+    for warning in (resolver_warning(created), *told):
+        if warning:
+            click.echo(f"Warning: {warning}", err=True)
     cidrs = ", ".join(pool.cidr for pool in created_pools)
     session.out.done(
         f"network {name} created with {cidrs}; "
@@ -143,7 +156,12 @@ def resolver_warning(network: Network, resolv_conf: Path = Path("/etc/resolv.con
 
 
 def pool_specs(
-    cidrs: Sequence[str], block_sizes: Sequence[int], static: Sequence[str], excluded: Sequence[str]
+    cidrs: Sequence[str],
+    block_sizes: Sequence[int],
+    static: Sequence[str],
+    excluded: Sequence[str],
+    *,
+    forced: bool,
 ) -> list[PoolSpec]:
     """Give each pool the block size of its family and the ranges inside it. Raises InvalidInput."""
     sizes: dict[int, int] = {}
@@ -165,6 +183,7 @@ def pool_specs(
             sizes.get(families[cidr]),
             static=tuple(text for text in static if owner(text, cidrs) == cidr),
             excluded=tuple(text for text in excluded if owner(text, cidrs) == cidr),
+            forced=forced,
         )
         for cidr in cidrs
     ]
@@ -229,7 +248,8 @@ def show(session: Session, name: str) -> None:
 
     async def act(store: Store) -> dict[str, Any]:
         record, pools = await networks.get_network(store, name)
-        usage = [await networks.pool_usage(store, pool) for pool in pools]
+        around = await read_nodes_networks(store)
+        usage = [await networks.pool_usage(store, pool, around) for pool in pools]
         return {
             **row(record, pools),
             "pools": [
@@ -254,6 +274,7 @@ def show(session: Session, name: str) -> None:
                     "static": pool["static"],
                     "excluded": pool["excluded"],
                     "disabled": pool["disabled"],
+                    "forced": pool["forced"],
                 }
                 for pool in found["pools"]
             ],
@@ -298,6 +319,12 @@ def largest_first(holder: tuple[str, dict[str, int]]) -> tuple[int, str]:
     help="Give out nothing more of this pool; what is assigned stays; repeatable.",
 )
 @click.option("--enable-pool", "enable", metavar="CIDR", multiple=True, help="The opposite; repeatable.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Let pools that are added or enabled lie over networks that nodes are connected to; addresses that nodes "
+    "use are left out.",
+)
 @setting_options(new=False)
 @pass_session
 def set_(
@@ -308,6 +335,7 @@ def set_(
     block_sizes: list[int],
     disable: tuple[str, ...],
     enable: tuple[str, ...],
+    force: bool,
     **settings: Any,
 ) -> None:
     """Change a network while it is used; agents follow at once.
@@ -324,19 +352,26 @@ def set_(
     """
     change = replace(
         read_settings(settings),
-        add=tuple(pool_specs(add, block_sizes, (), ())),
+        add=tuple(pool_specs(add, block_sizes, (), (), forced=force)),
         disable=disable,
         enable=enable,
+        force=force,
     )
+    if force and not (add or enable):
+        raise InvalidInput("--force says how pools are added or enabled; give --add-pool or --enable-pool")
     if change == NetworkChange():
         raise InvalidInput("nothing is to be changed; see `moorage network set --help`")
 
-    async def act(store: Store) -> tuple[Network, list[Pool]]:
-        return await networks.set_network(store, name, change)
+    async def act(store: Store) -> tuple[Network, list[Pool], list[str]]:
+        record, pools = await networks.set_network(store, name, change)
+        asked = {ip_network(cidr) for cidr in (*add, *enable)}
+        shapes = [shape for pool in pools if (shape := geometry(pool)).cidr in asked]
+        return record, pools, warnings(shapes, await read_nodes_networks(store))
 
-    record, pools = session.run(act)
-    if change.dns is not None and (warning := resolver_warning(record)):
-        click.echo(f"Warning: {warning}", err=True)
+    record, pools, told = session.run(act)
+    for warning in (resolver_warning(record) if change.dns is not None else "", *told):
+        if warning:
+            click.echo(f"Warning: {warning}", err=True)
     session.out.done(f"network {name} changed", row(record, pools))
 
 

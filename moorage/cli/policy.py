@@ -14,6 +14,7 @@ from ipam.errors import InvalidInput, TryAgain
 from ipam.isolation import underlay_of_node
 from ipam.keys import IPAddress
 from ipam.networks import list_networks
+from ipam.nodes_networks import NodesNetworks
 from ipam.pools import geometry
 from ipam.records import Address, Node
 from ipam.store.base import Store, read_prefix
@@ -39,17 +40,18 @@ def policy() -> None:
 async def known_of(store: Store, stored: dict[IPAddress, Stored]) -> Known:
     """All that decides about calls."""
     networks = await list_networks(store)
-    nodes, _ = await read_prefix(store, keys.NODES)
+    kvs, _ = await read_prefix(store, keys.NODES)
+    nodes = [Node.decode(kv.key, kv.value) for kv in kvs]
+    around = NodesNetworks(nodes)
     addresses = {ip: found.record for ip, found in stored.items()}
-    records = [Node.decode(kv.key, kv.value) for kv in nodes]
     return Known(
         addresses=addresses,
         networks={network.name: network for network, _ in networks},
-        pools=[geometry(pool).cidr for _, pools in networks for pool in pools],
-        nodes=addresses_of_nodes(records, addresses),
-        underlays=frozenset(ip for node in records for ip in underlay_of_node(node)),
-        tunnels=frozenset(node.vxlan_port for node in records if node.vxlan_port),
-        stores=frozenset(stores_of(records)),
+        pools=[part for _, pools in networks for pool in pools for part in around.open_parts(geometry(pool))],
+        nodes=addresses_of_nodes(nodes, addresses),
+        underlays=frozenset(ip for node in nodes for ip in underlay_of_node(node)),
+        tunnels=frozenset(node.vxlan_port for node in nodes if node.vxlan_port),
+        stores=frozenset(stores_of(nodes)),
     )
 
 

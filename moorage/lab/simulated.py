@@ -58,7 +58,7 @@ class SimulatedNode:
         """Start from the journal, as an agent does before the store was heard."""
         self.instance = uuid.uuid4().hex
         self.journal = Journal(self.path, self.boot_id)
-        self.catalogue = Catalogue(self.store, self.journal, self._catalogue_changed)
+        self.catalogue = Catalogue(self.store, self.journal, self._catalogue_changed, node=self.name)
         self.holder = Holder(
             self.name,
             self.store,

@@ -67,8 +67,8 @@ def pair(lab: Lab) -> Iterator[Pair]:
                 container.delete(network, f"eth{number}")
 
 
-def trace(lab: Lab, source: str, target: str) -> dict[str, Any]:
-    answer = lab.nodes[0].cli("endpoint", "trace", source, target, "-o", "json", check=False)
+def trace(lab: Lab, source: str, target: str, *packet: str) -> dict[str, Any]:
+    answer = lab.nodes[0].cli("endpoint", "trace", source, target, *packet, "-o", "json", check=False)
     found: dict[str, Any] = json.loads(answer.stdout)
     assert answer.returncode == (1 if found["broken"] else 0)
     return found
@@ -119,7 +119,7 @@ def test_what_packets_pass_holds_there_and_back_in_both_families(lab: Lab, pair:
     ]  # fmt: skip
     places = [(hop["node"], hop["at"]) for hop in found["ways"][0]["hops"]]
     assert places == [
-        ("n1", "container"), ("n1", "veth"), ("n1", "forwarding"), ("n1", "route"), ("n1", "fabric"),
+        ("n1", "container"), ("n1", "veth"), ("n1", "sending"), ("n1", "forwarding"), ("n1", "route"), ("n1", "fabric"),
         ("n1", "underlay"), ("n2", "fabric"), ("n2", "forwarding"), ("n2", "route"), ("n2", "policy"),
         ("n2", "veth"), ("n2", "container"),
     ]  # fmt: skip
@@ -139,9 +139,28 @@ def test_between_containers_of_one_node_there_is_no_fabric(lab: Lab, pair: Pair)
         found = trace(lab, f"{one.id}/eth0", neighbour.id)
         assert broken(found) is None
         assert {hop["at"] for way in found["ways"] for hop in way["hops"]} == {
-            "container", "veth", "forwarding", "route", "policy",
+            "container", "veth", "sending", "forwarding", "route", "policy",
         }  # fmt: skip
         assert neighbour.delete("tunnelled").exit == 0
+
+
+def test_a_packet_that_no_netgroup_decides_about_ends_with_the_name_of_what_drops_it(
+    lab: Lab, pair: Pair
+) -> None:
+    ends = (f"{pair[0].id}/eth0", f"{pair[1].id}/eth0")
+    found = trace(lab, *ends, "--proto", "udp", "--port", "4789")
+    assert broken(found) == ("n1", "sending")
+    assert "(tunnel-port)" in found["verdict"]
+    assert broken(trace(lab, *ends, "--proto", "udp", "--port", "4790")) is None
+    said = json.dumps(trace(lab, *ends, "--proto", "icmp-error"))
+    assert "dropped (icmp-error)" in said
+    lab.nodes[0].cli("network", "set", "tunnelled", "--max-connections", "1")
+    try:
+        pair[0].namespace.run("ping", "-c", "1", "-W", "1", lab.nodes[1].ip, check=False)
+        eventually(lambda: broken(trace(lab, *ends)) == ("n1", "sending"))
+        assert "(connections)" in trace(lab, *ends)["verdict"]
+    finally:
+        lab.nodes[0].cli("network", "set", "tunnelled", "--max-connections", "default")
 
 
 def test_a_container_that_lost_its_default_route(lab: Lab, pair: Pair) -> None:

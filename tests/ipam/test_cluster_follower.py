@@ -20,6 +20,7 @@ from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Member
 from ipam.keys import IPAddress
 from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
+from ipam.ranges import Ranges, range_of
 from ipam.records import NODE_ENGINE, Address, AddressState, Block, Network, Node
 from ipam.store import open_store
 from ipam.store.base import Delete, Put, Store, Txn, read_prefix
@@ -200,6 +201,25 @@ async def test_an_address_in_its_own_block_is_no_news_for_the_fabric(store: Stor
         await until_seen(cluster, store)
         assert told.nodes == set()
         assert told.members == {IPS[1]: Member("b", "web", ("x",))}
+
+
+async def test_an_address_inside_a_nodes_own_network_is_news_for_the_fabric_as_it_comes_and_goes(
+    store: Store,
+) -> None:
+    lan = Node(name="c", version="1", surroundings=["connected 10.64.0.16/30 eth0"])
+    await put(store, keys.NODES + "c", lan.encode())
+    inside, outside = IPS[1], ip_address("10.64.0.25")
+    closed = Ranges([range_of(ip_network("10.64.0.16/30"))])
+    async with following(store) as (cluster, told):
+        await put(store, keys.block_key(BLOCKS[1]), block("b", 28))
+        await put(store, keys.address_key(outside), address("b"))
+        await until_seen(cluster, store)
+        for value, found in ((address("b"), [inside]), (address("b", AddressState.COOLING), [])):
+            told.nodes.clear()
+            await put(store, keys.address_key(inside), value)
+            await eventually(lambda: told.nodes == {"b"})
+            await until_seen(cluster, store)
+            assert cluster.assigned_in(BLOCKS[1], closed) == found
 
 
 async def test_an_address_of_the_node_itself_is_told_from_those_of_containers(store: Store) -> None:

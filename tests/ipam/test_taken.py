@@ -54,6 +54,7 @@ def test_every_line_is_told_as_it_was_parsed(text: str) -> None:
         "address fe80::1 eth0",
         "address fd00::1%eth0 eth0",
         "address 127.0.0.1 lo",
+        "resolver ::1",
         "connected 198.18.0.1/24 eth0",
         "connected 0.0.0.0/0 eth0",
         "connected ::/0 eth0",

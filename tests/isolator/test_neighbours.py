@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -14,12 +14,15 @@ from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Member
 from ipam.errors import MoorageError
 from ipam.keys import IPAddress
-from ipam.records import Node
+from ipam.nodes_networks import NodesNetworks
+from ipam.pools import Geometry, geometry, parse_pool
+from ipam.records import Network, Node
+from ipam.taken import parse_all
 from isolator import neighbours as neighbours_module
 from isolator.errors import KernelRefused
 from isolator.kernel import Kernel
-from isolator.neighbours import Neighbours
-from isolator.policy import Hosts
+from isolator.neighbours import Neighbours, surroundings
+from isolator.policy import Hosts, Surroundings
 
 NODES = {
     name: Node(name=name, version="1", underlay=[underlay, "fe80::2"], vtep=vtep, vxlan_port=4789)
@@ -27,7 +30,7 @@ NODES = {
 }
 A, B, C = (ip_address(f"10.0.0.{n}") for n in (1, 2, 3))
 N1, N2 = ip_address("192.0.2.1"), ip_address("192.0.2.2")
-POOL = ip_network("10.0.0.0/24")
+POOL = ip_network("10.0.0.0/16")
 
 
 @dataclass
@@ -40,8 +43,10 @@ class StubKernel:
     # (addresses, whether only what is forbidden now)
     forgotten: list[tuple[set[IPAddress], bool]] = field(default_factory=list)
     refuses: bool = False
+    around: Surroundings = field(default_factory=Surroundings)
 
-    async def set_surroundings(self, _: object) -> list[IPAddress]:
+    async def set_surroundings(self, around: Surroundings) -> list[IPAddress]:
+        self.around = around
         return []
 
     @property
@@ -92,12 +97,21 @@ class StubCluster:
         return {name: node for name, node in NODES.items() if name not in self.absent}
 
 
+@dataclass
 class StubCatalogue:
-    def networks(self) -> list[Any]:
-        return []
+    """One pool, and what nodes' own networks use."""
 
-    def pools(self) -> list[Any]:
-        return [type("Pool", (), {"cidr": POOL, "network": "web"})]
+    around: NodesNetworks = field(default_factory=NodesNetworks)
+    forced: bool = False
+
+    def networks(self) -> list[Network]:
+        return [Network(name="web", pools=["10.0.0.0-16"], fabric="vxlan")]
+
+    def pools(self) -> list[Geometry]:
+        return [geometry(parse_pool(str(POOL), network="web", forced=self.forced))]
+
+    def pool_of(self, ip: IPAddress) -> Geometry | None:
+        return self.pools()[0] if ip in POOL else None
 
 
 @dataclass
@@ -105,6 +119,7 @@ class Stage:
     neighbours: Neighbours
     kernel: StubKernel
     cluster: StubCluster
+    catalogue: StubCatalogue
 
     def say(self, changes: Mapping[IPAddress, Member | None]) -> None:
         self.cluster.known.update({ip: member for ip, member in changes.items() if member is not None})
@@ -117,8 +132,8 @@ class Stage:
 @pytest.fixture
 async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
     monkeypatch.setattr(neighbours_module, "FORGET_TOGETHER", 0.05)
-    kernel, cluster = StubKernel(), StubCluster()
-    neighbours = Neighbours("n1", cast("Kernel", kernel), cast("Catalogue", StubCatalogue()))
+    kernel, cluster, catalogue = StubKernel(), StubCluster(), StubCatalogue()
+    neighbours = Neighbours("n1", cast("Kernel", kernel), cast("Catalogue", catalogue))
 
     async def tell() -> None:
         while True:
@@ -128,7 +143,7 @@ async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
                 continue
 
     tasks = [asyncio.create_task(tell()), asyncio.create_task(neighbours.forget())]
-    yield Stage(neighbours, kernel, cluster)
+    yield Stage(neighbours, kernel, cluster, catalogue)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -222,3 +237,52 @@ async def test_a_kernel_that_refuses_still_forgets(stage: Stage) -> None:
     stage.say({A: None})
     await stage.settled()
     assert stage.kernel.forgotten == [({A}, False)]
+
+
+LAN = ("connected 10.0.0.0/24 eth0", "address 10.0.0.5 eth0", "store 10.0.9.9 tcp/2379")
+
+
+def in_pools(around: Surroundings, ip: str) -> bool:
+    return any(ip_address(ip) in network for network in around.pools)
+
+
+@pytest.mark.parametrize(
+    ("forced", "ip", "is_containers"),
+    [
+        (False, "10.0.0.5", False),
+        (False, "10.0.9.9", False),
+        (False, "10.0.0.7", False),
+        (False, "10.0.1.7", True),
+        (True, "10.0.0.5", False),
+        (True, "10.0.9.9", False),
+        (True, "10.0.0.7", True),
+    ],
+)
+def test_what_nodes_networks_use_is_never_judged_as_a_containers(
+    forced: bool, ip: str, is_containers: bool
+) -> None:
+    known = NodesNetworks([Node(name="n9", version="1", surroundings=list(LAN))])
+    around = surroundings(cast("Catalogue", StubCatalogue(known, forced)))
+    assert in_pools(around, ip) is is_containers
+    assert around.nat_pools == around.tunnelled_pools == around.pools
+
+
+def test_containers_that_were_there_first_stay_containers_but_not_as_a_node() -> None:
+    known = NodesNetworks([Node(name="n9", version="1", surroundings=list(LAN))])
+    assigned = [ip_address(ip) for ip in ("10.0.0.5", "10.0.0.7", "10.0.1.7")]
+    around = surroundings(cast("Catalogue", StubCatalogue(known)), assigned)
+    assert [in_pools(around, str(ip)) for ip in assigned] == [False, True, True]
+    assert len(set(around.pools)) == len(around.pools), "the kernel refuses what overlaps"
+
+
+async def test_the_firewall_hears_of_such_containers_as_they_come_and_go(stage: Stage) -> None:
+    stage.catalogue.around.tell("n9", parse_all(LAN))
+    inside = ip_address("10.0.0.7")
+    stage.neighbours.on_catalogue()
+    stage.say({inside: member()})
+    await stage.settled()
+    assert in_pools(stage.kernel.around, "10.0.0.7")
+    del stage.cluster.known[inside]
+    stage.say({inside: None})
+    await stage.settled()
+    assert not in_pools(stage.kernel.around, "10.0.0.7")

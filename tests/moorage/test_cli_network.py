@@ -40,6 +40,7 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
                 "static": ["10.65.0.10-10.65.0.19"],
                 "excluded": ["10.65.0.1"],
                 "disabled": False,
+                "forced": False,
             },
             {
                 "name": "fd00:65::-64",
@@ -49,6 +50,7 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
                 "static": ["fd00:65::100/120"],
                 "excluded": [],
                 "disabled": False,
+                "forced": False,
             },
         ],
         "driver": "routed",
@@ -285,6 +287,7 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
         "own": 0,
         "warm": 1,
         "cooling": 0,
+        "outside": 0,
         "free": 252,
         "by_node": {"a": {"assigned": 1, "warm": 1}},
     }

@@ -62,6 +62,7 @@ def test_show_has_facts_fence_blocks_and_addresses(with_node: CommandLine) -> No
         "fence": 7,
         "since": 1.0,
         "blocks": ["10.64.0.0/26"],
+        "surroundings": [],
         "addresses": [
             {"network": "web", "family": 4, "state": state, "count": 1}
             for state in ("allocated", "assigned", "cooling", "warm")

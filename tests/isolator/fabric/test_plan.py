@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipam.keys import IPNetwork
+from ipam.ranges import Range, Ranges
 from ipam.records import Node
 from isolator.fabric.plan import (
     VXLAN_DEVICE,
@@ -18,10 +21,12 @@ from isolator.fabric.plan import (
     Remote,
     Route,
     at_home,
+    cut,
     host,
     mac_of,
     next_hop,
     parse_peer,
+    released,
     towards,
 )
 
@@ -158,3 +163,47 @@ def test_whatever_a_node_says_the_plan_is_one_that_the_kernel_gives_back_alike(
 def test_a_mac_in_capitals_is_the_same_mac() -> None:
     found, _ = plan("vxlan", mac=MAC.upper())
     assert set(found.tunnels) == {MAC}
+
+
+CUT = st.lists(st.tuples(st.integers(0, 63), st.integers(0, 63)), max_size=5)
+
+
+@given(CUT, st.sets(st.integers(0, 63), max_size=4), st.sampled_from([B4, B6]))
+def test_a_route_leads_to_all_of_a_block_but_what_is_closed(
+    pairs: list[tuple[int, int]], assigned: set[int], block: IPNetwork
+) -> None:
+    base = int(block.network_address)
+    closed = Ranges(Range(base + min(pair), base + max(pair)) for pair in pairs)
+    kept = [block[number] for number in assigned if base + number in closed]
+    parts = cut(Piece(block, "vxlan"), closed, kept)
+    led_to = [ip for part in parts for ip in part.destination]
+    assert len(led_to) == len(set(led_to)), "no address has two routes"
+    assert set(led_to) == {ip for ip in block if int(ip) not in closed} | set(kept)
+    assert {part.fabric for part in parts} <= {"vxlan"}
+
+
+@given(CUT, st.sampled_from([B4, B6]), st.booleans())
+def test_what_an_earlier_agent_left_is_cut_back_and_leads_where_it_led(
+    pairs: list[tuple[int, int]], block: IPNetwork, drops: bool
+) -> None:
+    base = int(block.network_address)
+    closed = Ranges(Range(base + min(pair), base + max(pair)) for pair in pairs)
+    route = Route(block) if drops else Route(block, HOP, VXLAN_DEVICE)
+    left = Plan({block: route}, {HOP: MAC}, {MAC: Remote(ip_address("192.0.2.2"), 0)})
+
+    def closed_in(network: IPNetwork) -> Ranges:
+        return closed.within(int(network[0]), int(network[-1]))
+
+    kept = released(left, closed_in, lambda _: False)
+    assert {ip for part in kept.routes for ip in part} == {ip for ip in block if int(ip) not in closed}
+    assert all(replace(of, destination=block) == route for of in kept.routes.values())
+    assert (kept.neighbours, kept.tunnels) == (left.neighbours, left.tunnels)
+    assert released(kept, closed_in, lambda _: False) == kept
+
+
+def test_a_route_to_one_address_goes_only_if_it_is_a_nodes_very_own() -> None:
+    firm, connected = host(ip_address("10.64.3.1")), host(ip_address("10.64.3.2"))
+    left = Plan({firm: Route(firm, HOP, VXLAN_DEVICE), connected: Route(connected, HOP, VXLAN_DEVICE)})
+    closed = Ranges([Range(int(B4[0]), int(B4[-1]))])
+    kept = released(left, lambda _: closed, lambda ip: ip == firm.network_address)
+    assert set(kept.routes) == {connected}
