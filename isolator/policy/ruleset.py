@@ -8,13 +8,15 @@ an accept here never overrules a drop in somebody else's table.
                                         listens on all of its addresses. Nothing to the store, but from networks with
                                         --to-node store. Before masquerading, which would make it the node's own.
                            errors4/6    an ICMP error only about a packet that was sent to this container: else it
-                                        could shrink the path MTU of others, or reach them as "related"
+                                        could shrink the path MTU of others, or reach them as "related". That it goes
+                                        to who sent that packet is what conntrack asks, else it is invalid (forward)
                            no multicast, no redirects, none of what keeps links and neighbours
                            its interface, MAC and source address must stand together in senders4/6, else drop. So
                            a spoofed source goes nowhere, and neither do leftovers such as DHCP, router
                            solicitations and MLD, which have no source or a link-local one.
                      --> beginning (forward), input
-                           counted      no more tracked connections than an interface may have
+                           counted      no more tracked connections than an interface may have; asked of the first
+                                        packet alone, since what nobody answers stays new for the kernel
                            midstream    where answers are let in, a TCP connection begins with a SYN or is reset: else
                                         one that was cut would begin anew, in the other direction, with what the
                                         container still has to send
@@ -212,24 +214,29 @@ $chains	chain arriving {
 	}
 
 	chain counted {
+		ct status confirmed return
 		iifname @over_limit drop
 		iifname @connections add @over_limit { iifname } drop
 	}
 
+	chain invalid {
+		meta l4proto { 1, 58 } drop
+	}
+
 	chain beginning {
-		ct status ! confirmed jump counted
+		jump counted
 		tcp flags ! syn jump midstream
 	}
 
 	chain forward {
 		type filter hook forward priority filter; policy accept;
-		ct state new iifname "mrg*" jump beginning
+		iifname "mrg*" ct state vmap { new : jump beginning, invalid : jump invalid }
 		oifname "mrg*" goto arriving
 	}
 
 	chain input {
 		type filter hook input priority filter; policy accept;
-		iifname "mrg*" ct state new ct status ! confirmed jump counted
+		iifname "mrg*" ct state vmap { new : jump counted, invalid : jump invalid }
 	}
 
 	chain output {

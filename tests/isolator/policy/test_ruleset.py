@@ -446,24 +446,29 @@ table inet moorage {
     }
 
     chain counted {
+        ct status confirmed return
         iifname @over_limit drop
         iifname @connections add @over_limit { iifname } drop
     }
 
+    chain invalid {
+        meta l4proto { icmp, ipv6-icmp } drop
+    }
+
     chain beginning {
-        ct status ! confirmed jump counted
+        jump counted
         tcp flags ! syn jump midstream
     }
 
     chain forward {
         type filter hook forward priority filter; policy accept;
-        ct state new iifname "mrg*" jump beginning
+        iifname "mrg*" ct state vmap { invalid : jump invalid, new : jump beginning }
         oifname "mrg*" goto arriving
     }
 
     chain input {
         type filter hook input priority filter; policy accept;
-        iifname "mrg*" ct state new ct status ! confirmed jump counted
+        iifname "mrg*" ct state vmap { invalid : jump invalid, new : jump counted }
     }
 
     chain output {
