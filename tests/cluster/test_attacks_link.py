@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
 import pytest
-from scapy.contrib.igmp import IGMP
+from scapy.layers.igmp import IGMP
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import (
     ICMPv6MLDone,
