@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
 import pytest
-from scapy.contrib.igmp import IGMP
+from scapy.layers.igmp import IGMP
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import (
     ICMPv6MLDone,
@@ -253,23 +253,23 @@ def odd_frames(scene: Scene, who: str) -> dict[str, Packet]:
         for name, tag in tags.items():
             for target in (friend.ips[family], blue.ips[family], node):
                 put(f"{name} forged to {target}", tag, network(blue.ips[family], target), udp)
-    for kind, number in (
+    for kind, ethertype in (
         ("LLDP", 0x88CC),
         ("unknown EtherType", 0x88B5),
         ("PPPoE", 0x8864),
         ("MPLS", 0x8847),
     ):
         for to in (EVERYBODY, "01:80:c2:00:00:0e", HOST_MAC):
-            found[f"{kind} {to}"] = Ether(src=mac, dst=to, type=number) / Raw(mark(f"{kind} {to}"))
+            found[f"{kind} {to}"] = Ether(src=mac, dst=to, type=ethertype) / Raw(mark(f"{kind} {to}"))
     for source in (evil.ips[4], blue.ips[4], "0.0.0.0"):
         for target, to in (
             (GROUP4, "01:00:5e:7f:07:07"), (GROUP4, HOST_MAC),
             ("255.255.255.255", EVERYBODY), ("224.0.0.1", "01:00:5e:00:00:01"),
         ):  # fmt: skip
             put(f"IPv4 {source} to {target} {to}", IP(src=source, dst=target, ttl=4), udp, to=to)
-        for kind in (0x11, 0x12, 0x16, 0x17):
-            igmp = IGMP(type=kind, gaddr=GROUP4 if kind != 0x11 else "0.0.0.0")
-            put(f"IGMP {kind:x} from {source}", IP(src=source, dst="224.0.0.1", ttl=1, proto=2), igmp)
+        for number in (0x11, 0x12, 0x16, 0x17):
+            igmp = IGMP(type=number, gaddr=GROUP4 if number != 0x11 else "0.0.0.0")
+            put(f"IGMP {number:x} from {source}", IP(src=source, dst="224.0.0.1", ttl=1, proto=2), igmp)
     link_local = "fe80::9"
     for source in (evil.ips[6], link_local):
         for target, to in (

@@ -147,14 +147,15 @@ def test_nobody_else_is_let_in_after_an_older_backup_was_restored(
 
 
 def test_nobody_else_is_let_in_after_the_store_was_emptied_and_networks_are_made_again(
-    scene: Scene, tally: Tally, agents: str
+    scene: Scene, tally: Tally
 ) -> None:
-    empty_the_store(scene, agents)
+    """Nodes have an address on their devices again when what was given out before is known to the store."""
+    empty_the_store(scene, "started again")
     create_networks(scene.lab.nodes[0])
     for node in scene.lab.nodes:
         for family, ip in device_addresses(node).items():
             scene.own[node.name][family][0] = ip
-    judge(scene, tally, f"the store was emptied, agents {agents}")
+    judge(scene, tally, "the store was emptied, and filled again")
 
 
 def test_containers_talk_while_the_store_is_empty_and_nobody_else_is_let_in(

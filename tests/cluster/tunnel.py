@@ -32,9 +32,9 @@ _HOP_BY_HOP = IPv6ExtHdrHopByHop(options=[PadN(optdata=bytes(4))])
 _DESTINATION = IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))])
 
 
-def network(source: str, target: str, **more: object) -> Packet:
+def network(source: str, target: str) -> Packet:
     """The IP header of the family of both."""
-    return (IPv6 if ":" in source else IP)(src=source, dst=target, **more)
+    return (IPv6 if ":" in source else IP)(src=source, dst=target)
 
 
 def tunnelled(sender: str, receiver: str, source: str, target: str, label: str) -> bytes:
