@@ -447,11 +447,11 @@ class Isolator:
             told = self._underlay_changed.is_set()
             self._underlay_changed.clear()
             await self._look_around()
-            self._describe()
             try:
                 found = await self._kernel.underlay(self._settings.underlay)
             except InvalidInput as error:
                 log.warning("underlay is gone; what it was is kept", why=str(error))
+                self._describe()
                 continue
             if self._underlay.addresses and not found.addresses:
                 # Between two of a link's states, or of a DHCP client's: no reason to cut containers off.
@@ -469,9 +469,9 @@ class Isolator:
                     self._store.reconnect()
                 self._underlay = found
                 self._fabric.underlay_changed(found)
-                self._describe()
             elif told:
                 self._fabric.kernel_changed()
+            self._describe()  # after a reconnect: an old connection would keep it
 
     def _is_live(self, ip: IPAddress, record: Address) -> bool:
         if record.state is AddressState.ALLOCATED:

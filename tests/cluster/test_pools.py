@@ -190,8 +190,9 @@ def test_a_pool_over_a_nodes_lan_never_gives_away_the_node_or_its_gateway(lab: L
 def test_a_node_that_comes_later_with_such_a_lan_keeps_it(lab: Lab) -> None:
     first, late = lab.nodes[0], lab.nodes[2]
     first.cli(
-        "network", "create", "early", "--pool", "10.51.0.0/24", "--block-size", "28", "--allow-static", "all"
-    )
+        "network", "create", "early",
+        "--pool", "10.51.0.0/24", "--block-size", "28", "--allow-static", "all", "--allow-from", "nodes",
+    )  # fmt: skip
     try:
         with guest(first, "early") as kept:
             before = kept.ips["early", 4]
