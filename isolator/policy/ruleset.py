@@ -84,7 +84,7 @@ $sets
 		type ifname
 		size 65536
 		flags dynamic,timeout
-		timeout 100ms
+		timeout 10ms
 	}
 
 $netgroups	chain claimed {

@@ -280,7 +280,7 @@ table inet moorage {
         type ifname
         size 65536
         flags dynamic,timeout
-        timeout 100ms
+        timeout 8ms
     }
 
     set netgroup4_web_5avdhfgsnrpw {
