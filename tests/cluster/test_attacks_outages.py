@@ -150,7 +150,7 @@ def test_nobody_else_is_let_in_after_the_store_was_emptied_and_networks_are_made
     scene: Scene, tally: Tally
 ) -> None:
     """Nodes have an address on their devices again when what was given out before is known to the store."""
-    empty_the_store(scene, "started again")
+    empty_the_store(scene)
     create_networks(scene.lab.nodes[0])
     for node in scene.lab.nodes:
         for family, ip in device_addresses(node).items():
@@ -158,15 +158,8 @@ def test_nobody_else_is_let_in_after_the_store_was_emptied_and_networks_are_made
     judge(scene, tally, "the store was emptied, and filled again")
 
 
-def test_containers_talk_while_the_store_is_empty_and_nobody_else_is_let_in(
-    scene: Scene, tally: Tally, agents: str
-) -> None:
-    empty_the_store(scene, agents)
-    judge(scene, tally, f"the store is empty, agents {agents}")
-
-
-def empty_the_store(scene: Scene, agents: str) -> None:
+def empty_the_store(scene: Scene) -> None:
+    """And have the agents start again on it."""
     scene.lab.etcd.ctl("del", "", "--from-key")
-    if agents == "started again":
-        for node in scene.lab.nodes:
-            start_again(node)
+    for node in scene.lab.nodes:
+        start_again(node)

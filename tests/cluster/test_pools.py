@@ -85,8 +85,9 @@ def captured(node: LabNode, prefix: str = "198.18.0.") -> list[str]:
     return [line for line in lines if prefix in line.split(" via ")[0] or "fd98:" in line.split(" via ")[0]]
 
 
-@pytest.mark.parametrize("fabric", ["vxlan", "hostgw"])
-@pytest.mark.parametrize("cidr", [UNDERLAY4, UNDERLAY6, "198.18.0.0/16"])
+@pytest.mark.parametrize(
+    ("cidr", "fabric"), [(UNDERLAY4, "vxlan"), (UNDERLAY6, "vxlan"), ("198.18.0.0/16", "hostgw")]
+)
 def test_a_pool_over_the_underlay_takes_neither_store_nor_nodes_from_anybody(
     lab: Lab, cidr: str, fabric: str
 ) -> None:
