@@ -28,7 +28,7 @@ from ipam.pools import Geometry, geometry
 from ipam.ranges import Ranges
 from ipam.records import Network, Node, Pool, Reservation
 from ipam.store.base import KeyValue, Store, WatchBatch, read_prefix
-from ipam.taken import Taken, parse_all
+from ipam.taken import Taken, taken_of
 
 log = structlog.get_logger(__name__)
 
@@ -180,7 +180,7 @@ class Catalogue:
         return True
 
     def _set_node(self, name: str, node: Node) -> bool:
-        return not self._is_own(name) and self.around.tell(name, parse_all(node.surroundings))
+        return not self._is_own(name) and self.around.tell(name, taken_of(node))
 
     def _is_own(self, node: str) -> bool:
         return self._own_told and node == self._node

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from ipam.errors import InvalidInput
 from ipam.keys import IPAddress, IPNetwork
@@ -24,6 +24,7 @@ TO_NODE = (STORE,)
 """What of the nodes a network can be let reach (docs/decisions/who-may-ask.md)."""
 MOST_CONNECTIONS = 1 << 24
 """That one container may be allowed to have tracked; more than any node's table holds."""
+_BROADCAST = IPv4Address("255.255.255.255")
 MOST_SOURCES = 64
 """Each is a rule that packets of strangers are compared with one after the other."""
 
@@ -85,10 +86,19 @@ def underlay_of_node(node: Node) -> list[IPAddress]:
 
 
 def _readable(texts: Iterable[str]) -> list[IPAddress]:
-    found = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            ip = ip_address(text)
-            if not ip.is_link_local:
-                found.append(ip)
-    return found
+    return [ip for text in texts if (ip := unicast(text)) is not None and not ip.is_link_local]
+
+
+def unicast(text: str) -> IPAddress | None:
+    """An address that another host can have, in the form that the kernel gives back; None for any other text.
+
+    A scope is none: it is any text behind a percent sign, and no kernel interface or firewall takes it for an address.
+    """
+    try:
+        ip = ip_address(text)
+    except ValueError:
+        return None
+    if ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST:
+        return None
+    odd = isinstance(ip, IPv6Address) and (ip.scope_id is not None or ip.ipv4_mapped is not None)
+    return None if odd else ip

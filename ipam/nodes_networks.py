@@ -21,7 +21,7 @@ from ipam.pools import BITS, Geometry, overlap
 from ipam.ranges import Range, Ranges, range_of, without
 from ipam.records import Node
 from ipam.store.base import Store, read_prefix
-from ipam.taken import FIRM, Kind, StoreEndpoint, Taken, parse_all
+from ipam.taken import FIRM, Kind, StoreEndpoint, Taken, taken_of
 
 FAMILIES: tuple[Family, ...] = (4, 6)
 
@@ -64,7 +64,7 @@ class NodesNetworks:
         self._places: Counter[_Place] = Counter()
         self._closed: dict[tuple[Family, bool], Ranges] = {}
         for node in nodes:
-            self.tell(node.name, parse_all(node.surroundings))
+            self.tell(node.name, taken_of(node))
 
     def tell(self, node: str, taken: Sequence[Taken]) -> bool:
         """What a node's networks use from now on; whether that changes what is closed to any pool."""
@@ -165,7 +165,7 @@ async def read_nodes_networks(store: Store) -> NodesNetworks:
     found = NodesNetworks()
     for kv in items:
         try:
-            found.tell(kv.key.removeprefix(keys.NODES), parse_all(Node.decode(kv.key, kv.value).surroundings))
+            found.tell(kv.key.removeprefix(keys.NODES), taken_of(Node.decode(kv.key, kv.value)))
         except StoreError:
             continue  # `moorage node list` says so
     return found

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from ipaddress import IPv6Network, ip_network
 from typing import NamedTuple
 
+from ipam.isolation import underlay_of_node
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import BITS, UNROUTABLE, overlap
 from ipam.ranges import collapse
+from ipam.records import Node
 
 LIMIT = 64
 """Lines of one node's record. It is followed by every agent: with a thousand nodes 64 lines of 40 bytes are 2.5 MB."""
@@ -138,6 +140,14 @@ def parse(text: str) -> Taken | None:
 def parse_all(lines: Iterable[str]) -> tuple[Taken, ...]:
     """What a node's record says; beyond LIMIT lines nobody listens."""
     found = (parse(text) for text, _ in zip(lines, range(LIMIT), strict=False))
+    return tuple(one for one in found if one is not None)
+
+
+def taken_of(node: Node) -> tuple[Taken, ...]:
+    """What a node's networks use, by its record. Of one whose agent does not say it yet: its underlay addresses."""
+    if node.surroundings:
+        return parse_all(node.surroundings)
+    found = (taken(Kind.ADDRESS, ip, "underlay") for ip in underlay_of_node(node))
     return tuple(one for one in found if one is not None)
 
 

@@ -430,8 +430,10 @@ class Isolator:
         """What the node's own networks use is no container's, from now on. What cannot be read stays as it was."""
         known = self._catalogue.around.taken_by(self.node)
         try:
-            found = [*await self._kernel.surroundings(), *await self._store_addresses.look(known)]
-            self._catalogue.tell_own(kept(known, found))
+            found, links = await self._kernel.surroundings()
+            here = kept(known, found, links)
+            stores = await self._store_addresses.look(known, here)
+            self._catalogue.tell_own((*here, *stores))
             # Even while the store does not answer: perhaps because of them.
             await self._fabric.release()
         except KernelRefused as error:

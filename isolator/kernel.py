@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from ipam.keys import Family
 from ipam.ranges import Ranges
-from ipam.taken import Taken
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
 from isolator.hostports import first_collision, taken_by, who_listens
@@ -40,7 +39,7 @@ from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, V
 from isolator.policy.adopted import let_go
 from isolator.policy.sending import Packet, at_limit
 from isolator.steps import reached
-from isolator.surrounds import surroundings
+from isolator.surrounds import Found, surroundings
 from isolator.sysctl import enable_forwarding
 from isolator.thread import KernelThread
 from isolator.tracking import Table, connection_table, fair_share
@@ -239,7 +238,7 @@ class Kernel:
         # It reads all of the main table, where the fabric has thousands of routes.
         return await self._reaping.run(underlay, self._reaping.node, link)
 
-    async def surroundings(self) -> list[Taken]:
+    async def surroundings(self) -> Found:
         """What the node's own networks use; see surrounds.py."""
         return await self._reaping.run(surroundings, self._reaping.node)
 

@@ -127,7 +127,7 @@ class Neighbours:
         """Addresses were assigned, changed netgroups, or are assigned no more."""
         for ip, member in changes:
             if int(ip) in self._catalogue.around.closed(ip.version, forced=False):
-                self._networks_changed = True
+                self._networks_changed = self._networks_changed or is_inside(self._catalogue, ip)
             if self._heard:  # else all are read at once when all are there
                 self._members_changed[ip] = member
             is_nodes_own = member is not None and member.own
@@ -161,7 +161,11 @@ class Neighbours:
         if not any(around.closed_to(pool) for pool in self._catalogue.pools()):
             return set()
         everyone = (*self._assigned_here(), *(ip for ip, _ in cluster.members()))
-        return {ip for ip in everyone if int(ip) in around.closed(ip.version, forced=False)}
+        return {
+            ip
+            for ip in everyone
+            if int(ip) in around.closed(ip.version, forced=False) and is_inside(self._catalogue, ip)
+        }
 
     async def _tell_of_others(self, cluster: Cluster) -> None:
         if self._nodes_changed:
@@ -194,7 +198,7 @@ class Neighbours:
         self._registered.hear(cluster.nodes())
         self._end_removed(cluster)
         tunnelled = any(network.fabric == TUNNEL for network in self._catalogue.networks())
-        self._hosts = self._registered.hosts(cluster.nodes(), self._own_of_nodes, tunnelled=tunnelled)
+        self._hosts = self._registered.hosts(self._own_of_nodes, tunnelled=tunnelled)
         await self._kernel.set_hosts(self._hosts)
 
     def _end_removed(self, cluster: Cluster) -> None:
@@ -205,10 +209,10 @@ class Neighbours:
         }
         believed = cluster.is_settled and self._node in cluster.nodes()
         for name, at in self._removed_at.items():
-            if at + REMOVED_AFTER > loop.time():
-                loop.call_at(at + REMOVED_AFTER, self.on_topology, {name})
-            elif believed:
+            if believed and at + REMOVED_AFTER <= loop.time():
                 self._registered.remove(name)
+            else:
+                loop.call_at(max(at, loop.time()) + REMOVED_AFTER, self.on_topology, {name})
 
     def tunnel_status(self) -> dict[str, object]:
         """Who may send to this node's tunnel, for `moorage status`."""

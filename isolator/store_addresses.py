@@ -37,15 +37,21 @@ class StoreAddresses:
         self._asking: asyncio.Task[None] | None = None
         self._asked = float("-inf")
 
-    async def look(self, before: Iterable[Taken]) -> list[Taken]:
-        """All addresses of all endpoints. before: what was known, for names that nobody has answered for yet."""
+    async def look(self, before: Iterable[Taken], here: Iterable[Taken]) -> list[Taken]:
+        """All addresses of all endpoints.
+
+        before: what was known, for names that nobody has answered for yet. here: what the node's own networks use; a
+        store at a loopback address is on this node, and listens on its other addresses as far as anybody knows.
+        """
         await self._resolve()
+        own = {one.network.version: one.ip for one in here if one.kind is Kind.ADDRESS}
         found = {
             entry
             for host, ports in self._ports.items()
             for ip in self._of(host)
+            for at in ([ip] if not ip.is_loopback else own.values())
             for port in ports
-            if (entry := taken(Kind.STORE, ip, f"tcp/{port}")) is not None
+            if (entry := taken(Kind.STORE, at, f"tcp/{port}")) is not None
         }
         if any(host not in self._known for host in self._ports.keys() - self._literal):
             found |= {one for one in before if one.kind is Kind.STORE}
@@ -72,7 +78,7 @@ class StoreAddresses:
         for name in names:
             try:
                 answers = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter of what can be no host name
                 log.info("a name of the store was not resolved", name=name, why=str(error))
                 continue
             ips = (_parsed(str(address[0])) for *_, address in answers)

@@ -9,9 +9,10 @@ other routes of the main table                     told, but never the default o
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import NamedTuple
 
 from ipam.keys import IPAddress
 from ipam.taken import Kind, Taken, taken
@@ -34,12 +35,19 @@ _PROTOCOL_KERNEL = 2
 """RTPROT_KERNEL: a route that the kernel made itself, for an address."""
 
 
-def surroundings(node: Node, resolvers: Iterable[Path] = RESOLVERS) -> list[Taken]:
+class Found(NamedTuple):
+    """What was read. links: names of the interfaces that there are, moorage's own left out."""
+
+    taken: list[Taken]
+    links: frozenset[str]
+
+
+def surroundings(node: Node, resolvers: Iterable[Path] = RESOLVERS) -> Found:
     """Everything that the node's own networks use. Raises KernelRefused."""
     links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
     names = {link.index: link.name for link in links if not _is_ours(link.name)}
     found = [*_of_addresses(node, names), *_of_routes(node, names), *_of_resolvers(resolvers)]
-    return sorted({one for one in found if one is not None}, key=str)
+    return Found(sorted({one for one in found if one is not None}, key=str), frozenset(names.values()))
 
 
 def _is_ours(name: str) -> bool:
@@ -101,10 +109,21 @@ def _address(text: str) -> IPAddress | None:
         return None
 
 
-def kept(known: Iterable[Taken], found: Iterable[Taken]) -> tuple[Taken, ...]:
-    """What is known from now on: what was found, unless that is a node without any address, as between two of its
-    interfaces' states. Then nothing that was known is unsaid."""
+_LAPSES = {Kind.ADDRESS: Kind.ADDRESS, Kind.CONNECTED: Kind.ADDRESS, Kind.GATEWAY: Kind.GATEWAY}
+"""What an interface may be without for a moment -> what shows that it is not."""
+
+
+def kept(known: Iterable[Taken], found: Iterable[Taken], links: Collection[str]) -> tuple[Taken, ...]:
+    """What is known from now on: what was found, and what an interface had before that has none of it at the moment.
+
+    Between two of a link's states, or of a DHCP client's, it has no address or no route; others must not get its
+    address or gateway meanwhile. It is unsaid when the interface has another one of that family, or is gone.
+    """
     now = tuple(found)
-    if any(one.kind is Kind.ADDRESS for one in now):
-        return now
-    return tuple(dict.fromkeys((*now, *known)))
+    has = {(one.kind, one.note, one.network.version) for one in now}
+
+    def lapsed(one: Taken) -> bool:
+        sign = _LAPSES.get(one.kind)
+        return sign is not None and one.note in links and (sign, one.note, one.network.version) not in has
+
+    return tuple(dict.fromkeys((*now, *(one for one in known if lapsed(one)))))

@@ -56,22 +56,22 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("pools", sentence)
     for name in status["conflicts"]:
         yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
-    yield from _tunnel(status["fabric"])
-    yield from _connections(status["connections"])
+    # An agent of an earlier version knows neither.
+    yield from _tunnel(status["fabric"].get("device", ""), status["fabric"].get("tunnel", {}))
+    yield from _connections(status.get("connections", {}))
 
 
-def _tunnel(fabric: dict[str, Any]) -> Iterator[Finding]:
-    tunnel = fabric["tunnel"]
-    if fabric["device"] and tunnel["open"]:
+def _tunnel(device: str, tunnel: Mapping[str, Any]) -> Iterator[Finding]:
+    if device and tunnel.get("open"):
         yield Finding(
             "tunnel",
             "the tunnel takes packets from anybody, because the store has not said yet which nodes there are; see that "
             "it answers",
         )
-    if tunnel["unnamed"]:
+    if unnamed := tunnel.get("unnamed"):
         yield Finding(
             "tunnel",
-            f"the tunnel takes packets from {', '.join(tunnel['unnamed'])}, which no node of the store has; if those "
+            f"the tunnel takes packets from {', '.join(unnamed)}, which no node of the store has; if those "
             "machines are gone for good, delete the firewall's table and have the agent make it anew from the store",
             (
                 "systemctl stop moorage-agent",
@@ -81,8 +81,8 @@ def _tunnel(fabric: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _connections(connections: dict[str, Any]) -> Iterator[Finding]:
-    tracked, most = connections["tracked"], connections["most"]
+def _connections(connections: Mapping[str, Any]) -> Iterator[Finding]:
+    tracked, most = connections.get("tracked", 0), connections.get("most", 0)
     if most and tracked >= LEVELS[0] * most:
         largest = ", ".join(
             f"{one['endpoint'] or one['ip']} {one['count']}" for one in connections["largest"]

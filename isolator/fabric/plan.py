@@ -19,15 +19,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2s
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv6Address, ip_network
 from typing import NamedTuple
 
+from ipam.isolation import unicast
 from ipam.keys import Family, IPNetwork
 from ipam.ranges import Ranges, without
 from ipam.records import Node
 from isolator.model import IPAddress
-
-_BROADCAST = IPv4Address("255.255.255.255")
 
 VXLAN_DEVICE = "mfbvxlan"
 VNI = 0x6D6F6F
@@ -141,26 +140,13 @@ def parse_peer(node: Node) -> Peer:
     """A node's facts from its record. What is no address, MAC or port counts as not said."""
     underlay: dict[int, IPAddress] = {}
     link_local = None
-    for ip in (ip for text in node.underlay if (ip := _unicast(text))):
+    for ip in (ip for text in node.underlay if (ip := unicast(text))):
         if ip.version == 6 and ip.is_link_local:
             link_local = link_local or ip
         else:
             underlay.setdefault(ip.version, ip)
     port = node.vxlan_port if 0 < node.vxlan_port < 65536 else VXLAN_PORT
     return Peer(node.name, underlay, link_local, _mac(node.mac), port)
-
-
-def _unicast(text: str) -> IPAddress | None:
-    """An address that another host can have; None for any other text."""
-    try:
-        ip = ip_address(text)
-    except ValueError:
-        return None
-    if ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip == _BROADCAST:
-        return None
-    # The kernel gives both back in another form than it got them.
-    odd = isinstance(ip, IPv6Address) and (ip.scope_id is not None or ip.ipv4_mapped is not None)
-    return None if odd else ip
 
 
 def _mac(text: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ipam.isolation import NODES, OPEN, sources_of
+from ipam.isolation import MOST_CONNECTIONS, NODES, OPEN, sources_of
 from ipam.keys import IPAddress, IPNetwork
 from ipam.netgroups import PUBLIC
 from ipam.records import Network
@@ -45,7 +45,7 @@ def isolation_of(network: Network) -> Isolation:
         open=network.isolation == OPEN,
         allow_from=tuple(sources_of(network)),
         nodes=NODES in network.allow_from,
-        connections=max(network.max_connections, 0),
+        connections=min(max(network.max_connections, 0), MOST_CONNECTIONS),
     )
 
 

@@ -23,7 +23,7 @@ an accept here never overrules a drop in somebody else's table.
                          else nothing is asked towards the node itself; containers may talk to their node
     from elsewhere   --> outside (the same hook)
                            tunnel       who sends to this node's tunnel has a registered node's underlay address, and
-                                        sends to this node's own one
+                                        sends to this node's own one; broadcasts would reach it as well
                            claimed      who claims an address of our pools must not claim one of this very node's or
                                         one that no route leads back to, and comes by the tunnel if the container that
                                         it is for is reached by the tunnel
@@ -97,7 +97,7 @@ $netgroups	chain claimed {
 	chain tunnel {
 		ip saddr @underlays4 ip daddr @here4 accept
 		ip6 saddr @underlays6 ip6 daddr @here6 accept
-		fib daddr type local th dport @tunnel drop
+		fib daddr type { local, broadcast, multicast, anycast } th dport @tunnel drop
 		fib daddr type local return
 		ip saddr != @underlays4 ip daddr @underlays4 drop
 		ip6 saddr != @underlays6 ip6 daddr @underlays6 drop
@@ -219,6 +219,11 @@ $chains	chain arriving {
 		iifname @connections add @over_limit { iifname } drop
 	}
 
+	chain received {
+		fib daddr type { broadcast, multicast, anycast } drop
+		jump counted
+	}
+
 	chain invalid {
 		meta l4proto { 1, 58 } drop
 	}
@@ -236,7 +241,7 @@ $chains	chain arriving {
 
 	chain input {
 		type filter hook input priority filter; policy accept;
-		iifname "mrg*" ct state vmap { new : jump counted, invalid : jump invalid }
+		iifname "mrg*" ct state vmap { new : jump received, invalid : jump invalid }
 	}
 
 	chain output {

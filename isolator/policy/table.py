@@ -84,6 +84,8 @@ class Policy:
     def adopt(self) -> None:
         """Leave the table as an earlier agent left it, and take it for right until it is restored."""
         self._is_adopted = True
+        self._book.set_hosts(self._hosts_before())
+        self._is_first = False
         self._trust()
 
     def admit(self, admission: Admission) -> None:

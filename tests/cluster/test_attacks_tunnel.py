@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
+from scapy.layers.l2 import Ether
 
 from isolator.fabric.plan import VXLAN_PORT
 from moorage.lab import Lab
+from moorage.lab.switch import MAC
 from tests.cluster.attacking import STRANGER, Listener, Shot, Tally, fire, mark, tallied
 from tests.cluster.peers import Peer
 from tests.cluster.tunnel import FORMS4, from_container, on_underlay, outer, underlay
@@ -133,6 +135,30 @@ def test_a_machine_that_is_no_node_does_not_write_into_the_tunnel_in_any_form(
             fired.append(Shot(label, lambda frames=frames: wire.send(*frames)))
     result = fire(fired, truths(scene, 4), scene.ears)
     tally.judge(f"1b: no node, {form}", "both", "vxlan", result)
+
+
+@pytest.mark.parametrize(
+    ("target", "mac"),
+    [
+        ("198.18.0.255", "ff:ff:ff:ff:ff:ff"),
+        ("255.255.255.255", "ff:ff:ff:ff:ff:ff"),
+        ("224.0.0.1", "01:00:5e:00:00:01"),
+    ],
+)
+def test_a_broadcast_of_a_machine_that_is_no_node_gets_into_no_tunnel(
+    scene: Scene, tally: Tally, target: str, mac: str
+) -> None:
+    """The kernel gives those to every socket that listens on all addresses."""
+    sender, receiver = scene.lab.nodes
+    wire = scene.wires["outsider"]
+    fired = []
+    for family in (4, 6):
+        for label, payload in payloads(scene, sender, receiver, family):
+            packet = outer(underlay(STRANGER, 4), target, payload)
+            frame = bytes(Ether(src=MAC.format(STRANGER), dst=mac) / packet)
+            fired.append(Shot(label, lambda frame=frame: wire.send(frame)))
+    result = fire(fired, truths(scene, 4), scene.ears)
+    tally.judge(f"1b: no node, to {target}", "both", "vxlan", result)
 
 
 @pytest.mark.parametrize("family", [4, 6])

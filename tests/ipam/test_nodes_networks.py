@@ -37,6 +37,13 @@ def test_nothing_of_a_connected_network_is_given_out() -> None:
     assert usable(around(n1=LAN).effective(pool("10.50.0.0/28"))) == [f"10.50.0.{n}" for n in range(8, 15)]
 
 
+def test_a_node_that_does_not_say_yet_what_its_networks_use_has_its_underlay_addresses() -> None:
+    """Agents of an earlier version go on while others are upgraded."""
+    older = NodesNetworks([Node(name="n1", version="1", underlay=["10.50.0.3", "fe80::1"])])
+    with pytest.raises(InvalidInput, match=r"10\.50\.0\.3"):
+        check_pool(pool("10.50.0.0/29"), older)
+
+
 def test_a_forced_pool_gives_out_all_but_single_addresses() -> None:
     shape = around(n1=LAN).effective(pool("10.50.0.0/29", forced=True))
     assert usable(shape) == ["10.50.0.2", "10.50.0.4", "10.50.0.5", "10.50.0.6"]

@@ -220,6 +220,23 @@ async def test_a_removal_that_may_be_a_store_gone_wrong_takes_nothing(
         assert await tunnel_sources(stage) == {N1, N2}
 
 
+async def test_a_removal_is_believed_as_soon_as_the_doubt_is_over(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch broke in between, and nothing happens in the cluster afterwards."""
+    monkeypatch.setattr(neighbours_module, "REMOVED_AFTER", 0.3)
+    stage.cluster.listed.set()
+    await tunnel_sources(stage)
+    stage.cluster.absent = stage.cluster.removed = {"n2"}
+    stage.cluster.is_settled = False
+    assert await tunnel_sources(stage) == {N1, N2}
+    await asyncio.sleep(0.5)
+    stage.cluster.is_settled = True
+    await asyncio.sleep(0.5)
+    await stage.settled()
+    assert stage.kernel.known_hosts.underlays == {N1}
+
+
 async def test_what_an_earlier_agent_left_in_the_table_stays(stage: Stage) -> None:
     unknown = ip_address("192.0.2.3")
     stage.kernel.known_hosts = Hosts(underlays=frozenset({unknown}), here=frozenset({N1}), tunnel=4789)

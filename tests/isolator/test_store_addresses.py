@@ -13,6 +13,7 @@ from isolator import store_addresses
 from isolator.store_addresses import StoreAddresses
 
 Answers = dict[str, list[str]]
+HERE = ("address 198.18.0.3 eth0", "address fd98::3 eth0", "connected 198.18.0.0/24 eth0")
 
 
 @pytest.fixture
@@ -34,12 +35,25 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 
 
 async def see(of: StoreAddresses, *before: str) -> list[str]:
-    return [str(one) for one in await of.look(parse_all(before))]
+    return [str(one) for one in await of.look(parse_all(before), parse_all(HERE))]
 
 
-async def test_addresses_need_nobody_and_those_of_the_machine_alone_are_left_out() -> None:
-    found = StoreAddresses([("198.18.0.9", 2379), ("fd98::9", 2379), ("127.0.0.1", 2379)])
+async def test_addresses_need_nobody() -> None:
+    found = StoreAddresses([("198.18.0.9", 2379), ("fd98::9", 2379)])
     assert await see(found) == ["store 198.18.0.9 tcp/2379", "store fd98::9 tcp/2379"]
+
+
+async def test_a_store_of_the_machine_itself_listens_on_the_machines_addresses() -> None:
+    """As far as anybody knows: containers reach it there, or do not."""
+    assert await see(StoreAddresses([("127.0.0.1", 2379)])) == [
+        "store 198.18.0.3 tcp/2379",
+        "store fd98::3 tcp/2379",
+    ]
+
+
+async def test_what_can_be_no_host_name_is_told_and_outlived() -> None:
+    found = StoreAddresses([("a..b", 2379), ("198.18.0.9", 2379)])
+    assert await see(found) == ["store 198.18.0.9 tcp/2379"]
 
 
 async def test_a_name_is_all_of_its_addresses_as_they_are_now(answers: Answers) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
 
-from ipam.taken import Kind, Taken
+from ipam.taken import parse_all
 from isolator.netlink import Node
 from isolator.surrounds import kept, surroundings
 from tests.isolator.rooms import Room
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernel
 
 def see(room: Room, *resolvers: Path) -> list[str]:
     with room.do(Node) as node:
-        return [str(one) for one in room.do(surroundings, node, resolvers)]
+        return [str(one) for one in room.do(surroundings, node, resolvers).taken]
 
 
 def link(room: Room, name: str, *ips: str) -> None:
@@ -88,9 +88,31 @@ def test_name_servers_but_not_a_local_stub(container: Room, tmp_path: Path) -> N
     assert see(container, here, behind, tmp_path / "none") == ["resolver 198.18.0.53", "resolver fd98::53"]
 
 
-def test_a_node_between_two_states_unsays_nothing() -> None:
-    known = (Taken(Kind.ADDRESS, ip_network("198.18.0.1"), "up0"),)
-    store = Taken(Kind.STORE, ip_network("198.18.0.9"), "tcp/2379")
-    assert set(kept(known, [store])) == {*known, store}
-    other = Taken(Kind.ADDRESS, ip_network("198.18.0.2"), "up0")
-    assert set(kept(known, [other])) == {other}
+KNOWN = (
+    "address 198.18.0.1 up0",
+    "connected 198.18.0.0/24 up0",
+    "gateway 198.18.0.254 up0",
+    "address 172.17.0.1 docker0",
+    "connected 172.17.0.0/16 docker0",
+)
+
+
+@pytest.mark.parametrize("lost", [("up0",), ("up0", "docker0")], ids=["one interface", "all"])
+def test_an_interface_between_two_states_unsays_nothing(lost: tuple[str, ...]) -> None:
+    """A DHCP client that renews, a link that is down: its address and gateway are nobody else's meanwhile."""
+    found = [text for text in KNOWN if not text.endswith(lost)]
+    assert {*still(found, {"up0", "docker0"})} == {*KNOWN}
+
+
+def test_a_gateway_stays_while_its_link_is_down() -> None:
+    assert {*still([t for t in KNOWN if not t.startswith("gateway")], {"up0", "docker0"})} == {*KNOWN}
+
+
+def test_an_interface_with_another_address_or_gone_has_not_what_it_had() -> None:
+    other = ["address 192.0.2.7 up0", "connected 192.0.2.0/24 up0", "gateway 192.0.2.1 up0"]
+    assert still(other, {"up0"}) == other
+    assert still([], set()) == []
+
+
+def still(found: Iterable[str], links: Collection[str]) -> list[str]:
+    return [str(one) for one in kept(parse_all(KNOWN), parse_all(found), links)]

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from ipam.isolation import MOST_CONNECTIONS
+from ipam.records import Network
 from isolator.drivers import Wiring
 from isolator.netlink import sources
-from isolator.policy import Isolation
+from isolator.policy import Isolation, isolation_of
 from isolator.tracking import SHARE, connection_table, fair_share
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import AROUND, NODE4, NODE6, WORLD4, WORLD6, Machine, Room, admission, heard
@@ -137,6 +139,12 @@ def test_one_that_is_halted_begins_nothing_and_keeps_what_it_has(stage: Stage) -
 def test_a_set_of_limits_that_was_flushed_is_seen(stage: Stage) -> None:
     stage.machine.sh("nft flush set inet moorage connections")
     assert stage.machine.do(stage.machine.policy.wrong_sets) == ["connections"]
+
+
+def test_what_the_store_says_of_a_limit_is_never_more_than_the_kernel_counts_to() -> None:
+    """A record from elsewhere may hold any number; nft takes one of 32 bits."""
+    for said, limit in ((5_000_000_000, MOST_CONNECTIONS), (-1, 0), (50, 50)):
+        assert isolation_of(Network(name="web", pools=[], max_connections=said)).connections == limit
 
 
 def test_ten_endpoints_at_their_limit_leave_half_of_the_table(machine: Machine) -> None:

@@ -435,3 +435,30 @@ def test_all_elements_are_listed_with_thousands(container: Room, policy: Policy)
     container.do(policy.restore, everyone, AROUND)
     assert container.do(policy.elements) == pairs(*everyone)
     assert container.do(policy.wrong_sets) == []
+
+
+@pytest.mark.parametrize("how", ["restored", "adopted"])
+def test_who_may_use_the_tunnel_is_taken_over_by_the_next_agent(container: Room, how: str) -> None:
+    """Adopted: journal and store are away, so that the table is left as it is."""
+    known = Hosts(
+        nodes=frozenset({ip_address("192.0.2.1"), ip_address("192.0.2.2")}),
+        underlays=frozenset({ip_address("192.0.2.1"), ip_address("2001:db8::2")}),
+        here=frozenset({ip_address("192.0.2.1")}),
+        tunnels=frozenset({4789, 8472}),
+        tunnel=8472,
+        stores=frozenset({(ip_address("192.0.2.2"), 2379)}),
+    )
+    before = container.do(Policy)
+    container.do(before.restore, [], Surroundings())
+    container.do(before.set_hosts, known)
+    container.do(before.close)
+    policy = container.do(Policy)
+    if how == "restored":
+        container.do(policy.restore, [], Surroundings())
+    else:
+        container.do(policy.adopt)
+    assert policy.hosts == known
+    container.do(policy.restore, [], Surroundings())
+    assert policy.hosts == known
+    assert "2001:db8::2" in container.sh("nft list set inet moorage underlays6")
+    container.do(policy.close)

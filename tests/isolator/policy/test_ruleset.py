@@ -314,7 +314,7 @@ table inet moorage {
     chain tunnel {
         ip saddr @underlays4 ip daddr @here4 accept
         ip6 saddr @underlays6 ip6 daddr @here6 accept
-        fib daddr type local th dport @tunnel drop
+        fib daddr type { local, broadcast, anycast, multicast } th dport @tunnel drop
         fib daddr type local return
         ip saddr != @underlays4 ip daddr @underlays4 drop
         ip6 saddr != @underlays6 ip6 daddr @underlays6 drop
@@ -451,6 +451,11 @@ table inet moorage {
         iifname @connections add @over_limit { iifname } drop
     }
 
+    chain received {
+        fib daddr type { broadcast, anycast, multicast } drop
+        jump counted
+    }
+
     chain invalid {
         meta l4proto { icmp, ipv6-icmp } drop
     }
@@ -468,7 +473,7 @@ table inet moorage {
 
     chain input {
         type filter hook input priority filter; policy accept;
-        iifname "mrg*" ct state vmap { invalid : jump invalid, new : jump counted }
+        iifname "mrg*" ct state vmap { invalid : jump invalid, new : jump received }
     }
 
     chain output {

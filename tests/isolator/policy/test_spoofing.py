@@ -265,3 +265,16 @@ def test_the_world_cannot_speak_for_a_container(stage: Stage) -> None:
             raw.send(bytes(frame / UDP(sport=PORT, dport=PORT) / mark))
             assert (mark in ear.heard(mark if passes else b"")) == passes, source
     ear.close()
+
+
+@pytest.mark.parametrize("target", ["192.0.2.255", "255.255.255.255", "224.0.0.1"])
+def test_a_broadcast_of_a_container_reaches_nobody_on_its_node(stage: Stage, target: str) -> None:
+    """The kernel gives those to every socket that listens on all addresses. Control: the node's own address."""
+    listening = stage.machine.unbound(socket.AF_INET)
+    listening.bind(("0.0.0.0", 0))
+    port = listening.getsockname()[1]
+    asking = stage.liar.udp(ip_address(LIAR4))
+    asking.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    asking.sendto(b"to all", (target, port))
+    asking.sendto(TRUTH, (str(NODE4), port))
+    assert listening.recv(64) == TRUTH
