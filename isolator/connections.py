@@ -55,6 +55,7 @@ class Connections:
         self._on_size = on_size
         self._table = Table(0, 0)
         self._largest: list[Source] = []
+        self._halted: list[str] = []
         self._level = 0
 
     async def watch(self) -> None:
@@ -69,11 +70,11 @@ class Connections:
         if before.most != self._table.most:
             self._on_size()
         fullness = self._table.tracked / self._table.most if self._table.most else 0.0
-        self._largest = []
+        sources: Counter[IPAddress] = Counter()
         if fullness >= COUNTED_FROM:
             sources = await self._kernel.connection_sources()
-            self._largest = [self._source(ip, count) for ip, count in sources.most_common(LARGEST)]
-            await self._halt(sources)
+        self._largest = [self._source(ip, count) for ip, count in sources.most_common(LARGEST)]
+        await self._halt(sources)
         reached = sum(fullness >= level for level in LEVELS)
         if reached > self._level:
             log.warning(
@@ -89,15 +90,18 @@ class Connections:
         return Source(ip, count, str(endpoint.key) if endpoint is not None else "")
 
     async def _halt(self, sources: Counter[IPAddress]) -> None:
-        """Who has more than its limit begins nothing more until the next look."""
+        """Who has more than its limit begins nothing more until a look finds that it has not."""
         found: Counter[str] = Counter()
-        for endpoint in self._endpoints.all():
+        for endpoint in self._endpoints.all() if sources else ():
             found[endpoint.host_ifname] += sum(sources[ip] for ip in endpoint.ips)
-        limits = await self._kernel.connection_limits()
-        over = [name for name, count in found.items() if count > limits.get(name, count)]
+        limits = await self._kernel.connection_limits() if found else {}
+        over = sorted(name for name, count in found.items() if count > limits.get(name, count))
+        if over == self._halted:
+            return
         if over:
             log.warning("endpoints have more connections than they may; they begin no more", interfaces=over)
-            await self._kernel.halt(over, 2 * LOOK_EVERY)
+        await self._kernel.halt(over)
+        self._halted = over
 
     def status(self) -> dict[str, Any]:
         """For `moorage status`. largest: who began most of them, while the table is half full."""

@@ -362,9 +362,9 @@ class Kernel:
         """Interface -> connections that its endpoint may have tracked."""
         return await self._wiring.run(self._policy.connection_limits)
 
-    async def halt(self, host_ifnames: Sequence[str], seconds: float) -> None:
-        """Let these endpoints begin no connections for a while."""
-        await self._wiring.run(self._policy.halt, host_ifnames, seconds)
+    async def halt(self, host_ifnames: Sequence[str]) -> None:
+        """Let these endpoints, and no others, begin no connections."""
+        await self._wiring.run(self._policy.halt, host_ifnames)
 
     async def forget_connections(self, ips: Iterable[IPAddress]) -> None:
         """Delete every tracked connection of addresses."""

@@ -105,6 +105,7 @@ class Neighbours:
         self._registered = Registered(node)
         self._hosts: Hosts | None = None
         self._removed_at: dict[str, float] = {}
+        self._look_again: asyncio.TimerHandle | None = None
         self._heard = False
         self._defaults: dict[str, tuple[str, ...]] = {}
         self._leaving: dict[IPAddress, bool] = {}
@@ -208,11 +209,15 @@ class Neighbours:
             name: self._removed_at.get(name, loop.time()) for name in cluster.removed - cluster.nodes().keys()
         }
         believed = cluster.is_settled and self._node in cluster.nodes()
-        for name, at in self._removed_at.items():
-            if believed and at + REMOVED_AFTER <= loop.time():
-                self._registered.remove(name)
-            else:
-                loop.call_at(max(at, loop.time()) + REMOVED_AFTER, self.on_topology, {name})
+        due = {name for name, at in self._removed_at.items() if at + REMOVED_AFTER <= loop.time()}
+        for name in due if believed else ():
+            self._registered.remove(name)
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
+        waiting = self._removed_at.keys() if not believed else self._removed_at.keys() - due
+        if waiting:
+            self._look_again = loop.call_later(REMOVED_AFTER, self.on_topology, set(waiting))
 
     def tunnel_status(self) -> dict[str, object]:
         """Who may send to this node's tunnel, for `moorage status`."""

@@ -15,7 +15,7 @@ from isolator.policy import kernel
 from isolator.policy.nft import Nft
 from isolator.policy.ruleset import TABLE
 
-SETS = ("pools", "nat", "open", "tunnelled")
+SETS = ("pools", "nat", "open", "tunnelled", "tostore")
 """Sets of pools, less their family."""
 
 

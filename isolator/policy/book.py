@@ -136,6 +136,7 @@ class Book:
         self.hosts = Hosts()
         self.admissions: dict[str, Admission] = {}
         self._limits: dict[str, int] = {}
+        self.halted: frozenset[str] = frozenset()
         self._others: dict[IPAddress, tuple[str, ...]] = {}
         self._here: dict[IPAddress, dict[str, tuple[str, ...]]] = {}
         self._endpoints_with: Counter[Callers] = Counter()
@@ -175,6 +176,7 @@ class Book:
             change.put(self._elements(admission), present=True)
         change.put(map(_quoted, self._here), present=True)
         change.put(self.hosts.elements(), present=True)
+        change.put(map(_halted, sorted(self.halted)), present=True)
         change.intervals = {name: nets for name, nets in _intervals(self.surroundings).items() if nets}
         return change
 
@@ -214,6 +216,14 @@ class Book:
         self._use(admission.callers, change)
         self._limits[admission.host_ifname] = self._limit(admission)
         change.put(self._elements(admission), present=True)
+
+    def halt(self, host_ifnames: Iterable[str]) -> Change:
+        """These endpoints, and no others, begin no connections."""
+        before, self.halted = self.halted, frozenset(host_ifnames)
+        change = Change()
+        change.put(map(_halted, sorted(before - self.halted)), present=False)
+        change.put(map(_halted, sorted(self.halted - before)), present=True)
+        return change
 
     def limits(self) -> dict[str, int]:
         """host_ifname -> connections that the endpoint may have tracked."""
@@ -363,6 +373,10 @@ def _mapped(mapping: PortMapping, ip: IPAddress) -> Iterator[tuple[str, str]]:
 def _in_netgroup(netgroup: str, ips: Iterable[IPAddress]) -> Iterator[tuple[str, str]]:
     names = {f: f"public{f}" if netgroup == PUBLIC else set_of_netgroup(netgroup, f) for f in (4, 6)}
     return ((names[ip.version], str(ip)) for ip in ips)
+
+
+def _halted(host_ifname: str) -> tuple[str, str]:
+    return "halted", f'"{host_ifname}"'
 
 
 def _quoted(ip: IPAddress) -> tuple[str, str]:

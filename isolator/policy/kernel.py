@@ -45,6 +45,7 @@ _SHAPES = {
     "tunnels": (("port",), ()),
     "guarded": (("proto", "port"), ()),
     "connections": (("ifname",), ()),
+    "halted": (("ifname",), ()),
     "ports": (("proto", "port"), ("ip", "port")),
     "portsat": (("ip", "proto", "port"), ("ip", "port")),
 }

@@ -80,6 +80,10 @@ $sets
 		ct count over $most
 	}
 
+	set halted {
+		type ifname
+	}
+
 	set over_limit {
 		type ifname
 		size 65536
@@ -215,6 +219,7 @@ $chains	chain arriving {
 
 	chain counted {
 		ct status confirmed return
+		iifname @halted drop
 		iifname @over_limit drop
 		iifname @connections add @over_limit { iifname } drop
 	}
@@ -403,11 +408,6 @@ def change(wanted: Change, *, whatever_is_there: bool = False) -> str:
             ),
         )
     )
-
-
-def halted(host_ifnames: Iterable[str], seconds: float) -> str:
-    """Commands that let endpoints begin no connections for a while."""
-    return _elements("add", "over_limit", (f'"{name}" timeout {round(seconds)}s' for name in host_ifnames))
 
 
 def _in_table(body: str) -> str:

@@ -61,7 +61,9 @@ def may_send(
     if packet.protocol == "udp" and packet.port in tunnels:
         why = f"UDP port {packet.port} is a tunnel's between nodes, which no container sends to, whatever the address"
         return _dropped(Drop.TUNNEL_PORT, why)
-    if packet.protocol == "tcp" and (target, packet.port) in stores and not reaches_store:
+    # As the firewall does: every port of the store, at every address that it may listen on.
+    is_store = target in {ip for ip, _ in stores} and packet.port in {port for _, port in stores}
+    if packet.protocol == "tcp" and is_store and not reaches_store:
         why = (
             f"{target} port {packet.port} is the store's, and the container's network has no --to-node store"
         )

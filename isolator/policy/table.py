@@ -20,7 +20,7 @@ from isolator.policy.nft import Nft
 from isolator.policy.sending import Packet, may_send, may_tunnel
 
 _FAMILIES = (4, 6)
-_SETS = ("tunnels", "tunnel", "guarded", "connections")
+_SETS = ("tunnels", "tunnel", "guarded", "connections", "halted")
 _SETS_OF_A_FAMILY = (
     "senders", "endpoints", "receivers", "quoted", "public", "nodes", "underlays", "here", "stores",
     "ports", "portsat", "hairpin",
@@ -68,6 +68,7 @@ class Policy:
         book = Book()
         book.set_others(self._book.others().items())
         book.set_surroundings(surroundings)
+        book.halt(self._book.halted)
         book.set_hosts(self._hosts_before() if self._is_first else self._book.hosts)
         for admission in admissions:
             book.admit(admission)
@@ -136,9 +137,9 @@ class Policy:
         """host_ifname -> connections that the endpoint may have tracked."""
         return self._book.limits()
 
-    def halt(self, host_ifnames: Sequence[str], seconds: float) -> None:
-        """Let endpoints begin no connections for a while; what is established goes on."""
-        self._nft.run(ruleset.halted(host_ifnames, seconds), "halt endpoints that have too many connections")
+    def halt(self, host_ifnames: Iterable[str]) -> None:
+        """Let these endpoints, and no others, begin no connections; what is established goes on."""
+        self._run(self._book.halt(host_ifnames), "halt endpoints that have too many connections")
 
     @property
     def hosts(self) -> Hosts:

@@ -39,8 +39,8 @@ class StubKernel:
     async def connection_limits(self) -> dict[str, int]:
         return {"mrga": 50, "mrgb": 50}
 
-    async def halt(self, names: list[str], _: float) -> None:
-        self.halted += names
+    async def halt(self, names: list[str]) -> None:
+        self.halted = names
 
 
 @dataclass
@@ -111,6 +111,12 @@ async def test_who_has_more_than_its_limit_in_a_table_that_fills_begins_no_more(
     kernel.table = Table(500, 1000)
     await connections.look()
     assert kernel.halted == ["mrga"]
+    kernel.counted = Counter({B: 60})
+    await connections.look()
+    assert kernel.halted == ["mrgb"]
+    kernel.table = Table(400, 1000)
+    await connections.look()
+    assert kernel.halted == []
 
 
 async def test_limits_that_are_a_share_of_the_table_follow_its_size(

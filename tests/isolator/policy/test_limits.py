@@ -127,13 +127,15 @@ def test_one_that_is_halted_begins_nothing_and_keeps_what_it_has(stage: Stage) -
     with stage.greedy.udp(WORLD4.__class__(GREEDY4)) as flow:
         flow.sendto(b"first", server.getsockname())
         assert server.recv(16) == b"first"
-        stage.machine.do(stage.machine.policy.halt, [stage.wiring.host_ifname], 600)
+        stage.machine.do(stage.machine.policy.halt, [stage.wiring.host_ifname])
         before = stage.tracked()
         begin(stage.greedy, WORLD4, 10)
         flow.sendto(b"second", server.getsockname())
         assert server.recv(16) == b"second"
         assert stage.tracked() == before
     assert stage.machine.do(stage.machine.policy.wrong_sets) == [], "the agent does not mend it away"
+    stage.machine.do(stage.machine.policy.halt, [])
+    assert heard(stage.machine.world, WORLD4, stage.greedy) is not None
 
 
 def test_a_set_of_limits_that_was_flushed_is_seen(stage: Stage) -> None:

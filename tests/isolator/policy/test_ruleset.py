@@ -276,6 +276,10 @@ table inet moorage {
                  "mrgdddddddddddd" ct count over 500 }
     }
 
+    set halted {
+        type ifname
+    }
+
     set over_limit {
         type ifname
         size 65536
@@ -447,6 +451,7 @@ table inet moorage {
 
     chain counted {
         ct status confirmed return
+        iifname @halted drop
         iifname @over_limit drop
         iifname @connections add @over_limit { iifname } drop
     }
