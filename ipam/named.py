@@ -110,10 +110,11 @@ class Named:
                     "or ask for another address"
                 )
             kept.pop(ip.version, None)
-        for ip in kept.values():
+        wanted = [ip for ip in kept.values() if self._is_wanted(ip, request)]
+        for ip in wanted:
             if (pool := next((p for p in pools if ip in p.cidr), None)) is not None:
                 self._check_usable(ip, pool)
-        return [*dict.fromkeys(request.ips), *(ip for ip in kept.values() if self._is_wanted(ip, request))]
+        return [*dict.fromkeys(request.ips), *wanted]
 
     def _check_usable(self, ip: IPAddress, pool: Geometry) -> None:
         if pool.usable(ip):

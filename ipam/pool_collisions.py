@@ -31,6 +31,8 @@ def check_pool(shape: Geometry, around: NodesNetworks) -> None:
             f"{_listed(found)}; choose another CIDR"
         )
     if found and not shape.forced:
+        # The prefix first: it is what --force is about.
+        found.sort(key=lambda one: one.taken.kind is not Kind.CONNECTED)
         raise InvalidInput(
             f"the pool {shape.cidr} collides with {_listed(found)}; choose another CIDR, or give --force to use what "
             "is left of it without the addresses that nodes use"
@@ -61,7 +63,10 @@ def warnings(shapes: Iterable[Geometry], around: NodesNetworks) -> list[str]:
                 "lead to containers instead: see that nothing there is needed"
             )
         if shape.forced and (left_out := _shared(shape, around, FIRM)):
-            told.append(f"the pool {shape.cidr} gives out all but {_listed(left_out, len(left_out))}")
+            told.append(
+                f"the pool {shape.cidr} gives out all but {_listed(left_out, len(left_out))}; machines there that are "
+                "no nodes are not known: --exclude theirs"
+            )
     return told
 
 

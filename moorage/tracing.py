@@ -12,15 +12,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 from ipam import keys
 from ipam.errors import InvalidInput, MoorageError, NotFound, StoreError
 from ipam.intents import ask
 from ipam.keys import IPAddress
+from ipam.networks import list_networks
+from ipam.nodes_networks import read_nodes_networks
+from ipam.pools import geometry
 from ipam.records import NODE_ENGINE, Address, AddressState, Intent, IntentKind, Node
 from ipam.store.base import Store, prefix_end, read_prefix
+from ipam.taken import FIRM
 from isolator.policy.question import ANY
 from isolator.policy.sending import Packet
 from isolator.trace import Hop
@@ -34,6 +38,7 @@ class End:
     """Where a packet starts or ends.
 
     ip: "" for a node's processes that have no address of its device. problem: why nothing is there, "" if something is.
+    outside: what there is behind an address that is no container's nor of a pool, "" if it is one of those.
     """
 
     name: str
@@ -41,6 +46,7 @@ class End:
     ip: str
     family: int
     problem: str = ""
+    outside: str = ""
 
     def __str__(self) -> str:
         where = (
@@ -82,7 +88,7 @@ async def trace(store: Store, source: str, target: str, packet: Packet = ANY) ->
         Way(s, t, packet, back)
         for pair in pairs
         for s, t, back in ((*pair, False), (*pair[::-1], True))
-        if t.ip
+        if t.ip and not (back and s.outside)
     ]
     found = await asyncio.gather(*(_hops(store, way) for way in ways))
     for way, hops in zip(ways, found, strict=True):
@@ -95,6 +101,9 @@ async def _hops(store: Store, way: Way) -> list[Hop]:
         if end.problem:
             return [Hop(end.node or "store", "address", False, end.problem, "see `moorage ip list`")]
     out, tunnel = await _part(store, way, "out", way.source.node, {})
+    if way.target.outside:
+        # What is beyond the sending node's firewall is not moorage's to know.
+        return [hop for hop in out if hop.at not in ("route", "fabric", "underlay")]
     into, _ = await _part(store, way, "in", way.target.node, tunnel)
     return out + into
 
@@ -148,12 +157,25 @@ async def _resolve(store: Store, text: str) -> list[End]:
 async def _end_of_ip(store: Store, ip: IPAddress) -> End:
     kv = await store.get(keys.address_key(ip))
     if kv is None:
-        return End("nobody", "", str(ip), ip.version, f"{ip} is assigned to nobody")
+        outside = await _outside(store, ip)
+        problem = "" if outside else f"{ip} is assigned to nobody"
+        return End("outside", "", str(ip), ip.version, problem, outside)
     record = Address.decode(kv.key, kv.value)
     if record.state is not AddressState.ASSIGNED:
         problem = f"{ip} is {record.state.value} on node {record.node}: no container has it"
         return End("nobody", record.node, str(ip), ip.version, problem)
     return _end(ip, record)
+
+
+async def _outside(store: Store, ip: IPAddress) -> str:
+    """What is behind an address that is of no pool; "" if it is of one."""
+    around = await read_nodes_networks(store)
+    pools = [geometry(pool) for _, pools in await list_networks(store) for pool in pools]
+    if any(ip in pool.cidr for pool in pools) and not around.is_firm(ip):
+        return ""
+    found = around.collisions(ip_network(ip), FIRM)
+    whose = f"is {found[0].in_words}" if found else "is of no pool and no node"
+    return f"{ip} {whose}; what answers there, and other firewalls, are not looked at"
 
 
 def _end(ip: IPAddress, record: Address) -> End:
@@ -193,6 +215,8 @@ def verdict(ways: Sequence[Way]) -> str:
         hop = broken.broken
         assert hop is not None
         return f"{broken.source} -> {broken.target}: ends at {hop.at} of {hop.node}: {hop.says}"
+    if outside := next((way.target.outside for way in ways if way.target.outside), ""):
+        return f"every hop of the sending node holds; {outside}"
     unseen = {hop.node for way in ways for hop in way.hops if hop.holds is None}
     if unseen:
         return f"every hop that could be looked at holds; {', '.join(sorted(unseen))} could not be asked"

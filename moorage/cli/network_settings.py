@@ -87,17 +87,17 @@ def setting_options(*, new: bool) -> Callable[[Command], Command]:
         click.option(
             "--to-node",
             "to_node",
-            metavar="store",
+            metavar="store|none",
             multiple=True,
             callback=_words,
             help="What of the nodes containers reach that is kept from them otherwise: the store's endpoints, "
-            "or none." + otherwise(NOTHING),
+            "or nothing." + otherwise(NOTHING),
         ),
         click.option(
             "--max-connections",
-            metavar="N",
+            metavar="N|default",
             callback=_connections,
-            help="The most connections that a container's interface may have tracked by its node; default: "
+            help="The most connections that a container's interface may have tracked by its node; by default "
             "a twentieth of the node's table." + otherwise("default"),
         ),
         _rules_option(

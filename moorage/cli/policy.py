@@ -20,11 +20,10 @@ from ipam.records import Address, Node
 from ipam.store.base import Store, read_prefix
 from isolator.policy.callers import Clause, Nodes, Sharing
 from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call, netgroups_of
-from isolator.policy.sending import Packet
 from isolator.registered import stores_of
 from moorage.cli.containers import Stored, addresses_named, all_addresses, ips_named
 from moorage.cli.output import Column
-from moorage.cli.session import Session, as_port_mapping, packet_options, pass_session
+from moorage.cli.session import Session, as_port_mapping, packet_of, packet_options, pass_session
 
 
 @click.group(short_help="Who may call whom, and why.")
@@ -77,7 +76,7 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
       moorage policy test 192.0.2.7 192.0.2.1 --port 31080
     """
 
-    packet = Packet(proto, port)
+    packet = packet_of(proto, port)
 
     async def act(store: Store) -> list[dict[str, Any]]:
         stored = await all_addresses(store)

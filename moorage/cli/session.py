@@ -11,11 +11,12 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 import click
 
+from ipam.errors import InvalidInput
 from ipam.schema import ensure_schema
 from ipam.store import open_store
 from ipam.store.base import Store
 from isolator.model import PROTOCOLS, PortMapping
-from isolator.policy.sending import ICMP_ERROR
+from isolator.policy.sending import ICMP_ERROR, Packet
 from moorage import admin, config
 from moorage.cli.output import Output
 
@@ -113,7 +114,7 @@ def packet_options(command: Command) -> Command:
             metavar="T",
             type=click.Choice((*PROTOCOLS, ICMP_ERROR)),
             default="tcp",
-            help=f"Its protocol: {', '.join(PROTOCOLS)}, or {ICMP_ERROR} for an ICMP error message.  [default: tcp]",
+            help=f"Its protocol: {', '.join(PROTOCOLS)}, or {ICMP_ERROR} for an ICMP error message.",
         ),
         click.option(
             "--port",
@@ -135,6 +136,13 @@ def as_port_mapping(row: Mapping[str, Any]) -> PortMapping:
         row["container_port"],
         None if host_ip is None else ip_address(host_ip),
     )
+
+
+def packet_of(proto: str, port: int | None) -> Packet:
+    """The packet that those options mean. Raises InvalidInput."""
+    if proto == ICMP_ERROR and port is not None:
+        raise InvalidInput(f"an ICMP error has no port; leave --port or --proto {ICMP_ERROR} out")
+    return Packet(proto, port)
 
 
 class IPType(click.ParamType[IPAddress]):

@@ -148,10 +148,17 @@ def test_a_packet_that_no_netgroup_decides_about_ends_with_the_name_of_what_drop
     lab: Lab, pair: Pair
 ) -> None:
     ends = (f"{pair[0].id}/eth0", f"{pair[1].id}/eth0")
+    etcd = lab.etcd.members[0]
     found = trace(lab, *ends, "--proto", "udp", "--port", "4789")
     assert broken(found) == ("n1", "sending")
     assert "(tunnel-port)" in found["verdict"]
     assert broken(trace(lab, *ends, "--proto", "udp", "--port", "4790")) is None
+    guarded = ((lab.nodes[1].ip, ("--proto", "udp", "--port", "4789")), (etcd.ip, ("--port", "2379")))
+    for target, port in guarded:
+        found = trace(lab, ends[0], target, *port)
+        assert broken(found) == ("n1", "sending")
+        assert "(tunnel-port)" in found["verdict"] or "(store)" in found["verdict"]
+        assert broken(trace(lab, ends[0], target)) is None
     said = json.dumps(trace(lab, *ends, "--proto", "icmp-error"))
     assert "dropped (icmp-error)" in said
     lab.nodes[0].cli("network", "set", "tunnelled", "--max-connections", "1")

@@ -39,8 +39,8 @@ def test_a_pool_over_a_nodes_network_is_refused_and_nothing_is_written(
     before = moorage.json("network", "list")
     say(moorage, "n1", *LAN)
     assert moorage.fails("network", *command, "10.50.0.0/29") == (
-        "the pool 10.50.0.0/29 collides with the address 10.50.0.3 (eth0) of node n1, the gateway 10.50.0.1 (eth0) of "
-        "node n1, the network 10.50.0.0/29 (eth0) of node n1; choose another CIDR, or give --force to use what is left "
+        "the pool 10.50.0.0/29 collides with the network 10.50.0.0/29 (eth0) of node n1, the address 10.50.0.3 (eth0) "
+        "of node n1, the gateway 10.50.0.1 (eth0) of node n1; choose another CIDR, or give --force to use what is left "
         "of it without the addresses that nodes use"
     )
     assert moorage.json("network", "list") == before

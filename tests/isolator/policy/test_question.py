@@ -130,7 +130,10 @@ UDP, TCP, ERROR = (lambda port, p=p: Packet(p, port) for p in ("udp", "tcp", "ic
         ("10.0.0.1", "192.0.2.1", TCP(2379), True, "", ""),
         ("10.0.0.9", "192.0.2.2", TCP(2379), True, "", ""),
         ("10.0.0.9", "192.0.2.1", UDP(2379), True, "", ""),
-        ("10.0.0.1", "10.0.0.3", ERROR(None), True, "", ""),
+        ("10.0.0.1", "10.0.0.2", ERROR(None), True, "", ""),
+        ("10.0.0.1", "10.0.0.5", ERROR(None), True, "", ""),
+        ("10.0.0.5", "10.0.0.1", ERROR(None), True, "", ""),
+        ("10.0.0.1", "10.0.0.3", ERROR(None), False, "", "moorage endpoint set-netgroups c/eth0 web red"),
         ("10.0.0.77", "10.0.0.1", TCP(80), False, "unused-address", "moorage ip show 10.0.0.77"),
     ],
 )

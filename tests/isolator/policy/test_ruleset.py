@@ -350,11 +350,13 @@ table inet moorage {
     }
 
     chain icmp4 {
+        icmp type destination-unreachable icmp code frag-needed ip daddr != @pools4 drop
         icmp type { destination-unreachable, source-quench, time-exceeded, parameter-problem } goto errors4
         icmp type redirect drop
     }
 
     chain icmp6 {
+        icmpv6 type packet-too-big ip6 daddr != @pools6 drop
         icmpv6 type < echo-request goto errors6
         icmpv6 type { 130-137, mld2-listener-report } drop
     }

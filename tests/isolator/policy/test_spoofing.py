@@ -14,16 +14,18 @@ from ipaddress import ip_address
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import (
+    ICMPv6EchoReply,
     ICMPv6EchoRequest,
     ICMPv6ND_NA,
     ICMPv6ND_NS,
     ICMPv6ND_RA,
     ICMPv6NDOptDstLLAddr,
     ICMPv6NDOptSrcLLAddr,
+    ICMPv6PacketTooBig,
     IPv6,
 )
 from scapy.layers.l2 import ARP, Ether
-from scapy.packet import Packet
+from scapy.packet import Packet, Raw
 
 from isolator.drivers import Wiring
 from isolator.drivers.routed_layout import HOST_MAC
@@ -278,3 +280,51 @@ def test_a_broadcast_of_a_container_reaches_nobody_on_its_node(stage: Stage, tar
     asking.sendto(b"to all", (target, port))
     asking.sendto(TRUTH, (str(NODE4), port))
     assert listening.recv(64) == TRUTH
+
+
+ECHO, SMALL = 0x1234, 1290
+
+
+def echo(source: str, target: str) -> Packet:
+    if ":" in source:
+        return IPv6(src=source, dst=target) / ICMPv6EchoRequest(id=ECHO, seq=1, data=b"x" * 1200)
+    return IP(src=source, dst=target) / ICMP(type=8, id=ECHO, seq=1) / (b"x" * 1000)
+
+
+def too_big(source: str, target: str) -> Packet:
+    """Of ``source`` to ``target``, about the answer to an echo request that ``source`` sent."""
+    if ":" in source:
+        answer = IPv6(src=target, dst=source) / ICMPv6EchoReply(id=ECHO, seq=1, data=b"x" * 1200)
+        return IPv6(src=source, dst=target) / ICMPv6PacketTooBig(mtu=SMALL) / Raw(bytes(answer)[:600])
+    answer = IP(src=target, dst=source, flags="DF") / ICMP(type=0, id=ECHO, seq=1) / (b"x" * 1000)
+    return IP(src=source, dst=target) / ICMP(type=3, code=4, nexthopmtu=SMALL) / Raw(bytes(answer)[:128])
+
+
+@pytest.mark.parametrize(
+    ("liar", "node", "world"),
+    [(LIAR4, NODE4, WORLD4), (LIAR6, NODE6, WORLD6)],
+    ids=["IPv4", "IPv6"],
+)
+def test_a_container_does_not_shrink_anybodys_path_to_its_node(
+    stage: Stage, liar: str, node: object, world: object
+) -> None:
+    """Its echo request leaves with the node's address, and so would its error about the answer. Control: the node's own
+    error about an answer to itself."""
+    there = stage.machine.world
+
+    def path() -> str:
+        return there.sh(f"ip route get {node}")
+
+    ether = Ether(src=stage.own_mac, dst=HOST_MAC)
+    stage.send(ether / echo(liar, str(world)))
+    time.sleep(QUIET)
+    stage.send(ether / too_big(liar, str(world)))
+    time.sleep(QUIET)
+    assert "mtu" not in path()
+    with stage.machine.do(socket.socket, socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind(("uplink", 0))
+        frame = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / too_big(str(node), str(world))
+        raw.send(bytes(frame))
+    deadline = time.monotonic() + PATIENCE
+    while f"mtu {SMALL}" not in path():
+        assert time.monotonic() < deadline, path()
