@@ -87,7 +87,7 @@ def colliding_address(ip: IPAddress, shape: Geometry, around: NodesNetworks, who
     if not found:
         return ""
     return (
-        f"{ip} of {whose} is in use outside of moorage, too: {found}; it stays assigned, start the container again to "
+        f"{ip} of {whose} lies in what nodes use themselves: {found}; it stays assigned, start the container again to "
         "give it another address"
     )
 

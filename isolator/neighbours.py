@@ -224,7 +224,7 @@ class Neighbours:
         hosts = self._hosts
         return {
             "open": hosts is None or not hosts.tunnel,
-            "nodes": len(hosts.underlays) if hosts is not None else 0,
+            "addresses": len(hosts.underlays) if hosts is not None else 0,
             "unnamed": [str(ip) for ip in self._registered.unnamed],
         }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
+from shlex import quote
 from typing import Any
 
 from ipam.errors import InvalidInput
@@ -118,7 +119,8 @@ class Tracer:
         verdict = await self._kernel.may_send(src, dst, packet)
         if verdict.allowed and packet.protocol != ICMP_ERROR:
             verdict = await self._kernel.may_begin(sender.host_ifname, sender.ips)
-        return self._hop("sending", verdict.allowed, verdict.why, _CURES.get(verdict.drop, ""))
+        cure = _CURES.get(verdict.drop, "").replace("NETWORK", quote(sender.network))
+        return self._hop("sending", verdict.allowed, verdict.why, cure)
 
     def _route(self, dst: IPAddress, src: IPAddress | None, iif: str, expected: Route, found: Lookup) -> Hop:
         wanted = f"via {expected.via}" + (f" on {expected.device}" if expected.device else "")
@@ -254,7 +256,7 @@ class Tracer:
 _CURES = {
     Drop.TUNNEL_PORT.value: "no container sends to that port; have the other side listen on another one",
     Drop.STORE.value: "allow it to the whole network with `moorage network set NETWORK --to-node store`",
-    Drop.CONNECTIONS.value: "end some of its connections, or give its network more with --max-connections",
+    Drop.CONNECTIONS.value: "end some of its connections, or `moorage network set NETWORK --max-connections N` with more",
 }
 
 _LOOK_AT_IP = "see `moorage ip list` for who has it"

@@ -79,6 +79,11 @@ class Way:
 async def trace(store: Store, source: str, target: str, packet: Packet = ANY) -> list[Way]:
     """Every way between the two, there and back. Raises NotFound, InvalidInput."""
     sources, targets = await _resolve(store, source), await _resolve(store, target)
+    if any(end.outside for end in sources):
+        raise InvalidInput(
+            f"a trace begins at a container or at node:NAME, and {source} is neither; for another address see "
+            "`moorage policy test`"
+        )
     pairs = [(s, t) for s in sources for t in targets if s.family == t.family]
     if not pairs:
         raise InvalidInput(

@@ -92,7 +92,7 @@ def may_call(known: Known, source: IPAddress, target: IPAddress, packet: Packet 
 def _may_report(known: Known, source: IPAddress, target: IPAddress, sent: Verdict) -> Verdict:
     """Whether an ICMP error may arrive: it is about a packet from ``target``, which one of the two began to send."""
     ways = (may_call(known, one, other) for one, other in ((target, source), (source, target)))
-    return next((sent for way in ways if way.allowed), may_call(known, target, source))
+    return next((sent for way in ways if way.allowed), may_call(known, source, target))
 
 
 def _may_send(known: Known, source: IPAddress, target: IPAddress, packet: Packet) -> Verdict:

@@ -234,7 +234,8 @@ $chains	chain arriving {
 	}
 
 	chain invalid {
-		meta l4proto { 1, 58 } drop
+		icmp type { 3, 4, 11, 12 } drop
+		icmpv6 type < 128 drop
 	}
 
 	chain beginning {

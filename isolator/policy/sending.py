@@ -56,7 +56,8 @@ def may_send(
     if packet.protocol == ICMP_ERROR:
         return Verdict(
             True,
-            "an ICMP error about a packet that was sent to the container passes; any other is dropped (icmp-error)",
+            'an ICMP error about a packet that was sent to the container passes, "packet too big" to containers alone; any '
+            "other is dropped (icmp-error)",
         )
     if packet.protocol == "udp" and packet.port in tunnels:
         why = f"UDP port {packet.port} is a tunnel's between nodes, which no container sends to, whatever the address"

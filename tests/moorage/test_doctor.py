@@ -10,7 +10,7 @@ from moorage import doctor
 from moorage.cli.session import Session
 
 QUIET: dict[str, Any] = {"problem": "", "conflicts": [], "fabric": {"device": "mfbvxlan", "problems": []}}
-TUNNEL = {"open": False, "nodes": 2, "unnamed": []}
+TUNNEL = {"open": False, "addresses": 2, "unnamed": []}
 
 
 def said(monkeypatch: pytest.MonkeyPatch, **status: Any) -> list[str]:

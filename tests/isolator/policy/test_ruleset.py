@@ -464,7 +464,8 @@ table inet moorage {
     }
 
     chain invalid {
-        meta l4proto { icmp, ipv6-icmp } drop
+        icmp type { destination-unreachable, source-quench, time-exceeded, parameter-problem } drop
+        icmpv6 type < echo-request drop
     }
 
     chain beginning {
