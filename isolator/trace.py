@@ -256,7 +256,8 @@ class Tracer:
 _CURES = {
     Drop.TUNNEL_PORT.value: "no container sends to that port; have the other side listen on another one",
     Drop.STORE.value: "allow it to the whole network with `moorage network set NETWORK --to-node store`",
-    Drop.CONNECTIONS.value: "end some of its connections, or `moorage network set NETWORK --max-connections N` with more",
+    Drop.CONNECTIONS.value: "end some of its connections, or give it more: `moorage network set NETWORK "
+    "--max-connections N`",
 }
 
 _LOOK_AT_IP = "see `moorage ip list` for who has it"

@@ -56,7 +56,7 @@ def may_send(
     if packet.protocol == ICMP_ERROR:
         return Verdict(
             True,
-            'an ICMP error about a packet that was sent to the container passes, "packet too big" to containers alone; any '
+            "an ICMP error about a packet that was sent to the container passes, too-big ones to containers alone; any "
             "other is dropped (icmp-error)",
         )
     if packet.protocol == "udp" and packet.port in tunnels:
