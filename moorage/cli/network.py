@@ -15,7 +15,7 @@ from ipam.errors import InvalidInput
 from ipam.networks import NetworkChange, PoolSpec
 from ipam.nodes_networks import read_nodes_networks
 from ipam.permissions import EVERYTHING, NEW_NETWORK
-from ipam.pool_collisions import warnings
+from ipam.pool_collisions import colliding_pools, warnings
 from ipam.pools import geometry, parse_range
 from ipam.records import Network, Pool
 from ipam.store.base import Store
@@ -366,7 +366,9 @@ def set_(
         record, pools = await networks.set_network(store, name, change)
         asked = {ip_network(cidr) for cidr in (*add, *enable)}
         shapes = [shape for pool in pools if (shape := geometry(pool)).cidr in asked]
-        return record, pools, warnings(shapes, await read_nodes_networks(store))
+        around = await read_nodes_networks(store)
+        # One that was made before nodes said what they use is enabled, and gives out nothing of that.
+        return record, pools, [*colliding_pools(shapes, around), *warnings(shapes, around)]
 
     record, pools, told = session.run(act)
     for warning in (resolver_warning(record) if change.dns is not None else "", *told):

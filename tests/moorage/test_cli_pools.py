@@ -103,3 +103,15 @@ def test_an_existing_pool_is_forced_by_enabling_it(moorage: CommandLine) -> None
 def test_a_node_says_what_its_networks_use(moorage: CommandLine) -> None:
     say(moorage, "n1", *LAN)
     assert moorage.json("node", "show", "n1")["surroundings"] == list(LAN)
+
+
+def test_a_pool_that_is_enabled_over_a_nodes_network_without_force_says_what_it_does_not_give_out(
+    moorage: CommandLine,
+) -> None:
+    moorage.ok("network", "create", "lan", "--pool", "10.50.0.0/29")
+    moorage.ok("network", "set", "lan", "--disable-pool", "10.50.0.0/29")
+    say(moorage, "n1", *LAN)
+    result = moorage.run("network", "set", "lan", "--enable-pool", "10.50.0.0/29")
+    assert result.exit_code == 0
+    assert "Warning: the pool 10.50.0.0/29 of network lan collides with" in result.stderr
+    assert "--enable-pool 10.50.0.0/29 --force" in result.stderr
