@@ -27,7 +27,7 @@ LOOK_EVERY = 1.0
 """Seconds between looks at the table's size: two files. A flood of forged packets adds 20,000 entries a second."""
 
 COUNTED_FROM = 0.5
-"""Of the table; from then on the entries are counted, some 0.5 ms for each 1,000."""
+"""Of the table; from then on the entries are counted, some 3 ms for each 1,000."""
 
 COUNTED_EVERY = 5.0
 """Seconds between counts, unless the table grew by the share of one endpoint since the last."""
