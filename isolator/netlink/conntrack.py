@@ -76,7 +76,7 @@ def forget(connections: Iterable[Connection]) -> None:
 
 
 def sources() -> Counter[IPAddress]:
-    """How many entries each address began; costs some 3 ms per 1,000 entries (measured with 88,512: 0.27 s). Raises KernelRefused.
+    """How many entries each address began; costs some 3 ms per 1,000 entries. Raises KernelRefused.
 
     The kernel begins every entry with the tuple of its first packet, and that with the source address
     (ctnetlink_fill_info of linux/net/netfilter/nf_conntrack_netlink.c), so it is read where it stands, unparsed.
