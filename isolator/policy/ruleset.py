@@ -22,7 +22,8 @@ an accept here never overrules a drop in somebody else's table.
                            midstream    where answers are let in, a TCP connection begins with a SYN or is reset: else
                                         one that was cut would begin anew, in the other direction, with what the
                                         container still has to send
-                         else nothing is asked towards the node itself; containers may talk to their node
+                         else nothing is asked towards the node itself, but that it is no broadcast; containers may
+                         talk to their node
     from elsewhere   --> outside (the same hook)
                            tunnel       who sends to this node's tunnel has a registered node's underlay address, and
                                         sends to this node's own one; broadcasts would reach it as well

@@ -16,6 +16,7 @@ import pytest
 from ipam.records import NODE_ENGINE
 from ipam.refill import REFILL_PATIENCE
 from moorage.lab import Lab, LabNode
+from tests.cluster.attacking import Tally, tallied
 from tests.cluster.guests import Guest, create_networks, guest
 from tests.cluster.load import NETWORK, Load, Stay, refused, slowest, succeeded
 from tests.patience import PATIENCE
@@ -73,6 +74,13 @@ def story(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) ->
                     )
 
     return begin
+
+
+@pytest.fixture(scope="module")
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """What a module's attacks sent and what arrived; printed in the end."""
+    with tallied(request.config) as tally:
+        yield tally
 
 
 @pytest.fixture(scope="module")

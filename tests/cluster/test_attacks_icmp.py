@@ -18,7 +18,6 @@ from tests.cluster.attacking import (
     Tally,
     fire,
     stranger,
-    tallied,
 )
 from tests.cluster.icmp import ERRORS, Flow, error, open_flow
 from tests.cluster.peers import Peer, create_networks, peers
@@ -84,12 +83,6 @@ class Scene:
     @property
     def ears(self) -> list[Hears]:
         return [*(victim.ear for victim in self.victims.values()), *self.nodes.values()]
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")

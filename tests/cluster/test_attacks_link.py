@@ -44,7 +44,6 @@ from tests.cluster.attacking import (
     fire,
     mark,
     stranger,
-    tallied,
     udp_socket,
 )
 from tests.cluster.peers import PORT, Peer, create_networks, peers
@@ -84,12 +83,6 @@ class Scene:
     def ears(self) -> list[Hears]:
         containers = (self.friend, self.blue, *self.public.values())
         return [*(peer.ear for peer in containers), self.service, self.stack]
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from isolator.fabric.plan import VXLAN_PORT
 from moorage.lab import Lab, LabNode
-from tests.cluster.attacking import Result, Shot, Tally, fire, mark, tallied, udp_socket
+from tests.cluster.attacking import Result, Shot, Tally, fire, mark, udp_socket
 from tests.cluster.peers import PORT, Peer, create_networks
 from tests.cluster.tunnel import device_addresses
 from tests.cluster.tunnel_scene import USUAL, Scene, by_socket, payloads, scene_of, shots, to_tunnels, truths
@@ -24,12 +24,6 @@ pytestmark = [
 ]
 
 FAMILIES = (4, 6)
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(params=["running", "started again"])

@@ -13,7 +13,7 @@ from scapy.layers.vxlan import VXLAN
 from isolator.fabric.plan import VNI, VXLAN_PORT
 from moorage.lab import Lab, Namespace
 from moorage.lab.switch import UPLINK
-from tests.cluster.attacking import STRANGER, Tally, Wire, stranger, tallied, udp_socket
+from tests.cluster.attacking import STRANGER, Tally, Wire, stranger, udp_socket
 from tests.cluster.icmp import MTU, TOO_BIG, Flow, error, open_flow
 from tests.cluster.peers import Peer, create_networks, peers
 from tests.cluster.tunnel import from_container, on_underlay, underlay
@@ -57,12 +57,6 @@ class Scene:
     peers: dict[tuple[str, int], Peer]
     between: dict[tuple[int, int], Flow]
     router: Namespace
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from moorage.lab import Lab, LabNode, Namespace
-from tests.cluster.attacking import STRANGER, Tally, inside, stranger, tallied
+from tests.cluster.attacking import STRANGER, Tally, inside, stranger
 from tests.cluster.peers import FABRICS, Peer, create_networks, peers
 from tests.cluster.tunnel import add_second_address, device_addresses, underlay
 from tests.patience import PATIENCE
@@ -40,12 +40,6 @@ class Scene:
     lab: Lab
     evil: dict[str, Peer]
     targets: dict[str, dict[int, str]]
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from tests.cluster.attacking import (
     inside,
     mark,
     stranger,
-    tallied,
     udp_socket,
 )
 from tests.cluster.icmp import open_flow
@@ -70,12 +69,6 @@ class Scene:
     @property
     def node(self) -> LabNode:
         return self.lab.nodes[0]
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scapy.layers.l2 import Ether
 from isolator.fabric.plan import VXLAN_PORT
 from moorage.lab import Lab
 from moorage.lab.switch import MAC
-from tests.cluster.attacking import STRANGER, Listener, Shot, Tally, fire, mark, tallied
+from tests.cluster.attacking import STRANGER, Listener, Shot, Tally, fire, mark
 from tests.cluster.peers import Peer
 from tests.cluster.tunnel import FORMS4, from_container, on_underlay, outer, underlay
 from tests.cluster.tunnel_scene import (
@@ -34,12 +34,6 @@ pytestmark = [
 
 EVIL = {"vxlan": "vx", "hostgw": "hg", "no NAT": "nn", "net-modules": "vx"}
 """Attackers, and the networks that they are on."""
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from isolator.fabric.plan import VXLAN_PORT
 from moorage.lab import Lab, LabNode
 from moorage.lab.switch import UNDERLAY4, UPLINK
-from tests.cluster.attacking import STRANGER, Listener, Shot, Tally, fire, mark, tallied
+from tests.cluster.attacking import STRANGER, Listener, Shot, Tally, fire, mark
 from tests.cluster.peers import Peer
 from tests.cluster.tunnel import FORMS6, from_container, on_underlay, outer, underlay
 from tests.cluster.tunnel_scene import (
@@ -32,12 +32,6 @@ pytestmark = [
 ]
 
 PORTS = {"n1": VXLAN_PORT, "n2": VXLAN_PORT + 1}
-
-
-@pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    with tallied(request.config) as tally:
-        yield tally
 
 
 @pytest.fixture(scope="module")
