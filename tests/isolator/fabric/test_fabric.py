@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,9 +21,10 @@ from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
 from ipam.records import Node as NodeRecord
 from ipam.store import Delete, Put, Store, Txn, open_store
-from ipam.taken import Kind, taken
+from ipam.taken import Kind
+from ipam.taken import taken as taken_by
 from isolator.fabric import VXLAN_DEVICE, Fabric, fabric, mac_of
-from isolator.fabric.plan import SECOND_DEVICE, next_hop
+from isolator.fabric.plan import SECOND_DEVICE, VNI, next_hop
 from isolator.netlink import messages
 from isolator.underlay import Underlay
 from tests.ipam import nodes as ipam_nodes
@@ -200,7 +203,7 @@ async def test_what_the_node_holds_away_from_its_blocks_is_at_home_as_they_are(a
     for ip in strays:
         await agent.until(lambda ip=ip: f"blackhole {ip} " in agent.holds())
     own = ip_address("10.64.2.10")
-    agent.catalogue.tell_own([taken(Kind.ADDRESS, own, "eth9")])
+    agent.catalogue.tell_own([taken_by(Kind.ADDRESS, own, "eth9")])
     await hold(store, "n1", own, AddressState.WARM)
     await hold(store, "n1", ip_address("10.64.2.11"), AddressState.WARM)
     # It is all that is left of a part of n2's block, and not n2's to lead to.
@@ -321,23 +324,41 @@ async def test_a_port_that_is_taken_is_said_and_used_when_it_is_free(agent: Agen
     await agent.until(lambda: agent.problems() == "")
 
 
-async def test_without_its_device_routes_of_hostgw_are_kept_and_the_tunnels_are_named(agent: Agent) -> None:
+@contextlib.contextmanager
+def port_taken(room: Room) -> Iterator[str]:
+    """By a program; yields what the kernel says then."""
+    with contextlib.closing(room.udp(ip_address("0.0.0.0"), 4789)):
+        yield "give every agent another --vxlan-port"
+
+
+@contextlib.contextmanager
+def network_taken(room: Room) -> Iterator[str]:
+    """By another VXLAN device that has ours; yields what the kernel says then."""
+    room.sh(f"ip link add another type vxlan id {VNI} dstport 4789 local 192.0.2.1; ip link set another up")
+    yield f"could not create the VXLAN device {VXLAN_DEVICE}"
+    room.sh("ip link delete another")
+
+
+@pytest.mark.parametrize("taken", [port_taken, network_taken])
+async def test_without_its_device_routes_of_hostgw_are_kept_and_the_tunnels_are_named(
+    agent: Agent, taken: Callable[[Room], AbstractContextManager[str]]
+) -> None:
     store = agent.store
     await network(store, "10.66.0.0/20", name="hg", fabric="hostgw", warm=0)
     await join(store, "n2", OF_N2, "192.0.2.2")
     await agent.until(lambda: OF_N2 in agent.holds() and VXLAN_DEVICE in agent.room.sh("ip link"))
     agent.room.sh(f"ip link delete {VXLAN_DEVICE}")
-    taken = agent.room.udp(ip_address("0.0.0.0"), 4789)
-    agent.fabric.kernel_changed()
-    await agent.until(lambda: "give every agent another --vxlan-port" in agent.problems())
-    for block in ("10.66.2.0/26", "10.66.3.0/26"):
-        await claim(store, "n2", block)
-        await agent.until(lambda block=block: f"{block} via 192.0.2.2 " in agent.holds())
-    await put(store, keys.block_key(block_at(ip_address("10.66.2.0"), 26)), None)
-    await agent.until(lambda: "10.66.2.0/26" not in agent.holds())
-    assert OF_N2 not in agent.holds()
-    assert "refused" not in agent.problems()
-    taken.close()
+    with taken(agent.room) as why:
+        agent.fabric.kernel_changed()
+        await agent.until(lambda: why in agent.problems())
+        for block in ("10.66.2.0/26", "10.66.3.0/26"):
+            await claim(store, "n2", block)
+            await agent.until(lambda block=block: f"{block} via 192.0.2.2 " in agent.holds())
+        await put(store, keys.block_key(block_at(ip_address("10.66.2.0"), 26)), None)
+        await agent.until(lambda: "10.66.2.0/26" not in agent.holds())
+        assert OF_N2 not in agent.holds()
+        assert len(agent.fabric.problems()) == 1
+        assert agent.fabric.receives(mac_of("n1"), "192.0.2.1")[0] == ""
     agent.fabric.kernel_changed()
     await agent.until(lambda: OF_N2 in agent.holds() and agent.problems() == "")
 
