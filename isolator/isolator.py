@@ -185,7 +185,10 @@ class Isolator:
         )
         self._mending = Mending(self._kernel, self._endpoints)
         self._firewalls = ForeignFirewalls(
-            self._kernel, lambda: bool(self._endpoints.all()), manages=settings.manage_docker_user
+            self._kernel,
+            lambda: bool(self._endpoints.all()),
+            # A gateway has none of the interfaces that are let pass.
+            manages=settings.manage_docker_user and not settings.gateway,
         )
         self._connections = Connections(self._kernel, self._endpoints, self._neighbours.on_catalogue)
         self._membership: Membership | None = None

@@ -235,7 +235,8 @@ def test_a_late_revoke_leaves_the_new_owner_of_an_address_alone(container: Room,
     assert "netgroup4_web" not in table
 
 
-def test_other_tables_are_never_touched(container: Room, policy: Policy) -> None:
+def test_keeping_our_table_touches_no_other(container: Room, policy: Policy) -> None:
+    """DOCKER-USER is another matter: test_docker_user.py."""
     container.sh(
         "nft 'table inet other { set s { type ipv4_addr; elements = { 10.0.0.1 }; }; chain c { drop; }; }'"
     )
