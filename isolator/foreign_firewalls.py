@@ -66,22 +66,31 @@ class ForeignFirewalls:
 
     async def run(self) -> None:
         """Watch until cancelled. Raises KernelRefused."""
+        clock = asyncio.get_running_loop().time
         while True:
-            await self._look()
+            wait = LOOK_EVERY
+            if not await self._is_settled():
+                if clock() >= self._not_before:
+                    await self._look()
+                else:
+                    wait = min(wait, self._not_before - clock())
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY):
+                async with asyncio.timeout(wait):
                     await self._woken.wait()
             self._woken.clear()
 
+    def _wants_accepts(self) -> bool:
+        return self._manages and self._has_containers()
+
+    async def _is_settled(self) -> bool:
+        return self._seen == (await self._kernel.changes_of_others(), self._wants_accepts())
+
     async def _look(self) -> None:
-        wants = self._manages and self._has_containers()
+        wants = self._wants_accepts()
         # Asked for before anything is read: what changes meanwhile is looked at again.
         now = (await self._kernel.changes_of_others(), wants)
-        clock = asyncio.get_running_loop().time
-        if now == self._seen or clock() < self._not_before:
-            return
         found = await self._kernel.look_at_firewalls(wants_accepts=wants)
-        self._not_before = clock() + found.seconds / SHARE
+        self._not_before = asyncio.get_running_loop().time() + found.seconds / SHARE
         self._ours = found.ours
         self._tell_edits(found, wants)
         self._tell(self._obstacles(found, wants))
@@ -102,7 +111,7 @@ class ForeignFirewalls:
         if found.refused and found.refused != self._refused:
             log.warning("Docker's policy cannot be passed", why=found.refused)
         self._refused = found.refused
-        for edit in found.edited if not found.refused else ():
+        for edit in found.edited:
             if edit.lines:
                 log.warning(
                     "Docker's policy drops containers' traffic; they are let pass by rules in DOCKER-USER",

@@ -31,6 +31,13 @@ COMMENT = "moorage: containers pass the policy of FORWARD"
 """Ours are told from others' by it. iptables shows it, and keeps it when it saves and restores."""
 
 _FORWARD = tuple(chain._replace(name="FORWARD") for chain in CHAINS)
+_DOCKERS = frozenset(
+    {
+        "DOCKER", "DOCKER-USER", "DOCKER-FORWARD", "DOCKER-INGRESS",
+        "DOCKER-ISOLATION", "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2",
+    }
+)  # fmt: skip
+"""Chains that Docker jumps to from FORWARD, versions 17 to 28. An administrator's may have a name like these."""
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
 """Names of bridges that may be rule text. Users choose them."""
 
@@ -159,7 +166,7 @@ def _is_dockers(ruleset: Ruleset, forward: Chain) -> bool:
 
 def _is_dockers_rule(rule: Rule, bridges: list[str]) -> bool:
     if rule.verdict in ("jump", "goto"):
-        return rule.target == "DOCKER" or rule.target.startswith("DOCKER-")
+        return rule.target in _DOCKERS
     on = {asked.direction for asked in rule.asked if asked.equal and asked.name in bridges}
     if rule.verdict == "accept":
         return bool(on)

@@ -19,7 +19,7 @@ from isolator.policy.others import Chain, Ruleset, read
 class Look:
     """What was found, and done. blocked: as it is now. ours: chains that hold rules of ours now. refused: why Docker's
     chain is not as it should be, "" if it is. waiting: chains that would be opened if the node had containers.
-    seconds: that it took."""
+    seconds: that reading took."""
 
     blocked: tuple[Blocked, ...]
     waiting: frozenset[Chain]
@@ -34,21 +34,21 @@ def look(*, wants_accepts: bool) -> Look:
 
     wants_accepts: whether ours have to be there if the obstacle is Docker's policy alone; else they are taken out.
     """
-    began = time.monotonic()
     with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+        began = time.monotonic()
         ruleset = read(netfilter, CHAINS)
-        edited, refused = tuple(edits(ruleset, wanted=wants_accepts)), ""
-        if edited:
-            refused = _write(edited)
+        seconds = time.monotonic() - began
+        outcome = {edit: _write(edit) for edit in edits(ruleset, wanted=wants_accepts)}
+        if outcome:
             ruleset = read(netfilter, CHAINS)
     found = tuple(blocked(ruleset, has_iptables=has_iptables()))
     return Look(
         found,
         waiting(ruleset, found),
         tuple(has_ours(ruleset)),
-        edited,
-        refused,
-        time.monotonic() - began,
+        tuple(edit for edit, refused in outcome.items() if not refused),
+        "; ".join(filter(None, outcome.values())),
+        seconds,
     )
 
 
@@ -62,11 +62,10 @@ def has_iptables() -> bool:
     return shutil.which("iptables-nft") is not None
 
 
-def _write(wanted: tuple[Edit, ...]) -> str:
-    """All families in one transaction; what was refused."""
-    where = " and ".join(str(edit.chain) for edit in wanted)
+def _write(edit: Edit) -> str:
+    """In one transaction; what was refused. One family's refusal is none of the other's business."""
     try:
-        Nft().run("\n".join(edit.commands for edit in wanted), "let containers pass Docker's policy", where)
+        Nft().run(edit.commands, "let containers pass Docker's policy", str(edit.chain))
     except KernelRefused as error:
         return str(error)
     return ""

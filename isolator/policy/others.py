@@ -40,6 +40,7 @@ _IMMEDIATE_DATA, _VALUE, _VERDICT = 2, 1, 2
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _VERDICTS = {0: "drop", 1: "accept", -3: "jump", -4: "goto", -5: "return"}
 _GOES_ON = (-1, -2)  # NFT_CONTINUE, NFT_BREAK
+_LOOKUP_DREG = 3
 _XT_NAME, _MATCH_INFO = 1, 3
 
 _ASKS_NOTHING = frozenset({"counter", "log", "last", "notrack"})
@@ -184,6 +185,9 @@ def _rule(found: codec.Attributes) -> Rule:
                 values = codec.attributes(data[_IMMEDIATE_DATA])
                 if _VERDICT in values:
                     verdict, target = _verdict(values[_VERDICT])
+            case "lookup" if _LOOKUP_DREG in data:
+                asks_more, verdict = True, "other"  # a verdict by map
+                loaded.clear()
             case "reject":
                 verdict = "reject"
             case "target":

@@ -139,9 +139,7 @@ async def test_an_administrator_who_keeps_the_chain_is_told_of_the_policy() -> N
 
 async def test_what_is_refused_is_tried_again_and_told_once() -> None:
     scene = Scene()
-    scene.kernel.becomes(
-        blocked=(POLICY,), waiting=frozenset([FORWARD]), edited=(OPENED,), refused="could not: no"
-    )
+    scene.kernel.becomes(blocked=(POLICY,), waiting=frozenset([FORWARD]), refused="could not: no")
     events = await scene.seconds(5)
     assert events == ["Docker's policy cannot be passed", "another firewall drops containers' traffic"]
     assert scene.told == ["chain FORWARD of table ip filter: its policy is drop; could not: no"]

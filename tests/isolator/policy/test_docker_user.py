@@ -156,6 +156,9 @@ OTHERS = {
     "kube-proxy": "iptables -N KUBE-FORWARD; iptables -I FORWARD -j KUBE-FORWARD; "
     "iptables -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP",
     "a table of its own": "nft 'table inet fw { chain c { type filter hook forward priority 5; policy drop; }; }'",
+    "a chain that sounds like Docker's": "iptables -N DOCKER-MINE; iptables -A FORWARD -j DOCKER-MINE; "
+    "iptables -A DOCKER-MINE -s 192.0.2.1 -j DROP",
+    "a map of verdicts": "nft 'add rule ip filter FORWARD ip saddr vmap { 192.0.2.1 : drop }'",
     "a jump for some": "iptables -D FORWARD -j DOCKER-USER; iptables -I FORWARD -i eth0 -j DOCKER-USER",
     "an accept by the administrator": "iptables -I DOCKER-USER -j ACCEPT",
     "a policy that accepts": "iptables -P FORWARD ACCEPT",
