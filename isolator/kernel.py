@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ipam.keys import Family
+from ipam.keys import Family, IPNetwork
 from ipam.ranges import Ranges
 from isolator import sysctl
 from isolator.drivers import Driver, Wiring, load_driver
@@ -58,6 +58,8 @@ def wiring(endpoint: Endpoint) -> Wiring:
         mtu=endpoint.mtu,
         default_route=endpoint.default_route,
         bandwidth=endpoint.bandwidth,
+        next_hop=endpoint.next_hop,
+        pools=endpoint.pools,
     )
 
 
@@ -201,6 +203,15 @@ class Kernel:
     def _repair(self, endpoint: Endpoint) -> list[str]:
         return self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
 
+    async def reroute(self, endpoint: Endpoint, pools: tuple[IPNetwork, ...]) -> bool:
+        """Have its container's routes follow its network's pools; see Driver.reroute. On the thread that ADDs do not
+        wait for."""
+        return await self._reaping.run(self._reroute, endpoint, pools)
+
+    def _reroute(self, endpoint: Endpoint, pools: tuple[IPNetwork, ...]) -> bool:
+        before = wiring(endpoint)
+        return self._reaping.driver(endpoint.driver).reroute(before, replace(before, pools=pools))
+
     async def limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
         """Sentences by host_ifname, for endpoints whose limits on traffic are not in place.
 
@@ -225,11 +236,6 @@ class Kernel:
     async def is_vacant(self, endpoint: Endpoint) -> bool:
         """Whether no process is left in its namespace; see vacancy.py. On the thread that ADDs do not wait for."""
         return await self._reaping.run(is_vacant, self._reaping.node, endpoint)
-
-    async def gateways(self, driver: str) -> tuple[str, str]:
-        """The IPv4 and IPv6 gateway that a driver's containers have."""
-        loaded = await self._wiring.run(self._wiring.driver, driver)
-        return loaded.gateway4, loaded.gateway6
 
     # -- the node as a whole
 

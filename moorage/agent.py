@@ -114,8 +114,7 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
             await isolator.detach(entry.key, entry.request.asked)
 
     watcher = SpoolWatcher(spool, carry_out)
-    gateway4, gateway6 = await isolator.gateways()
-    cni = CniHandler(isolator, gateway4=gateway4, gateway6=gateway6, drain=watcher.drain)
+    cni = CniHandler(isolator, drain=watcher.drain)
     modules = ModulesHandler(
         isolator.allocated,
         default_network=config.default_network,
