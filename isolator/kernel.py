@@ -34,7 +34,7 @@ from isolator.netlink import (
     shaper_links,
     sources,
 )
-from isolator.netlink.lookup import Lookup, look_up, neighbour_state
+from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.policy.adopted import let_go
 from isolator.policy.sending import Packet, at_limit
@@ -173,6 +173,10 @@ class Kernel:
     async def look_up(self, dst: IPAddress, src: IPAddress | None, iif: str) -> Lookup:
         """Where the kernel would send a packet; see netlink/lookup.py."""
         return await self._wiring.run(look_up, self._wiring.node, dst, src, iif)
+
+    async def look_up_inside(self, endpoint: Endpoint, dst: IPAddress) -> Lookup:
+        """Where the kernel would send what nobody has bound in an endpoint's container; see netlink/lookup.py."""
+        return await self._wiring.run(look_up_inside, self._wiring.node, endpoint.netns, dst)
 
     async def neighbour_state(self, ip: IPAddress, device: str) -> str:
         """What the kernel knows of a neighbour; see netlink/lookup.py."""

@@ -172,6 +172,7 @@ def _way_row(way: tracing.Way) -> dict[str, Any]:
         "source": asdict(way.source),
         "target": asdict(way.target),
         "hops": [hop.row() for hop in way.hops],
+        "unbound": way.unbound,
     }
 
 
