@@ -20,7 +20,10 @@ from isolator.model import EndpointKey
 log = structlog.get_logger(__name__)
 
 LOOK_EVERY = 5.0
-"""Seconds between looks; a change of the catalogue is looked at at once."""
+"""Seconds between looks; a change of the catalogue is looked at sooner."""
+
+CHANGES_TOGETHER = 0.2
+"""Seconds in which changes gather: a look takes some 3 ms with a thousand endpoints."""
 
 MOST_AT_ONCE = 100
 """Endpoints that are seen to before the next second: some 30 ms of work."""
@@ -53,6 +56,7 @@ class PoolRoutes:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY):
                     await self._changed.wait()
+                    await asyncio.sleep(CHANGES_TOGETHER)
 
     async def _look(self) -> tuple[int, bool]:
         """How many were seen to, and whether there are more that may be."""

@@ -218,6 +218,10 @@ def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
         "mac": endpoint.mac,
         "mtu": endpoint.mtu,
         "host_ifname": endpoint.host_ifname,
+        "next_hop": [
+            str(endpoint.gateway(family)) for family in dict.fromkeys(ip.version for ip in endpoint.ips)
+        ],
+        "pools": [str(pool) for pool in endpoint.pools],
         "netns": endpoint.netns,
         "netgroups": list(endpoint.netgroups),
         "labels": [msgspec.to_builtins(label) for label in endpoint.labels],
