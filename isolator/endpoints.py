@@ -85,7 +85,7 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
 
 
-async def _nothing_to_tell() -> None:
+async def _nothing_to_prepare(_: str) -> None:
     pass
 
 
@@ -93,7 +93,7 @@ class Endpoints:
     """See the module's docstring.
 
     mtu_of: bytes, of networks that do not set their own. tunnel_port: UDP, of this node; no container gets it.
-    tell_networks: has the kernel told of networks that it was not told of yet.
+    prepare: has the kernel told of a network, by its name, if it was not told yet.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Endpoints:
         holder: Holder,
         mtu_of: Callable[[Network], int],
         tunnel_port: int = VXLAN_PORT,
-        tell_networks: Callable[[], Awaitable[None]] = _nothing_to_tell,
+        prepare: Callable[[str], Awaitable[None]] = _nothing_to_prepare,
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
@@ -114,7 +114,7 @@ class Endpoints:
         self._holder = holder
         self._mtu_of = mtu_of
         self._tunnel_port = tunnel_port
-        self._tell_networks = tell_networks
+        self._prepare = prepare
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
@@ -326,7 +326,7 @@ class Endpoints:
         """Raises KernelRefused, also if somebody changes the firewall as often as it is restored."""
         for attempts_left in reversed(range(WIRE_ATTEMPTS)):
             try:
-                await self._tell_networks()
+                await self._prepare(endpoint.network)
                 await self._kernel.connect(endpoint, self._isolation(endpoint.network))
             except KernelRefused as error:
                 if not attempts_left or error.errno != errno.ENOENT or await self._policy_is_whole():

@@ -160,7 +160,7 @@ class Isolator:
             self._holder,
             self._fabric.mtu,
             settings.vxlan_port,
-            lambda: self._neighbours.tell_of_networks(self._cluster),
+            self._prepare,
         )
         self.allocated = Allocated(
             self._kernel,
@@ -442,6 +442,13 @@ class Isolator:
         assert self._membership is not None, "start() comes first"
         await self._membership.tell()
 
+    async def _prepare(self, network: str) -> None:
+        """Have the kernel told of a network that is new or different. Raises KernelRefused."""
+        await self._neighbours.tell_of_networks(self._cluster)
+        for known in self._catalogue.networks():
+            if known.name == network:
+                await self._fabric.carry(known)
+
     async def _look_around(self) -> None:
         """What the node's own networks use is no container's, from now on. What cannot be read stays as it was."""
         known = self._catalogue.around.taken_by(self.node)
@@ -565,11 +572,11 @@ class Isolator:
         while True:
             await asyncio.sleep(HEAL_EVERY)
             if chains := await self._kernel.wrong_chains():
+                await self._restore_policy()
                 log.warning(
                     "firewall table inet moorage was missing or changed; restored",
-                    chains=[c for c in chains if c],
+                    chains=[chain for chain in chains if chain],
                 )
-                await self._restore_policy()
             if every.is_due():
                 await self._restore_elements()
                 await self._keep_forwarding()
@@ -579,8 +586,8 @@ class Isolator:
     async def _restore_elements(self) -> None:
         """Somebody may have flushed a set and left the table as it is."""
         if wrong := await self._kernel.wrong_sets():
-            log.warning("firewall sets did not hold what they should; restored", sets=sorted(wrong))
             await self._restore_policy()
+            log.warning("firewall sets did not hold what they should; restored", sets=sorted(wrong))
 
     async def _keep_forwarding(self) -> None:
         try:
