@@ -209,7 +209,7 @@ class Kernel:
     async def damage(self, endpoint: Endpoint) -> list[str]:
         """What somebody took of its wiring, as sentences.
 
-        On the reaping thread: it takes some 2 ms, most of the time there is nothing, and it changes nothing.
+        On the reaping thread: it takes some 0.8 ms, most of the time there is nothing, and it changes nothing.
         """
         return await self._reaping.run(self._damage, endpoint)
 
