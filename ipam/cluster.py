@@ -426,9 +426,17 @@ class Cluster:
             if value in self._catalogue.around.closed(family, forced=False):
                 # A route leads to it alone (isolator/fabric/plan.py).
                 self._changed_nodes |= {of.node for of in (before, holding) if of is not None}
-        if piece.size == BITS[family] and piece.owner:
-            self._changed_nodes.add(piece.owner)  # the whole block is elsewhere now, or back
+        was_away, is_away = (of is not None and of.node != piece.owner for of in (before, holding))
+        if piece.owner and was_away != is_away and self._may_be_alone(family, piece):
+            self._changed_nodes.add(piece.owner)  # all that a route leads to is elsewhere now, or back
         self._keep(family, piece)
+
+    def _may_be_alone(self, family: Family, piece: _Slice) -> bool:
+        """Whether one address of a block can be all that a route to the block leads to (isolator/fabric/plan.py)."""
+        last = piece.base + (1 << (BITS[family] - piece.size)) - 1
+        return piece.size == BITS[family] or bool(
+            self._catalogue.around.closed(family, forced=False).within(piece.base, last)
+        )
 
     def _place_stray(self, place: _Place, holding: Holding, piece: _Slice) -> None:
         if holding.node == piece.owner:

@@ -58,7 +58,8 @@ class NodeAddresses:
     async def settle(self, networks: Iterable[Network]) -> dict[Family, str]:
         """Have one address of every family that the networks' enabled pools offer, and want no other.
 
-        Returns why a family has none, for those that it could not be had for.
+        One without the other is of use, so each is had by itself, unlike a container's. Returns why a family has none,
+        for those that it could not be had for.
         """
         usable = list(networks)
         pools = {family: self._pools(usable, family) for family in FAMILIES}
@@ -74,10 +75,10 @@ class NodeAddresses:
         for family in FAMILIES:
             if family not in kept and pools[family]:
                 try:
-                    kept |= await self._take(usable, pools[family], kept)
+                    await self._take(usable, pools[family], family)
                 except MoorageError as error:
                     missing[family] = str(error)
-        return {family: why for family, why in missing.items() if family not in kept}
+        return missing
 
     def free_but(self, carried: Collection[IPAddress]) -> None:
         """Give up what is not wanted, but for what the device has."""
@@ -96,20 +97,17 @@ class NodeAddresses:
         own = self._holder.pools_of_blocks()
         return sorted(found, key=lambda pool: (pool.name not in own, pool.network, pool.name))
 
-    async def _take(
-        self, networks: Sequence[Network], pools: Sequence[Geometry], kept: set[Family]
-    ) -> set[Family]:
-        """Take an address of the first pool that has one, and one of the other family if its network has that."""
+    async def _take(self, networks: Sequence[Network], pools: Sequence[Geometry], family: Family) -> None:
+        """Take an address of the first pool that has one."""
         for place, pool in enumerate(pools, start=1):
             network = next(n for n in networks if n.name == pool.network)
+            request = AddressRequest(network, pool=pool.name, keeps_warm=False, counts={family: 1})
             try:
-                lent = await self._holder.take(AddressRequest(network, pool=pool.name, keeps_warm=False))
+                taken = await self._holder.take(request)
                 break
             except Exhausted:
                 if place == len(pools):
                     raise
-        taken = [held for held in lent if held.ip.version not in kept]
-        self._holder.put_back([held for held in lent if held not in taken])
         rows = self._holder.plan_assign(taken, self._owner)
         try:
             self._journal.save_addresses(rows)
@@ -117,4 +115,3 @@ class NodeAddresses:
             self._holder.put_back(taken)
             raise
         self._holder.accept(rows)
-        return {held.ip.version for held in taken}

@@ -7,7 +7,7 @@ confirmed yet. Repairs are only those that cannot take an address from a live na
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ipam.checks import Finding
@@ -16,6 +16,7 @@ from isolator.drivers.naming import shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
 from isolator.model import Endpoint, EndpointState, IPAddress
+from isolator.netlink import HostLink
 from isolator.recovery import remove_strays
 
 
@@ -29,54 +30,84 @@ async def audit(
     findings, repaired: Finding as dicts. notes: sentences. carried: ip -> endpoint that has it. unwritten:
     addresses whose assignment the store has not confirmed yet.
     """
+    found = await _look(kernel, endpoints, holder)
+    repaired: list[Finding] = []
+    if repair and found.findings:
+        await _repair(kernel, endpoints, holder, found)
+        # What is said to be repaired is what is so after.
+        after = await _look(kernel, endpoints, holder)
+        repaired = [finding for finding in found.findings if finding not in after.findings]
+    attached = [e for e in endpoints.all() if e.state is EndpointState.ATTACHED]
+    return {
+        "findings": [asdict(finding) for finding in found.findings],
+        "repaired": [asdict(finding) for finding in repaired],
+        "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
+        "unwritten": [str(ip) for ip, held in holder.assigned().items() if held.dirty],
+        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in found.links for ip in e.ips}
+        | {str(ip): device for ip, device in own.items()},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """findings: all. strays, orphans: those of invariants 4 and 2. damaged: endpoints that lack something."""
+
+    findings: list[Finding]
+    strays: list[Finding]
+    orphans: list[Finding]
+    damaged: list[Endpoint]
+    links: Mapping[str, HostLink]
+    routed: set[str]
+
+
+async def _look(kernel: Kernel, endpoints: Endpoints, holder: Holder) -> _Seen:
     links = await kernel.links()
     routed = {str(route.destination.network_address) for route in await kernel.routes()}
     elements = await kernel.elements()
     shapers = await kernel.shapers()
     everyone = endpoints.all()
-    attached = [e for e in everyone if e.state is EndpointState.ATTACHED]
     findings: list[Finding] = []
-    for endpoint in attached:
+    damaged: list[Endpoint] = []
+    for endpoint in everyone:
+        if endpoint.state is not EndpointState.ATTACHED:
+            continue
         findings += _endpoint_findings(endpoint, holder)
         if endpoint.host_ifname not in links:
             findings.append(_finding(2, endpoint, "its interface is gone", repair="the agent collects it"))
             continue
-        for ip in endpoint.ips:
-            if str(ip) not in routed:
-                findings.append(_finding(3, endpoint, f"no route leads to {ip}"))
-            if (endpoint.host_ifname, ip) not in elements:
-                findings.append(_finding(3, endpoint, f"the firewall does not admit {ip}"))
+        damage = await kernel.damage(endpoint)
+        damage += [
+            f"the firewall does not admit {ip}"
+            for ip in endpoint.ips
+            if (endpoint.host_ifname, ip) not in elements
+        ]
+        if endpoints.get(endpoint.key) is not endpoint:
+            continue  # it came or went while it was looked at
+        findings += [_finding(3, endpoint, text, repair="put back, if it can be") for text in damage]
+        if damage:
+            damaged.append(endpoint)
     orphans = _orphans(endpoints, holder)
-    findings += orphans
     strays = _strays(everyone, set(links), routed, elements, shapers)
-    findings += strays
-    findings += [
+    conflicts = [
         Finding(
             1, str(e.key), "is cut off: its address belongs to another", {"ips": ", ".join(map(str, e.ips))}
         )
         for e in everyone
         if e.state is EndpointState.CONFLICT
     ]
-    repaired: list[Finding] = []
-    if repair:
-        if strays and not holder.problem:
-            await remove_strays(kernel, endpoints, links)
-            await endpoints.restore_policy()
-            repaired += strays
-        # Without an endpoint, an interface and a route nobody can carry the address.
-        free = [o for o in orphans if o.subject not in routed]
-        holder.accept(
-            holder.plan_release([ip for ip in holder.assigned() if str(ip) in {o.subject for o in free}])
-        )
-        repaired += free
-    return {
-        "findings": [asdict(finding) for finding in findings],
-        "repaired": [asdict(finding) for finding in repaired],
-        "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
-        "unwritten": [str(ip) for ip, held in holder.assigned().items() if held.dirty],
-        "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in links for ip in e.ips}
-        | {str(ip): device for ip, device in own.items()},
-    }
+    return _Seen([*findings, *orphans, *strays, *conflicts], strays, orphans, damaged, links, routed)
+
+
+async def _repair(kernel: Kernel, endpoints: Endpoints, holder: Holder, found: _Seen) -> None:
+    if found.strays and not holder.problem:
+        await remove_strays(kernel, endpoints, found.links)
+    if (found.strays and not holder.problem) or found.damaged:
+        await endpoints.restore_policy(keep_endpoints=bool(holder.problem))
+    for endpoint in found.damaged:
+        await endpoints.mend(endpoint)
+    # Without an endpoint, an interface and a route nobody can carry the address.
+    free = {orphan.subject for orphan in found.orphans if orphan.subject not in found.routed}
+    holder.accept(holder.plan_release([ip for ip in holder.assigned() if str(ip) in free]))
 
 
 def _finding(invariant: int, endpoint: Endpoint, problem: str, repair: str = "") -> Finding:

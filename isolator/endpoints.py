@@ -22,7 +22,7 @@ import contextlib
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -76,6 +76,9 @@ TOMBSTONE_TTL = 120 * 10**9
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
 
+WIRE_ATTEMPTS = 3
+"""Times that an ADD is tried while somebody else changes the firewall's table."""
+
 ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
 """States whose traffic the firewall lets pass."""
 
@@ -83,10 +86,15 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
 
 
+async def _nothing_to_prepare(_: str) -> None:
+    pass
+
+
 class Endpoints:
     """See the module's docstring.
 
     mtu_of: bytes, of networks that do not set their own. tunnel_port: UDP, of this node; no container gets it.
+    prepare: has the kernel told of a network, by its name, if it was not told yet.
     """
 
     def __init__(
@@ -98,6 +106,7 @@ class Endpoints:
         holder: Holder,
         mtu_of: Callable[[Network], int],
         tunnel_port: int = VXLAN_PORT,
+        prepare: Callable[[str], Awaitable[None]] = _nothing_to_prepare,
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
@@ -106,10 +115,12 @@ class Endpoints:
         self._holder = holder
         self._mtu_of = mtu_of
         self._tunnel_port = tunnel_port
+        self._prepare = prepare
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
         self._attached_at: dict[EndpointKey, int] = {}
+        self._damaged: dict[EndpointKey, tuple[str, ...]] = {}
         self._removal = Removal(
             kernel, journal, holder, self._endpoints, lambda key: self._attached_at.pop(key, None)
         )
@@ -315,14 +326,21 @@ class Endpoints:
         return attached
 
     async def _wire(self, endpoint: Endpoint) -> None:
-        try:
-            await self._kernel.connect(endpoint, self._isolation(endpoint.network))
-        except KernelRefused as error:
-            if error.errno != errno.ENOENT or await self._kernel.policy_is_intact():
-                raise
-            # Somebody flushed the ruleset a moment ago.
-            await self.restore_policy()
-            await self._kernel.connect(endpoint, self._isolation(endpoint.network))
+        """Raises KernelRefused, also if somebody changes the firewall as often as it is restored."""
+        for attempts_left in reversed(range(WIRE_ATTEMPTS)):
+            try:
+                await self._prepare(endpoint.network)
+                await self._kernel.connect(endpoint, self._isolation(endpoint.network))
+            except KernelRefused as error:
+                if not attempts_left or error.errno != errno.ENOENT or await self._policy_is_whole():
+                    raise
+                # Somebody flushed the ruleset, or a set, a moment ago.
+                await self.restore_policy()
+            else:
+                return
+
+    async def _policy_is_whole(self) -> bool:
+        return await self._kernel.policy_is_intact() and not await self._kernel.wrong_sets()
 
     async def restore_policy(self, *, keep_endpoints: bool = False, keep_others: bool = False) -> None:
         """Put the firewall's table in place for what is attached; see Policy.restore for what may be kept."""
@@ -532,21 +550,38 @@ class Endpoints:
                         log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
                         await self._removal.begin(endpoint)
 
-    async def repair(self, endpoint: Endpoint) -> None:
-        """Put back what somebody took of an endpoint's routes, rules, addresses and the like, if it is still there."""
-        async with self._locks.of(endpoint.key):
-            if (
-                self._endpoints.get(endpoint.key) is not endpoint
-                or endpoint.state is not EndpointState.ATTACHED
-            ):
+    async def mend(self, endpoint: Endpoint) -> None:
+        """Look at an endpoint's routes, rules, addresses and the like, and put back what somebody took of them.
+
+        What cannot be put back is logged once, and told by ``damaged`` until it is.
+        """
+        try:
+            if not await self._kernel.damage(endpoint):
+                self._damaged.pop(endpoint.key, None)
                 return
-            try:
-                missing = await self._kernel.repair(endpoint)
-            except KernelRefused as error:
-                log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why=str(error))
-            else:
-                if missing:
-                    log.warning("endpoint repaired", endpoint=str(endpoint.key), missing="; ".join(missing))
+            async with self._locks.of(endpoint.key):
+                # What is on its way in or out only looks like damage.
+                if self._endpoints.get(endpoint.key) is not endpoint:
+                    return
+                repair = await self._kernel.repair(endpoint)
+        except KernelRefused as error:
+            self._note_damage(endpoint, (str(error),))
+            return
+        if repair.mended:
+            log.warning("endpoint repaired", endpoint=str(endpoint.key), missing="; ".join(repair.mended))
+        self._note_damage(endpoint, repair.after)
+
+    def _note_damage(self, endpoint: Endpoint, left: tuple[str, ...]) -> None:
+        before = self._damaged.pop(endpoint.key, ())
+        if not left or self._endpoints.get(endpoint.key) is not endpoint:
+            return
+        self._damaged[endpoint.key] = left
+        if left != before:
+            log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why="; ".join(left))
+
+    def damaged(self) -> dict[EndpointKey, tuple[str, ...]]:
+        """What is not as it should be of endpoints and could not be put back, as sentences."""
+        return {key: left for key, left in self._damaged.items() if key in self._endpoints}
 
     def misrouted(self) -> list[Endpoint]:
         """Attached endpoints whose containers do not have routes to the pools that their networks have now.

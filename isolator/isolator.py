@@ -42,11 +42,12 @@ from isolator.answers import Answers
 from isolator.connections import Connections
 from isolator.endpoints import Endpoints
 from isolator.errors import KernelRefused
+from isolator.every import Every
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
-from isolator.mending import mend
+from isolator.mending import Mending
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, ValidAttachments, Work
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
@@ -64,6 +65,9 @@ SYNC_PATIENCE = 5.0
 
 RETURN_WINDOW = 30.0
 """Seconds in which a hook may come back for an ADD that a killed agent had begun (docs/design.md, section 7)."""
+
+HEAL_ELEMENTS_EVERY = 5.0
+"""Seconds between looks at what the firewall's sets hold, which take longer, and at the node's settings."""
 
 COLLECT_EVERY = 5.0
 """Seconds between looks for endpoints whose namespace is gone; the link monitor is faster."""
@@ -157,6 +161,7 @@ class Isolator:
             self._holder,
             self._fabric.mtu,
             settings.vxlan_port,
+            self._prepare,
         )
         self._pool_routes = PoolRoutes(self._endpoints)
         self.allocated = Allocated(
@@ -177,6 +182,7 @@ class Isolator:
             self._neighbours,
             self._tell,
         )
+        self._mending = Mending(self._kernel, self._endpoints)
         self._connections = Connections(self._kernel, self._endpoints, self._neighbours.on_catalogue)
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
@@ -187,6 +193,7 @@ class Isolator:
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
         self._mesos_agent = ""
+        self._damage: dict[str, str] = {}
 
     # -- life
 
@@ -261,7 +268,7 @@ class Isolator:
                     ("limits", self._keep_limits),
                     ("fullness", self._connections.watch),
                     ("pool routes", self._pool_routes.keep),
-                    ("mending", lambda: mend(self._kernel, self._endpoints)),
+                    ("mending", self._mending.run),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
                     ("fabric", self._fabric.run),
@@ -365,7 +372,16 @@ class Isolator:
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
             "connections": self._connections.status(),
             "collisions": self._collisions(),
+            "damage": self._damaged(),
         }
+
+    def _damaged(self) -> list[str]:
+        """Sentences about what somebody took of what this node needs, and could not be put back."""
+        endpoints = self._endpoints.damaged()
+        return [
+            *self._damage.values(),
+            *(f"{key} is not as it should be: {'; '.join(left)}" for key, left in endpoints.items()),
+        ]
 
     def _collisions(self) -> list[str]:
         """Sentences about pools, and addresses assigned here, that nodes' own networks use, too."""
@@ -425,6 +441,13 @@ class Isolator:
     async def _tell(self) -> None:
         assert self._membership is not None, "start() comes first"
         await self._membership.tell()
+
+    async def _prepare(self, network: str) -> None:
+        """Have the kernel told of a network that is new or different. Raises KernelRefused."""
+        await self._neighbours.tell_of_networks(self._cluster)
+        for known in self._catalogue.networks():
+            if known.name == network:
+                await self._fabric.carry(known)
 
     async def _look_around(self) -> None:
         """What the node's own networks use is no container's, from now on. What cannot be read stays as it was."""
@@ -530,40 +553,51 @@ class Isolator:
                 asyncio.get_running_loop().call_later(RETRY, self._conflicts.put_nowait, conflict)
 
     async def _collect(self) -> None:
-        """Ends endpoints whose namespace is gone: at once when told, and in any case regularly."""
+        """Ends endpoints whose namespace is gone: at once when told, and regularly, however much is told."""
+        every = Every(COLLECT_EVERY)
         while True:
             names: list[str] | None = None
-            try:
-                async with asyncio.timeout(COLLECT_EVERY):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every.left()):
                     names = await self._vanished.get()
-            except TimeoutError:
-                pass
-            await self._endpoints.collect(names)
-            if names is None:
-                await self._restore_elements()
-
-    async def _restore_elements(self) -> None:
-        """Somebody may have flushed a set and left the table as it is."""
-        if not await self._kernel.policy_is_intact():
-            return  # the whole table is gone: ``_heal`` says so
-        wrong = await self._kernel.wrong_sets()
-        if wrong:
-            log.warning("firewall sets did not hold what they should; restored", sets=wrong)
-            await self._restore_policy()
+            await self._endpoints.collect(None if every.is_due() else names)
 
     async def _restore_policy(self) -> None:
         await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
         self._neighbours.on_catalogue()  # other nodes' containers are known there alone
 
     async def _heal(self) -> None:
-        """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
+        """Keeps firewall and settings as they should be, and catches up on recovery when the store came back."""
+        every = Every(HEAL_ELEMENTS_EVERY)
         while True:
             await asyncio.sleep(HEAL_EVERY)
-            if not await self._kernel.policy_is_intact():
-                log.warning("firewall table inet moorage was missing or changed; restored")
+            if chains := await self._kernel.wrong_chains():
                 await self._restore_policy()
+                log.warning(
+                    "firewall table inet moorage was missing or changed; restored",
+                    chains=[chain for chain in chains if chain],
+                )
+            if every.is_due():
+                await self._restore_elements()
+                await self._keep_forwarding()
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
+
+    async def _restore_elements(self) -> None:
+        """Somebody may have flushed a set and left the table as it is."""
+        if wrong := await self._kernel.wrong_sets():
+            await self._restore_policy()
+            log.warning("firewall sets did not hold what they should; restored", sets=sorted(wrong))
+
+    async def _keep_forwarding(self) -> None:
+        try:
+            off = await self._kernel.enable_forwarding()
+        except KernelRefused as error:
+            self._damage["forwarding"] = str(error)
+            return
+        self._damage.pop("forwarding", None)
+        if off:
+            log.warning("the node did not forward; it does again", settings=off)
 
     async def _keep_limits(self) -> None:
         while True:

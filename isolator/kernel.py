@@ -16,7 +16,7 @@ from dataclasses import replace
 from ipam.keys import Family, IPNetwork
 from ipam.ranges import Ranges
 from isolator import sysctl
-from isolator.drivers import Driver, Wiring, load_driver
+from isolator.drivers import Driver, Repair, Wiring, load_driver
 from isolator.hostports import first_collision, taken_by, who_listens
 from isolator.model import AttachSpec, Endpoint, IPAddress, PortMapping
 from isolator.netlink import (
@@ -74,6 +74,22 @@ def admission(endpoint: Endpoint, isolation: Isolation) -> Admission:
         isolation=isolation,
         ports=endpoint.port_mappings,
     )
+
+
+_NOT_MAPPED_HERE = "the node does not reach its mapped ports by 127.0.0.1"
+
+
+def _is_mapped(endpoint: Endpoint) -> bool:
+    """Whether 127.0.0.1 of the node has to reach it; the policy keeps it from 127/8."""
+    return bool(endpoint.port_mappings) and any(ip.version == 4 for ip in endpoint.ips)
+
+
+def _lacks_localnet(endpoint: Endpoint) -> bool:
+    return _is_mapped(endpoint) and sysctl.read(_localnet(endpoint)) == "0"
+
+
+def _localnet(endpoint: Endpoint) -> str:
+    return f"net/ipv4/conf/{endpoint.host_ifname}/route_localnet"
 
 
 class _DriverThread(KernelThread):
@@ -135,10 +151,10 @@ class Kernel:
         self._policy.admit(admission(endpoint, isolation))
         reached("attach:admitted")
         try:
+            self._policy.verify(endpoint.host_ifname)
             self._wiring.driver(endpoint.driver).setup(wiring(endpoint))
-            if any(ip.version == 4 for ip in endpoint.ips) and endpoint.port_mappings:
-                # So that 127.0.0.1 of the node reaches a mapped port; the policy keeps the container from 127/8.
-                sysctl.ensure(f"net/ipv4/conf/{endpoint.host_ifname}/route_localnet", "1")
+            if _is_mapped(endpoint):
+                sysctl.ensure(_localnet(endpoint), "1")
         except BaseException:
             self._policy.revoke([endpoint.host_ifname])
             raise
@@ -192,20 +208,33 @@ class Kernel:
 
     def _differences(self, endpoint: Endpoint) -> list[str]:
         found = self._wiring.driver(endpoint.driver).check(wiring(endpoint))
-        admitted = self._policy.elements()
-        found.extend(
-            f"the firewall has no element for {ip} on {endpoint.host_ifname}"
-            for ip in endpoint.ips
-            if (endpoint.host_ifname, ip) not in admitted
-        )
+        if _lacks_localnet(endpoint):
+            found.append(_NOT_MAPPED_HERE)
+        return found + self._policy.differences(endpoint.host_ifname)
+
+    async def damage(self, endpoint: Endpoint) -> list[str]:
+        """What somebody took of its wiring, as sentences.
+
+        On the reaping thread: it takes some 0.8 ms, most of the time there is nothing, and it changes nothing.
+        """
+        return await self._reaping.run(self._damage, endpoint)
+
+    def _damage(self, endpoint: Endpoint) -> list[str]:
+        found = self._reaping.driver(endpoint.driver).damage(wiring(endpoint))
+        if _lacks_localnet(endpoint):
+            found.append(_NOT_MAPPED_HERE)
         return found
 
-    async def repair(self, endpoint: Endpoint) -> list[str]:
-        """Put back what somebody took of its wiring; what that was."""
+    async def repair(self, endpoint: Endpoint) -> Repair:
+        """Put back what somebody took of its wiring. Raises KernelRefused."""
         return await self._wiring.run(self._repair, endpoint)
 
-    def _repair(self, endpoint: Endpoint) -> list[str]:
-        return self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
+    def _repair(self, endpoint: Endpoint) -> Repair:
+        repair = self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
+        if _lacks_localnet(endpoint):
+            sysctl.ensure(_localnet(endpoint), "1")
+            repair = replace(repair, before=(*repair.before, _NOT_MAPPED_HERE))
+        return repair
 
     async def reroute(self, endpoint: Endpoint, pools: tuple[IPNetwork, ...]) -> bool:
         """Have its container's routes follow its network's pools; see Driver.reroute. On the thread that ADDs do not
@@ -252,8 +281,9 @@ class Kernel:
         """What the node's own networks use; see surrounds.py."""
         return await self._reaping.run(surroundings, self._reaping.node)
 
-    async def enable_forwarding(self) -> None:
-        await self._wiring.run(enable_forwarding, self._wiring.node)
+    async def enable_forwarding(self) -> list[str]:
+        """See sysctl.enable_forwarding."""
+        return await self._wiring.run(enable_forwarding, self._wiring.node)
 
     async def links(self) -> dict[str, HostLink]:
         """Every endpoint interface of this node, by name."""
@@ -351,11 +381,15 @@ class Kernel:
         count = sum(connection.source in ips for connection in found)
         return at_limit(count, limits.get(host_ifname, count + 1))
 
+    async def wrong_chains(self) -> list[str]:
+        """The policy's chains that are not as they should be; see Policy.wrong_chains."""
+        return await self._wiring.run(self._policy.wrong_chains)
+
     async def policy_is_intact(self) -> bool:
         return await self._wiring.run(self._policy.is_intact)
 
-    async def wrong_sets(self) -> list[str]:
-        """The policy's sets that do not hold what they should."""
+    async def wrong_sets(self) -> dict[str, set[str]]:
+        """The policy's sets that do not hold what they should; see Policy.wrong_sets."""
         return await self._wiring.run(self._policy.wrong_sets)
 
     # -- connections

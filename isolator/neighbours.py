@@ -148,13 +148,27 @@ class Neighbours:
             await self._changed.wait()
             await asyncio.sleep(TELL_TOGETHER)
             self._changed.clear()
-            if self._networks_changed:
-                self._networks_changed = False
-                self._nodes_changed = True  # the tunnel may come into use, or go out of it
-                around = surroundings(self._catalogue, self._inside(cluster))
-                self.left(await self._kernel.set_surroundings(around))
-            if self._heard or cluster.listed.is_set():
-                await self._tell_of_others(cluster)
+            try:
+                await self.tell_of_networks(cluster)
+                if self._heard or cluster.listed.is_set():
+                    await self._tell_of_others(cluster)
+            except BaseException:
+                self._changed.set()  # what was not told yet is told by the next turn, not by the next change
+                raise
+
+    async def tell_of_networks(self, cluster: Cluster) -> None:
+        """Tell the kernel of changes of the catalogue, if it was not told yet. Raises KernelRefused."""
+        if not self._networks_changed:
+            return
+        self._networks_changed = False
+        self._nodes_changed = True  # the tunnel may come into use, or go out of it
+        self._changed.set()
+        try:
+            around = surroundings(self._catalogue, self._inside(cluster))
+            self.left(await self._kernel.set_surroundings(around))
+        except BaseException:
+            self._networks_changed = True
+            raise
 
     def _inside(self, cluster: Cluster) -> set[IPAddress]:
         """Assigned addresses in what nodes' own networks use. All are looked at only if there can be any."""
@@ -171,14 +185,22 @@ class Neighbours:
     async def _tell_of_others(self, cluster: Cluster) -> None:
         if self._nodes_changed:
             self._nodes_changed = False
-            await self._tell_of_hosts(cluster)
+            try:
+                await self._tell_of_hosts(cluster)
+            except BaseException:
+                self._nodes_changed = True
+                raise
         changes, self._members_changed = self._members_changed, {}
         if not self._heard:
             # What an earlier agent left in the table may be more than there is now.
             self._heard = True
-            await self._kernel.replace_others(
-                {ip: groups for ip, member in cluster.members() if (groups := self._netgroups(member))}
-            )
+            try:
+                await self._kernel.replace_others(
+                    {ip: groups for ip, member in cluster.members() if (groups := self._netgroups(member))}
+                )
+            except BaseException:
+                self._heard = False
+                raise
         elif changes:
             left = list(changes)
             try:

@@ -111,15 +111,15 @@ async def remove_strays(kernel: Kernel, endpoints: Endpoints, links: Mapping[str
     owned = {endpoint.host_ifname for endpoint in endpoints.all()}
     strays = [name for name in links if name not in owned]
     if strays:
-        log.warning("interfaces without an owner removed", names=strays)
         await kernel.delete_links(strays)
+        log.warning("interfaces without an owner removed", names=strays)
     shapers = sorted(await kernel.shapers() - {shaper_ifname(name) for name in owned})
     if shapers:
-        log.warning("limits without an owner removed", names=shapers)
         await kernel.delete_links(shapers)
+        log.warning("limits without an owner removed", names=shapers)
     ips = {ip for endpoint in endpoints.all() for ip in endpoint.ips}
     routes = [r for r in await kernel.routes() if r.destination.network_address not in ips]
     if routes:
-        log.warning("routes without an owner removed", routes=[str(r.destination) for r in routes])
         await kernel.delete_routes(routes)
+        log.warning("routes without an owner removed", routes=[str(r.destination) for r in routes])
     return strays + shapers + [str(route.destination) for route in routes]

@@ -45,16 +45,17 @@ def ensure(name: str, value: str) -> bool:
     return True
 
 
-def enable_forwarding(node: Node) -> None:
-    """Let the node forward IPv4, and IPv6 if its kernel has it.
+def enable_forwarding(node: Node) -> list[str]:
+    """Let the node forward IPv4, and IPv6 if its kernel has it; which settings did not. Raises KernelRefused.
 
     A node that forwards IPv6 stops listening to router advertisements, and with them loses its own default
     route, unless accept_ra is 2. So links that lead out of the node are told to go on listening first.
     """
-    ensure("net/ipv4/ip_forward", "1")
+    changed = ["net.ipv4.ip_forward"] if ensure("net/ipv4/ip_forward", "1") else []
     if read("net/ipv6/conf/all/forwarding") in (None, "1"):
-        return
+        return changed
     for link in default_links(node):
         if read(f"net/ipv6/conf/{link}/accept_ra") == "1":
             ensure(f"net/ipv6/conf/{link}/accept_ra", "2")
     ensure("net/ipv6/conf/all/forwarding", "1")
+    return [*changed, "net.ipv6.conf.all.forwarding"]

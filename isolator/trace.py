@@ -188,14 +188,14 @@ class Tracer:
         if held.remote is None:
             cure = "the agent restores it within seconds; if it does not, see its log"
             return self._hop("fabric", False, held.problem, cure), {}
-        says = f"{VXLAN_DEVICE} leads to {held.mac} at {held.remote.ip}"
+        says = f"{route.device} leads to {held.mac} at {held.remote.ip}"
         return (
             self._hop("fabric", True, says),
             {
                 "mac": held.mac,
                 "remote": str(held.remote.ip),
                 "port": held.remote.port,
-                "local": self._fabric.tunnel_source,
+                "local": self._fabric.tunnel_source(route),
             },
         )
 
@@ -246,14 +246,14 @@ class Tracer:
 
     async def _arrives(self, tunnel: dict[str, Any]) -> Hop:
         cure = "the agents agree within seconds; if they do not, see both logs"
-        problem = self._fabric.receives(str(tunnel.get("mac")), str(tunnel.get("remote")))
+        device, problem = self._fabric.receives(str(tunnel.get("mac")), str(tunnel.get("remote")))
         if problem:
             return self._hop("fabric", False, problem, cure)
         if local := tunnel.get("local"):  # an agent of an earlier version does not say it
             verdict = await self._kernel.may_tunnel(ip_address(str(local)))
             if not verdict.allowed:
                 return self._hop("fabric", False, verdict.why, cure)
-        return self._hop("fabric", True, f"{VXLAN_DEVICE} takes what is sent to {tunnel.get('mac')}")
+        return self._hop("fabric", True, f"{device} takes what is sent to {tunnel.get('mac')}")
 
     async def _policy(self, receiver: Endpoint, dst: IPAddress, caller: IPAddress | None) -> Hop:
         """caller: who begins; None for an answer, or the node itself, which need not be allowed to."""

@@ -52,9 +52,10 @@ def is_vacant(node: Node, endpoint: Endpoint) -> bool:
             # Its process may have ended before others; as long as our interface is in it, the number is its own.
             return not _has_process(inode) and not _has_process(inode)
         with node.open_namespace(endpoint.netns) as namespace:
+            ours = link_by_name(node.route, endpoint.host_ifname)
             with namespace.inside(), NetlinkSocket() as route:
                 link = link_by_name(route, endpoint.key.ifname)
-            if link is None or link.mac != endpoint.mac:
+            if link is None or ours is None or not link.is_peer_of(ours):
                 return False
             # As long as it is open here no other namespace gets its number.
             inode = os.fstat(namespace.fd).st_ino

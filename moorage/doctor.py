@@ -54,6 +54,8 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("agent", f"the agent is out of sync with the store: {status['problem']}")
     for sentence in status.get("collisions", []):
         yield Finding("pools", sentence)
+    for sentence in status.get("damage", []):
+        yield Finding("agent", f'{sentence}; see docs/runbook.md, "Something cannot be put back"')
     for name in status["conflicts"]:
         yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
     # An agent of an earlier version knows neither.

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ipam.errors import InvalidInput
-from isolator.drivers.base import Driver, Wiring
+from isolator.drivers.base import Driver, Repair, Wiring
 from isolator.drivers.routed import Routed
 from isolator.netlink.node import Node
 
-__all__ = ["DRIVERS", "Driver", "Wiring", "load_driver"]
+__all__ = ["DRIVERS", "Driver", "Repair", "Wiring", "load_driver"]
 
 DRIVERS: dict[str, Callable[[Node], Driver]] = {
     "routed": Routed,

@@ -43,6 +43,18 @@ class Wiring:
     pools: tuple[IPNetwork, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What came of a repair, as sentences: of each difference that was there before, and that is there after."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    @property
+    def mended(self) -> tuple[str, ...]:
+        return tuple(text for text in self.before if text not in self.after)
+
+
 class Driver(Protocol):
     """See the module's docstring."""
 
@@ -68,10 +80,15 @@ class Driver(Protocol):
         """Sentences, one per difference between the wiring and the kernel; empty if all is well."""
         ...
 
-    def repair(self, wiring: Wiring) -> list[str]:
-        """Put back what somebody took of its links' state, addresses, routes, rules and neighbours; what that was.
+    def damage(self, wiring: Wiring) -> list[str]:
+        """Those of its differences that ``repair`` is for. Raises KernelRefused."""
+        ...
 
-        What is there stays untouched, and so does all of it where its interface is gone. Raises KernelRefused.
+    def repair(self, wiring: Wiring) -> Repair:
+        """Put back what somebody took of its links' state, addresses, routes, rules and neighbours.
+
+        What is there stays untouched, and so does all of it where its interface is gone. Neither end waits for the
+        other: the node's is mended also where the container's cannot be. Raises KernelRefused.
         """
         ...
 

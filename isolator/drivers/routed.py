@@ -12,15 +12,15 @@ import errno
 import random
 import socket
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from isolator import sysctl
 from isolator.drivers import shaping
-from isolator.drivers.base import Wiring
+from isolator.drivers.base import Repair, Wiring
 from isolator.drivers.naming import route_table, shaper_ifname
-from isolator.drivers.routed_check import differences
+from isolator.drivers.routed_check import IPV6_MTU, damage, differences, smallest_mtu
 from isolator.drivers.routed_layout import (
     HOST_MAC,
     RULE_PRIORITY,
@@ -32,7 +32,7 @@ from isolator.drivers.routed_layout import (
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
-from isolator.netlink.inventory import delete_links, link_by_name
+from isolator.netlink.inventory import HostLink, delete_links, link_by_name
 from isolator.netlink.node import Namespace, Node
 from isolator.netlink.socket import NetlinkSocket
 
@@ -59,7 +59,7 @@ class Routed:
             try:
                 index = self._create(wiring, container)
                 if _has_ipv6(wiring):
-                    sysctl.ensure(f"net/ipv6/conf/{wiring.host_ifname}/disable_ipv6", "0")
+                    _allow_ipv6(wiring.host_ifname)
                 self._node.route.execute(
                     [
                         *shaping.ingress_requests(wiring, index),
@@ -69,7 +69,8 @@ class Routed:
                 )
                 with container.inside():
                     if _has_ipv6(wiring):
-                        _allow_ipv6(wiring.ifname)
+                        _allow_ipv6("lo", wiring.ifname)
+                        _expect_no_duplicates(wiring.ifname)
                     with NetlinkSocket() as route:
                         route.execute(container_requests(wiring, peer_index(index)))
                 self._verify_mac(wiring, index)
@@ -110,35 +111,54 @@ class Routed:
         limits = self.limit_differences([wiring]).get(wiring.host_ifname, [])
         return differences(self._node, wiring) + limits
 
-    def repair(self, wiring: Wiring) -> list[str]:
+    def damage(self, wiring: Wiring) -> list[str]:
+        """See Driver.damage."""
+        return damage(self._node, wiring)
+
+    def repair(self, wiring: Wiring) -> Repair:
         """See Driver.repair: the batches of ``setup`` may be repeated."""
-        missing = differences(self._node, wiring)
+        before = damage(self._node, wiring)
         link = link_by_name(self._node.route, wiring.host_ifname)
-        if not missing or link is None or wiring.netns is None:
-            return []
-        with contextlib.suppress(NamespaceGone, NotANamespace):
+        if not before or link is None:
+            return Repair(tuple(before), tuple(before))
+        refused = self._repair_host(wiring, link)
+        if wiring.netns is not None:
+            refused += self._repair_container(wiring, link)
+        return Repair(tuple(before), (*damage(self._node, wiring), *refused))
+
+    def _repair_host(self, wiring: Wiring, link: HostLink) -> list[str]:
+        """What the kernel refused, as sentences."""
+        # Before anything of IPv6: without the MTU that it needs the kernel knows none on the link.
+        first = _link_repairs(link, HOST_MAC, wiring.mtu, wiring.mtu)
+        refused = [str(error) for error in self._node.route.attempt(first)]
+        if _has_ipv6(wiring):
+            refused += _refusals(_allow_ipv6, wiring.host_ifname)
+        return refused + [str(error) for error in self._node.route.attempt(host_requests(wiring, link.index))]
+
+    def _repair_container(self, wiring: Wiring, ours: HostLink) -> list[str]:
+        """What the kernel refused, as sentences; nothing is done where the path leads to somebody else."""
+        assert wiring.netns is not None
+        try:
             with self._node.open_namespace(wiring.netns) as container:
-                self._node.route.execute(
-                    [
-                        messages.set_mac(link.index, wiring.host_ifname, HOST_MAC),
-                        *host_requests(wiring, link.index),
-                    ]
-                )
                 with container.inside(), NetlinkSocket() as route:
                     inner = link_by_name(route, wiring.ifname)
-                    if inner is not None:
-                        route.execute(
-                            [
-                                messages.set_mac(inner.index, wiring.ifname, wiring.mac),
-                                *container_requests(wiring, inner.index),
-                            ]
-                        )
-        return missing
+                    if inner is None or not inner.is_peer_of(ours):
+                        return []
+                    first = _link_repairs(inner, wiring.mac, smallest_mtu(wiring), wiring.mtu)
+                    refused = [str(error) for error in route.attempt(first)]
+                    if _has_ipv6(wiring):
+                        refused += _refusals(_allow_ipv6, "lo", wiring.ifname)
+                        refused += _refusals(_expect_no_duplicates, wiring.ifname)
+                    requests = container_requests(wiring, inner.index)
+                    requests += [messages.add_local_route(inner.index, inner.name, ip) for ip in wiring.ips]
+                    return refused + [str(error) for error in route.attempt(requests)]
+        except (NamespaceGone, NotANamespace, KernelRefused):
+            return []  # what is different after says so
 
     def reroute(self, before: Wiring, now: Wiring) -> bool:
         """See Driver.reroute."""
-        link = link_by_name(self._node.route, before.host_ifname)
-        if before.netns is None or link is None:
+        ours = link_by_name(self._node.route, before.host_ifname)
+        if before.netns is None or ours is None:
             return False
         with (
             self._node.open_namespace(before.netns) as container,
@@ -147,7 +167,7 @@ class Routed:
         ):
             inner = link_by_name(route, before.ifname)
             # The path may lead to another container by now; and a link that is down takes no routes.
-            if inner is None or not inner.up or inner.index != peer_index(link.index):
+            if inner is None or not inner.up or not inner.is_peer_of(ours):
                 return False
             route.execute(reroute_requests(before, now, inner.index))
         return True
@@ -231,11 +251,37 @@ def _has_ipv6(wiring: Wiring) -> bool:
     return any(ip.version == 6 for ip in wiring.ips)
 
 
-def _allow_ipv6(ifname: str) -> None:
-    """Inside: runtimes like to turn IPv6 off in fresh namespaces; ``lo`` carries what a container sends itself."""
-    for name in ("lo", ifname):
+def _allow_ipv6(*names: str) -> None:
+    """Runtimes like to turn IPv6 off in fresh namespaces, where ``lo`` carries what a container sends itself."""
+    for name in names:
         sysctl.ensure(f"net/ipv6/conf/{name}/disable_ipv6", "0")
+
+
+def _expect_no_duplicates(ifname: str) -> None:
     sysctl.ensure(f"net/ipv6/conf/{ifname}/accept_dad", "0")
+
+
+def _refusals(work: Callable[..., None], *names: str) -> list[str]:
+    """What the kernel said against it, as sentences."""
+    try:
+        work(*names)
+    except KernelRefused as error:
+        return [str(error)]
+    return []
+
+
+def _link_repairs(link: HostLink, mac: str, smallest_mtu: int, mtu: int) -> list[Request]:
+    todo = []
+    if link.mac != mac:
+        todo.append(messages.set_mac(link.index, link.name, mac))
+    if not smallest_mtu <= link.mtu <= mtu:
+        if link.mtu < IPV6_MTU <= mtu:
+            # The kernel forgets all of IPv6 on such a link, and when it begins anew on one that is up it makes a
+            # link-local address at once.
+            todo.append(messages.link_down(link.name))
+        todo.append(messages.set_mtu(link.index, link.name, mtu))
+        todo.append(messages.no_link_local(link.index, link.name))
+    return todo
 
 
 def _delete_rules(container: Namespace, wirings: Sequence[Wiring]) -> None:

@@ -24,23 +24,51 @@ from isolator.netlink.socket import NetlinkSocket
 
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
+IPV4_MTU, IPV6_MTU = 68, 1280
+"""Bytes; below them the kernel takes a link's addresses of that family away (RFC 791, RFC 8200 section 5)."""
+
 
 def differences(node: Node, wiring: Wiring) -> list[str]:
     """Sentences, one per difference; empty if all is well."""
-    found = list(_host_differences(node.route, wiring))
+    return _differences(node, wiring, smaller_mtu=False)
+
+
+def damage(node: Node, wiring: Wiring) -> list[str]:
+    """The differences that are to be mended: all but an MTU that the container made smaller, which is its own affair
+    as long as its addresses bear it."""
+    return _differences(node, wiring, smaller_mtu=True)
+
+
+def _differences(node: Node, wiring: Wiring, *, smaller_mtu: bool) -> list[str]:
+    ours = link_by_name(node.route, wiring.host_ifname)
+    found = list(_host_differences(node.route, wiring, ours))
     if wiring.netns is None:
         return [*found, "the container's network namespace is not known"]
     try:
         with node.open_namespace(wiring.netns) as container, container.inside(), NetlinkSocket() as route:
-            return found + list(_container_differences(route, wiring))
+            inner = link_by_name(route, wiring.ifname)
+            if inner is not None and ours is not None and not inner.is_peer_of(ours):
+                return [*found, stranger(wiring)]
+            smallest = smallest_mtu(wiring) if smaller_mtu else wiring.mtu
+            return found + list(_container_differences(route, wiring, inner, smallest))
     except (NamespaceGone, NotANamespace, KernelRefused) as error:
         return [*found, str(error)]
 
 
-def _host_differences(route: NetlinkSocket, wiring: Wiring) -> Iterator[str]:
+def stranger(wiring: Wiring) -> str:
+    """That the path leads to somebody else's namespace, whose link happens to have the name."""
+    return f"{wiring.netns} leads to another container: its {wiring.ifname} is not the peer of {wiring.host_ifname}"
+
+
+def smallest_mtu(wiring: Wiring) -> int:
+    """Bytes that a container may make its MTU without losing an address."""
+    needed = IPV6_MTU if any(ip.version == 6 for ip in wiring.ips) else IPV4_MTU
+    return min(wiring.mtu, needed)
+
+
+def _host_differences(route: NetlinkSocket, wiring: Wiring, link: HostLink | None) -> Iterator[str]:
     name = wiring.host_ifname
-    link = link_by_name(route, name)
-    yield from _link_differences("the node", name, link, HOST_MAC, wiring.mtu)
+    yield from _link_differences("the node", name, link, HOST_MAC, range(wiring.mtu, wiring.mtu + 1))
     if link is not None:
         if link.arp:
             yield f"the node's link {name} speaks ARP"
@@ -58,12 +86,16 @@ def _host_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> set[str
     return facts | _neighbours(route, link, wiring)
 
 
-def _container_differences(route: NetlinkSocket, wiring: Wiring) -> Iterator[str]:
+def _container_differences(
+    route: NetlinkSocket, wiring: Wiring, link: HostLink | None, smallest_mtu: int
+) -> Iterator[str]:
     name = wiring.ifname
-    link = link_by_name(route, name)
-    yield from _link_differences("the container", name, link, wiring.mac, wiring.mtu)
+    yield from _link_differences("the container", name, link, wiring.mac, range(smallest_mtu, wiring.mtu + 1))
     if link is None:
         return
+    loopback = link_by_name(route, "lo")
+    if loopback is None or not loopback.up:
+        yield "the container's link lo is down"
     table = route_table(name)
     metric = metric_of(wiring)
     desired = {
@@ -74,6 +106,7 @@ def _container_differences(route: NetlinkSocket, wiring: Wiring) -> Iterator[str
         gateway = gateway_for(wiring, ip)
         desired |= {
             _address(ip, name),
+            _local(ip, name),
             _rule(ip, table),
             _neighbour(gateway, HOST_MAC, name),
             _default(gateway, table, name),
@@ -96,7 +129,11 @@ def _container_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> se
                 facts.add(_rule(rule.source.network_address, rule.table))
         for message in route.dump(messages.dump_routes(family, index=link.index)):
             found = parse_route(message)
-            if found.index != link.index or found.gateway is None:
+            if found.index != link.index:
+                continue
+            if (found.table, found.kind) == (messages.TABLE_LOCAL, messages.RTN_LOCAL):
+                facts.add(_local(found.destination.network_address, link.name))
+            if found.gateway is None:
                 continue
             if found.destination.prefixlen == 0:
                 fact = _default(found.gateway, found.table, link.name)
@@ -120,7 +157,7 @@ def _neighbours(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> set[str
     return facts
 
 
-def _link_differences(where: str, name: str, link: HostLink | None, mac: str, mtu: int) -> Iterator[str]:
+def _link_differences(where: str, name: str, link: HostLink | None, mac: str, mtus: range) -> Iterator[str]:
     if link is None:
         yield f"{where} has no link {name}"
         return
@@ -128,8 +165,8 @@ def _link_differences(where: str, name: str, link: HostLink | None, mac: str, mt
         yield f"{where}'s link {name} is down"
     if link.mac != mac:
         yield f"{where}'s link {name} has the MAC {link.mac}, not {mac}"
-    if link.mtu != mtu:
-        yield f"{where}'s link {name} has an MTU of {link.mtu}, not {mtu}"
+    if link.mtu not in mtus:
+        yield f"{where}'s link {name} has an MTU of {link.mtu}, not {mtus[-1]}"
 
 
 def _missing(where: str, facts: set[str]) -> list[str]:
@@ -146,6 +183,10 @@ def _route(ip: IPAddress, name: str) -> str:
 
 def _address(ip: IPAddress, name: str) -> str:
     return f"the address {ip} on {name}"
+
+
+def _local(ip: IPAddress, name: str) -> str:
+    return f"the route that delivers {ip} on {name}"
 
 
 def _rule(ip: IPAddress, table: int) -> str:

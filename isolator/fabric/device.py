@@ -1,4 +1,5 @@
-"""The VXLAN device of this node: one for all networks, its MAC pinned, learning nothing."""
+"""A VXLAN device of this node: one for all networks and for each family that tunnels run over, its MAC pinned, learning
+nothing. What the kernel refuses of it stops nothing else of it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from isolator.netlink.node import Node
 class DeviceSpec:
     """What the device has to be. local: what its packets come from. port: UDP. mtu: bytes.
 
-    addresses: for the node's own packets to other nodes' containers, at most one a family.
+    addresses: for the node's own packets to other nodes' containers, at most one a family. name: the link's.
     """
 
     mac: str
@@ -26,6 +27,20 @@ class DeviceSpec:
     port: int
     mtu: int
     addresses: tuple[IPAddress, ...] = ()
+    name: str = VXLAN_DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What there is now. index: the link's. addresses: of the wanted ones, those that it has. refused: by the kernel.
+
+    new: whether it has none of the routes and tunnels that it may have had.
+    """
+
+    index: int
+    new: bool
+    addresses: tuple[IPAddress, ...]
+    refused: tuple[KernelRefused, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +62,41 @@ class _Found:
     local: IPAddress | None = None
 
 
-def ensure_device(node: Node, spec: DeviceSpec | None) -> tuple[int, bool]:
-    """Make the device what it has to be, or be gone; its link index, 0 without one, and whether it is new.
+def ensure_device(node: Node, spec: DeviceSpec) -> Made:
+    """Make the device what it has to be.
 
-    A new one has none of the routes and tunnels that an old one had. One that spoke ARP has lost its neighbours with
-    that, and counts as new. Raises KernelRefused.
+    One that spoke ARP has lost its neighbours with that, and counts as new. Raises KernelRefused if there is none.
     """
-    found = _find(node)
-    if spec is None:
-        if found is not None:
-            node.route.execute([messages.delete_link(VXLAN_DEVICE)])
-        return 0, found is not None
+    found = _find(node, spec.name)
     new = found is None or not _can_become(found, spec)
     if new:
         node.route.execute(
             [
-                messages.delete_link(VXLAN_DEVICE),
+                messages.delete_link(spec.name),
                 messages.create_vxlan(
-                    name=VXLAN_DEVICE, mac=spec.mac, vni=VNI, port=spec.port, local=spec.local, mtu=spec.mtu
+                    name=spec.name, mac=spec.mac, vni=VNI, port=spec.port, local=spec.local, mtu=spec.mtu
                 ),
             ]
         )
-        found = _find(node)
+        found = _find(node, spec.name)
     if found is None:
-        raise KernelRefused(f"the device {VXLAN_DEVICE} was deleted while it was made; it is made again")
-    new = new or found.arp
-    node.route.execute(_adjustments(found, spec))
-    # Hosts turn IPv6 off for new links; here next hops are IPv6 ones in both families.
-    sysctl.ensure(f"net/ipv6/conf/{VXLAN_DEVICE}/disable_ipv6", "0")
-    node.route.execute(_address_changes(node, found.index, spec))
-    return found.index, new
+        raise KernelRefused(f"the device {spec.name} was deleted while it was made; it is made again")
+    refused = node.route.attempt(_adjustments(found, spec))
+    try:
+        # Hosts turn IPv6 off for new links; here next hops are IPv6 ones in both families.
+        sysctl.ensure(f"net/ipv6/conf/{spec.name}/disable_ipv6", "0")
+    except KernelRefused as error:
+        refused.append(error)
+    addresses, refused_addresses = _ensure_addresses(node, found.index, spec)
+    return Made(found.index, new or found.arp, addresses, (*refused, *refused_addresses))
+
+
+def remove_device(node: Node, name: str) -> bool:
+    """Delete a device; whether there was one. Raises KernelRefused."""
+    if _find(node, name) is None:
+        return False
+    node.route.execute([messages.delete_link(name)])
+    return True
 
 
 def _can_become(found: _Found, spec: DeviceSpec) -> bool:
@@ -90,34 +110,44 @@ def _can_become(found: _Found, spec: DeviceSpec) -> bool:
 def _adjustments(found: _Found, spec: DeviceSpec) -> list[Request]:
     todo = []
     if found.local != spec.local:
-        todo.append(messages.set_vxlan_local(found.index, VXLAN_DEVICE, spec.local))
+        todo.append(messages.set_vxlan_local(found.index, spec.name, spec.local))
     if found.mac != spec.mac:  # udev's MACAddressPolicy, for one
-        todo.append(messages.set_mac(found.index, VXLAN_DEVICE, spec.mac))
+        todo.append(messages.set_mac(found.index, spec.name, spec.mac))
     if found.mtu != spec.mtu:
-        todo.append(messages.set_mtu(found.index, VXLAN_DEVICE, spec.mtu))
+        todo.append(messages.set_mtu(found.index, spec.name, spec.mtu))
     if not found.up:
-        todo.append(messages.no_link_local(found.index, VXLAN_DEVICE))
+        todo.append(messages.no_link_local(found.index, spec.name))
     if not found.up or found.arp:
         # All that it needs to know of its neighbours is told by us; whoever can send into the tunnel tells it nothing.
-        todo.append(messages.link_up_without_arp(found.index, VXLAN_DEVICE))
+        todo.append(messages.link_up_without_arp(found.index, spec.name))
     return todo
 
 
-def _address_changes(node: Node, index: int, spec: DeviceSpec) -> list[Request]:
-    there: set[IPAddress] = set()
-    todo = []
+def _ensure_addresses(
+    node: Node, index: int, spec: DeviceSpec
+) -> tuple[tuple[IPAddress, ...], list[KernelRefused]]:
+    """Of the wanted addresses those that the device has then; routes may name no others."""
+    there: dict[IPAddress, int] = {}
     for message in node.route.dump(messages.dump_addresses(index=index)):
         _, prefixlen, _, _, _ = messages.ADDRESS.unpack_from(message.body)
         values = codec.attributes(message.body, messages.ADDRESS.size)
-        ip = ip_address(bytes(values.get(messages.IFA_LOCAL, values[messages.IFA_ADDRESS])))
-        there.add(ip)
-        if ip not in spec.addresses:
-            todo.append(messages.delete_address(index, VXLAN_DEVICE, ip, prefixlen))
-    return [messages.add_address(index, VXLAN_DEVICE, ip) for ip in spec.addresses if ip not in there] + todo
+        there[ip_address(bytes(values.get(messages.IFA_LOCAL, values[messages.IFA_ADDRESS])))] = prefixlen
+    had, refused = [], []
+    for ip in spec.addresses:
+        missed = [] if ip in there else node.route.attempt([messages.add_address(index, spec.name, ip)])
+        refused += missed
+        if not missed:
+            had.append(ip)
+    too_many = [
+        messages.delete_address(index, spec.name, ip, prefixlen)
+        for ip, prefixlen in there.items()
+        if ip not in spec.addresses
+    ]
+    return tuple(had), refused + node.route.attempt(too_many)
 
 
-def _find(node: Node) -> _Found | None:
-    message = node.route.get(messages.get_link(VXLAN_DEVICE))
+def _find(node: Node, name: str) -> _Found | None:
+    message = node.route.get(messages.get_link(name))
     if message is None:
         return None
     _, _, index, flags, _ = messages.LINK.unpack_from(message.body)

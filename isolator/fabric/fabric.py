@@ -4,9 +4,12 @@
 
 A change of one node is worked out for that node alone, so its cost does not grow with the cluster. What somebody else
 changed in the kernel is found by comparing all of it, when the kernel tells that something changed and every few
-seconds. Until the cluster was listed, and IPAM knows the node's own addresses, nothing is touched: what an earlier
-agent left goes on working. But for routes that take addresses of nodes' own networks for containers': they may be what
-keeps the store from answering (``release``).
+seconds, whatever else there is to do meanwhile. What cannot be made, a device for one, is said and stops nothing that
+does not rest on it.
+
+Until the cluster was listed, and IPAM knows the node's own addresses, nothing is touched: what an earlier agent left
+goes on working. But for routes that take addresses of nodes' own networks for containers': they may be what keeps the
+store from answering (``release``).
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 import structlog
 
@@ -30,11 +33,14 @@ from isolator.fabric.device import DeviceSpec
 from isolator.fabric.kernel import FabricKernel, Held
 from isolator.fabric.plan import (
     OVERHEAD,
+    SECOND_DEVICE,
     VXLAN_DEVICE,
+    VXLAN_DEVICES,
     Here,
     Piece,
     Plan,
     Route,
+    Station,
     at_home,
     cut,
     host,
@@ -42,16 +48,17 @@ from isolator.fabric.plan import (
     parse_peer,
     released,
     towards,
+    tunnel_family,
 )
 from isolator.underlay import Underlay
 
 log = structlog.get_logger(__name__)
 
-RESYNC_EVERY = 5.0
-"""Seconds between comparisons with all that the kernel holds."""
+RESYNC_EVERY = 4.0
+"""Seconds between comparisons with all that the kernel holds: what went without a word is back within 5."""
 
 RESYNC_SHARE = 0.005
-"""Of the time, that comparisons may take which nothing gave cause for: with a thousand nodes they come less often."""
+"""Of a processor, that comparisons may take which nothing gave cause for: with a thousand nodes they come seldomer."""
 
 RESYNC_SELDOM = 60.0
 """Seconds between them at most."""
@@ -64,6 +71,9 @@ ADDRESS_PATIENCE = 1.0
 
 ADDRESS_RETRY = 10.0
 """Seconds before an address for the device is asked for again."""
+
+CARRY_PATIENCE = 1.0
+"""Seconds that an ADD on a network that is new to the fabric waits for it."""
 
 KNOWN_POLL = 0.1
 """Seconds between looks whether IPAM knows what this node holds, at the start."""
@@ -103,14 +113,20 @@ class Fabric:
         self._dirty: set[str] = set()
         self._begun = False
         self._all_dirty = True
+        self._fabrics: dict[str, str] = {}
+        self._settled = asyncio.Event()
         self._resync_due = True
         self._resync_every = RESYNC_EVERY
+        self._resync_at = 0.0
         self._wake = asyncio.Event()
         self._addresses_due = asyncio.Event()
         self._addresses_settled = asyncio.Event()
         self._missing: dict[Family, str] = {}
-        self._device: DeviceSpec | None = None
-        self._device_problem = ""
+        self._devices: dict[str, DeviceSpec] = {}
+        self._wanted: dict[str, DeviceSpec] = {}
+        self._unwantable: dict[Family, str] = {}
+        self._device_problems: dict[str, str] = {}
+        self._across: set[str] = set()
         self._refused: list[str] = []
         self._keep_until = 0.0
 
@@ -162,19 +178,19 @@ class Fabric:
     def mtu(self, network: Network) -> int:
         """Bytes that a container on ``network`` can send in one packet."""
         mtu = self._underlay.mtu
-        if network.fabric == "vxlan" and (family := self._tunnel_family()) is not None:
-            mtu -= OVERHEAD[family]
+        if network.fabric == "vxlan" and (families := self._families()):
+            mtu -= OVERHEAD[families[0]]
         return mtu
 
-    @property
-    def tunnel_source(self) -> str:
-        """The address that this node's tunnel packets come from; "" without a tunnel."""
-        return str(self._device.local) if self._device is not None else ""
+    def tunnel_source(self, route: Route) -> str:
+        """The address that packets of a tunnelled route come from; "" without the tunnel."""
+        device = self._devices.get(route.device)
+        return str(device.local) if device is not None else ""
 
     @property
     def carried(self) -> tuple[IPAddress, ...]:
-        """The addresses that the device has."""
-        return self._device.addresses if self._device is not None else ()
+        """The addresses that the first device has."""
+        return self._devices[VXLAN_DEVICE].addresses if VXLAN_DEVICE in self._devices else ()
 
     def way_to(self, ip: IPAddress) -> Route | str:
         """The route that leads to another node's address, or why there is none."""
@@ -195,23 +211,25 @@ class Fabric:
         it should be."""
         held = await self._kernel.held_for(route)
         wanted = {mac: remote for plan in self._plans.values() for mac, remote in plan.tunnels.items()}
-        remote = wanted.get(held.mac)
+        remote = wanted.get(Station(route.device, held.mac))
         if held.remote is None or remote is None or held.remote == remote:
             return held
         return Held(
-            held.mac, problem=f"{VXLAN_DEVICE} leads to {held.remote.ip}, and the node is at {remote.ip}"
+            held.mac, problem=f"{route.device} leads to {held.remote.ip}, and the node is at {remote.ip}"
         )
 
-    def receives(self, mac: str, remote: str) -> str:
-        """Why this node does not take what another sends by VXLAN to that MAC and address; "" if it does."""
-        device = self._device
-        if device is None:
-            return (
-                f"the node has no device {VXLAN_DEVICE}: {self._device_problem or 'it has no vxlan network'}"
-            )
-        if (mac, remote) != (device.mac, str(device.local)):
-            return f"the packet is sent to {mac} at {remote}, and the node is {device.mac} at {device.local}"
-        return ""
+    def receives(self, mac: str, remote: str) -> tuple[str, str]:
+        """The device that takes what another node sends by VXLAN to that MAC and address, and "", or "" and why none
+        does."""
+        if not self._devices:
+            why = "; ".join(self._problems_of_devices()) or "it has no vxlan network"
+            return "", f"the node has no device {VXLAN_DEVICE}: {why}"
+        for name, device in self._devices.items():
+            if (mac, remote) == (device.mac, str(device.local)):
+                problem = self._device_problems.get(name, "")
+                return ("", problem) if problem else (name, "")
+        known = " or ".join(f"{device.mac} at {device.local}" for device in self._devices.values())
+        return "", f"the packet is sent to {mac} at {remote}, and the node is {known}"
 
     def status(self) -> dict[str, object]:
         """For `moorage status`."""
@@ -224,7 +242,11 @@ class Fabric:
                 "addresses": [str(ip) for ip in self._underlay.addresses],
                 "mtu": self._underlay.mtu,
             },
-            "device": VXLAN_DEVICE if self._device is not None else "",
+            "device": next(iter(self._devices), ""),
+            "devices": {
+                name: {"local": str(device.local), "mtu": device.mtu, "mac": device.mac, "port": device.port}
+                for name, device in self._devices.items()
+            },
             "addresses": [str(ip) for ip in self.carried],
             "routes": len(total.routes),
             "tunnels": len(total.tunnels),
@@ -238,12 +260,25 @@ class Fabric:
                 "the store has not said yet which nodes there are, so what an earlier agent left in the kernel stays "
                 "as it is; see that the store answers"
             ]
-        found = [self._device_problem] if self._device_problem else []
+        found = self._problems_of_devices()
         found += [
             f"the device has no IPv{family} address, so processes of this node reach no containers elsewhere: {why}"
             for family, why in sorted(self._missing.items())
         ]
         return found + self._refused + [text for of in self._problems.values() for text in of]
+
+    def _problems_of_devices(self) -> list[str]:
+        return [*self._unwantable.values(), *self._device_problems.values()]
+
+    async def carry(self, network: Network) -> None:
+        """Wait until a network that is new or different is carried as it says, or it is known why not; no longer than
+        ``CARRY_PATIENCE``, and not at all before the store has said which nodes there are."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CARRY_PATIENCE):
+                while self._begun and any(
+                    self._fabrics.get(pool) != network.fabric for pool in network.pools
+                ):
+                    await self._settled.wait()
 
     # -- work
 
@@ -284,13 +319,16 @@ class Fabric:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ADDRESS_PATIENCE):
                 await self._addresses_settled.wait()
+        loop = asyncio.get_running_loop()
         while True:
-            await self._settle()
-            try:
-                async with asyncio.timeout(self._resync_every):
-                    await self._wake.wait()
-            except TimeoutError:
+            if loop.time() >= self._resync_at:
+                # At that time whatever is told meanwhile: in a cluster there is always something.
+                self._resync_at = loop.time() + self._resync_every
                 self._resync_due = True
+            await self._settle()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._resync_at):
+                    await self._wake.wait()
             await asyncio.sleep(SETTLE)
             self._wake.clear()
 
@@ -312,77 +350,148 @@ class Fabric:
     def _tunnelled(self) -> list[Network]:
         return sorted((n for n in self._catalogue.networks() if n.fabric == "vxlan"), key=lambda n: n.name)
 
-    def _tunnel_family(self) -> Family | None:
-        return self._underlay.addresses[0].version if self._underlay.addresses else None
+    def _families(self) -> tuple[Family, ...]:
+        """Those of the underlay, in its order."""
+        return tuple(dict.fromkeys(ip.version for ip in self._underlay.addresses))
 
     async def _settle(self) -> None:
-        if not self._cluster.listed.is_set():
-            return
         try:
-            await self._ensure_device()
-            before, after = self._work_out()
-            if self._resync_due:
+            if not self._cluster.listed.is_set():
+                # It is being listed anew. What was worked out before is kept up all the same.
+                if self._resync_due:
+                    await self._ensure_devices()
+                    await self._resync()
+                return
+            fabrics = self._fabrics_of_pools()
+            dirty = self._take_dirty()
+            self._look_across(dirty)
+            await self._ensure_devices()
+            before, after = self._work_out(self._take_dirty(dirty))
+            looks = self._resync_due
+            if looks:
                 await self._resync()
             elif before != after and await self._kernel.apply(before, after):
                 self.kernel_changed()  # what was refused is told by the comparison
+            # Routes lead elsewhere by now.
+            unwanted = [name for name in VXLAN_DEVICES if name not in self._wanted]
+            await self._remove_devices(
+                [n for n in unwanted if looks or n in self._devices or n in self._device_problems]
+            )
+            if not self._device_problems:
+                self._addresses.free_but(self.carried)
+            self._fabrics = fabrics
+            self._settled.set()
+            self._settled = asyncio.Event()
         except KernelRefused as error:
             # What is half done is found by the next comparison.
             log.warning("fabric is not as it should be yet", why=str(error))
             self._resync_due = True
 
-    async def _ensure_device(self) -> None:
-        spec = self._wanted_device()
-        if spec != self._device or self._resync_due:
-            try:
-                new = await self._kernel.ensure_device(spec)
-            except KernelRefused as error:
-                self._device_problem = (
-                    f"the device {VXLAN_DEVICE} is not as it should be: {error}{_cure(error)}"
-                )
-                raise
-            if new:
-                log.info("fabric device is new" if spec else "fabric device is gone", device=VXLAN_DEVICE)
-            self._resync_due = self._resync_due or new
-            if spec != self._device:
-                self._device = spec
-                self._all_dirty = True  # routes name the device and its addresses
-                self._on_addresses()
-        self._addresses.free_but(self.carried)
+    def _take_dirty(self, dirty: Collection[str] = ()) -> set[str]:
+        """Nodes that have changed, with those of ``dirty``; from now on none has."""
+        taken, self._dirty = {*self._dirty, *dirty}, set()
+        if self._all_dirty:
+            self._all_dirty = False
+            taken |= self._cluster.names() | self._plans.keys() | self._across
+        return taken
 
-    def _wanted_device(self) -> DeviceSpec | None:
-        family = self._tunnel_family()
-        self._device_problem = ""
+    def _look_across(self, dirty: Iterable[str]) -> None:
+        """Find the nodes that are reached over the underlay's other family alone."""
+        here = self._families()
+        for name in dirty:
+            record = self._cluster.nodes().get(name) if name != self._node else None
+            family = tunnel_family(here, parse_peer(record).families) if record is not None else None
+            if family is not None and family != here[0]:
+                self._across.add(name)
+            elif record is not None or not self._keeps():
+                self._across.discard(name)
+
+    async def _ensure_devices(self) -> None:
+        """Make the devices what they have to be. One that cannot be made is said, and leaves the others alone."""
+        wanted = self._wanted_devices()
+        if wanted == self._wanted and not self._resync_due:
+            return
+        self._wanted = wanted
+        carried, before = self.carried, dict(self._devices)
+        # One that this is to take the family of has to go first: two devices of one family are refused.
+        in_the_way = [SECOND_DEVICE[d.local.version] for d in wanted.values() if d.name == VXLAN_DEVICE]
+        await self._remove_devices(in_the_way)
+        for name, spec in wanted.items():
+            try:
+                made = await self._kernel.ensure_device(spec)
+            except KernelRefused as error:
+                # It may be there all the same, and what leads into it is no worse than before.
+                self._note_device(name, [error])
+                continue
+            self._devices[name] = replace(spec, addresses=made.addresses)
+            self._note_device(name, made.refused)
+            if made.new:
+                log.info("fabric device is new", device=name)
+                self._resync_due = True
+        if self._devices != before:
+            self._all_dirty = True  # routes name the devices and the first one's addresses
+            if self.carried != carried or self._devices.keys() != before.keys():
+                self._on_addresses()
+
+    def _note_device(self, name: str, refused: Iterable[KernelRefused]) -> None:
+        """What the kernel refuses of a device now; it is logged when it is news."""
+        before = self._device_problems.pop(name, "")
+        sentences = [f"{error}{_cure(error)}" for error in refused]
+        if not sentences:
+            return
+        problem = f"the device {name} is not as it should be: {'; '.join(sentences)}"
+        self._device_problems[name] = problem
+        if problem != before:
+            log.warning("fabric device is not as it should be", device=name, why="; ".join(sentences))
+
+    async def _remove_devices(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                if await self._kernel.remove_device(name):
+                    log.info("fabric device is gone", device=name)
+            except KernelRefused as error:
+                self._note_device(name, [error])
+                continue
+            self._note_device(name, [])
+            if self._devices.pop(name, None) is not None:
+                self._on_addresses()
+
+    def _wanted_devices(self) -> dict[str, DeviceSpec]:
+        """The devices by name: one for the underlay's first family, one for the other while a node needs it."""
+        self._unwantable = {}
         if not self._tunnelled():
-            return None
-        if family is None:
-            self._device_problem = (
+            return {}
+        families = self._families()
+        if not families:
+            self._unwantable[4] = (
                 "this node has no underlay address, so it has no tunnel to other nodes; "
                 "give it a default route, or its agent --underlay"
             )
-            return None
-        mtu = self._underlay.mtu - OVERHEAD[family]
-        if mtu < MTU_MIN:
-            self._device_problem = (
-                f"the underlay's MTU of {self._underlay.mtu} bytes leaves {mtu} in the tunnel, and IPv6 needs "
-                f"{MTU_MIN}; raise that of {', '.join(self._underlay.links)}"
+        wanted = {}
+        for family in families if self._across else families[:1]:
+            is_first = family == families[0]
+            name = VXLAN_DEVICE if is_first else SECOND_DEVICE[family]
+            mtu = self._underlay.mtu - OVERHEAD[family]
+            if mtu < MTU_MIN:
+                self._unwantable[family] = (
+                    f"the underlay's MTU of {self._underlay.mtu} bytes leaves {mtu} in the tunnel over IPv{family}, "
+                    f"and IPv6 needs {MTU_MIN}; raise that of {', '.join(self._underlay.links)}"
+                )
+                continue
+            wanted[name] = DeviceSpec(
+                mac=mac_of(self._node),
+                local=next(ip for ip in self._underlay.addresses if ip.version == family),
+                port=self._port,
+                mtu=mtu,
+                addresses=tuple(self._addresses.current().values()) if is_first else (),
+                name=name,
             )
-            return None
-        return DeviceSpec(
-            mac=mac_of(self._node),
-            local=self._underlay.addresses[0],
-            port=self._port,
-            mtu=mtu,
-            addresses=tuple(self._addresses.current().values()),
-        )
+        return wanted
 
-    def _work_out(self) -> tuple[Plan, Plan]:
+    def _work_out(self, dirty: Iterable[str]) -> tuple[Plan, Plan]:
         """Bring the plans of changed nodes up to date; what those nodes had before, and have now."""
-        dirty, self._dirty = self._dirty, set()
-        if self._all_dirty:
-            self._all_dirty = False
-            dirty = self._cluster.names() | self._plans.keys() | dirty
         here = self._here()
-        fabrics = {pool: n.fabric for n in self._catalogue.networks() for pool in n.pools}
+        fabrics = self._fabrics_of_pools()
         before, after = Plan(), Plan()
         for name in dirty:
             before.add(self._plans.pop(name, Plan()))
@@ -395,20 +504,22 @@ class Fabric:
                 self._problems[name] = problems
         return before, after.over(before) if self._keeps() else after
 
+    def _fabrics_of_pools(self) -> dict[str, str]:
+        return {pool: network.fabric for network in self._catalogue.networks() for pool in network.pools}
+
     def _plan_of(self, name: str, fabrics: dict[str, str], here: Here) -> tuple[Plan, list[str]]:
         blocks = [
             piece
             for block in self._cluster.blocks_of(name)
-            if not self._is_away(block.cidr, name)
             for piece in self._cut(Piece(block.cidr, fabrics.get(block.pool, "none")), block.pool, name)
+            if not self._is_away(piece.destination, name)
         ]
+        strays = self._cluster.strays_of(name)
         if name == self._node:
-            return at_home(blocks), []
-        away = (
-            Piece(host(ip), fabrics.get(pool, "none"))
-            for ip, pool in self._cluster.strays_of(name)
-            if self._may_lead_to(ip, pool)
-        )
+            # As with blocks, what a node's own network uses is none of ours, whoever was given it before.
+            held = [(ip, pool) for ip, pool in strays if not self._catalogue.closed_in(host(ip), pool)]
+            return at_home([*blocks, *_single(held, fabrics)]), []
+        away = _single(((ip, pool) for ip, pool in strays if self._may_lead_to(ip, pool)), fabrics)
         pieces = [piece for piece in (*blocks, *away) if piece.fabric != "none"]
         record = self._cluster.nodes().get(name)
         if record is None:
@@ -433,15 +544,19 @@ class Fabric:
         is_assigned = holding is not None and holding.member is not None
         return is_assigned and not self._catalogue.around.is_firm(ip)
 
-    def _is_away(self, block: IPNetwork, owner: str) -> bool:
-        """Whether a block is one address, and another node has that: then it is that node's to lead to."""
-        holding = self._cluster.holder_of(block.network_address) if block.num_addresses == 1 else None
+    def _is_away(self, part: IPNetwork, owner: str) -> bool:
+        """Whether a block, or what is left of it, is one address, and another node has that: then it is that node's to
+        lead to."""
+        holding = self._cluster.holder_of(part.network_address) if part.num_addresses == 1 else None
         return holding is not None and holding.node != owner
 
     def _here(self) -> Here:
         return Here(
             name=self._node,
-            tunnel_family=self._tunnel_family() if self._device is not None else None,
+            families=self._families(),
+            devices={
+                device.local.version: name for name, device in self._devices.items() if name in self._wanted
+            },
             port=self._port,
             link=self._underlay.links[0] if len(self._underlay.links) == 1 else "",
             sources={ip.version: ip for ip in self.carried},
@@ -456,13 +571,13 @@ class Fabric:
         desired = Plan()
         for plan in self._plans.values():
             desired.add(plan)
-        begun = time.monotonic()
-        done, refused = await self._kernel.resync(desired, keep=self._keeps())
-        took = time.monotonic() - begun
-        self._resync_every = min(max(RESYNC_EVERY, took / RESYNC_SHARE), RESYNC_SELDOM)
-        if done:
-            log.info("fabric made as it should be", changes=len(done), such_as=done[:5])
-        self._note(refused)
+        begun = asyncio.get_running_loop().time()
+        compared = await self._kernel.resync(desired, keep=self._keeps())
+        self._resync_every = min(max(RESYNC_EVERY, compared.took / RESYNC_SHARE), RESYNC_SELDOM)
+        self._resync_at = begun + self._resync_every
+        if compared.done:
+            log.info("fabric made as it should be", changes=len(compared.done), such_as=compared.done[:5])
+        self._note(compared.refused)
 
     def _note(self, refused: list[KernelRefused]) -> None:
         sentences = [f"{error}{_cure(error)}" for error in refused]
@@ -483,6 +598,11 @@ def _cure(error: KernelRefused) -> str:
             return "; bring the link up"
         case _:
             return ""
+
+
+def _single(held: Iterable[tuple[IPAddress, str]], fabrics: Mapping[str, str]) -> list[Piece]:
+    """Addresses away from their blocks, each with its pool's name. fabrics: by pool."""
+    return [Piece(host(ip), fabrics.get(pool, "none")) for ip, pool in held]
 
 
 def _unknown(name: str, pieces: Iterable[Piece]) -> list[str]:

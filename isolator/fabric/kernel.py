@@ -6,6 +6,7 @@ Apart from the thread that serves ADD and DEL, because a first sync with a thous
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,9 +14,8 @@ from ipaddress import ip_address
 
 from isolator.errors import KernelRefused
 from isolator.fabric import layout
-from isolator.fabric.device import DeviceSpec, ensure_device
-from isolator.fabric.plan import VXLAN_DEVICE, Plan, Remote, Route
-from isolator.model import IPAddress
+from isolator.fabric.device import DeviceSpec, Made, ensure_device, remove_device
+from isolator.fabric.plan import VXLAN_DEVICES, Hop, Plan, Remote, Route, Station
 from isolator.netlink import codec, fabric_routes, messages
 from isolator.netlink.inventory import link_by_name, parse_link
 from isolator.netlink.messages import NUD_PERMANENT, RTN_BLACKHOLE
@@ -32,6 +32,18 @@ class Held:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What came of a comparison. done: sentences about what was missing or too much. refused: by the kernel.
+
+    took: seconds of a processor; the machine's other work is not in it.
+    """
+
+    done: list[str]
+    refused: list[KernelRefused]
+    took: float
+
+
 class FabricKernel:
     """See the module's docstring."""
 
@@ -46,10 +58,13 @@ class FabricKernel:
         """Of the netlink socket through which all is done."""
         return self._thread.node.route.port
 
-    async def ensure_device(self, spec: DeviceSpec | None) -> bool:
-        """See device.ensure_device; whether the device is new, or gone. Raises KernelRefused."""
-        _, new = await self._thread.run(ensure_device, self._thread.node, spec)
-        return new
+    async def ensure_device(self, spec: DeviceSpec) -> Made:
+        """See device.ensure_device. Raises KernelRefused."""
+        return await self._thread.run(ensure_device, self._thread.node, spec)
+
+    async def remove_device(self, name: str) -> bool:
+        """See device.remove_device. Raises KernelRefused."""
+        return await self._thread.run(remove_device, self._thread.node, name)
 
     async def apply(self, before: Plan, after: Plan) -> list[KernelRefused]:
         """Turn one plan into the other; what the kernel refused of it. Raises KernelRefused if it does not answer."""
@@ -63,26 +78,25 @@ class FabricKernel:
         """All that the kernel holds of the fabric, whoever put it there. Raises KernelRefused."""
         return await self._thread.run(_held, self._thread.node)
 
-    async def resync(self, desired: Plan, *, keep: bool) -> tuple[list[str], list[KernelRefused]]:
-        """Make the kernel hold the whole plan, and nothing else unless ``keep``.
-
-        Returns sentences about what was missing or too much, and what the kernel refused.
-        """
+    async def resync(self, desired: Plan, *, keep: bool) -> Compared:
+        """Make the kernel hold the whole plan, and nothing else unless ``keep``. Raises KernelRefused if it does not
+        answer."""
         return await self._thread.run(_resync, self._thread.node, desired, keep)
 
 
 def _held_for(node: Node, route: Route) -> Held:
-    link = link_by_name(node.route, VXLAN_DEVICE)
+    name = route.device
+    link = link_by_name(node.route, name)
     if link is None:
-        return Held(problem=f"there is no device {VXLAN_DEVICE}")
+        return Held(problem=f"there is no device {name}")
     if not link.up:
-        return Held(problem=f"the device {VXLAN_DEVICE} is down")
-    mac = _neighbours(node, link.index).get(route.via) if route.via is not None else None
+        return Held(problem=f"the device {name} is down")
+    mac = _neighbours(node, name, link.index).get(Hop(name, route.via)) if route.via is not None else None
     if mac is None:
-        return Held(problem=f"{VXLAN_DEVICE} has no neighbour {route.via}")
-    remote = _tunnels(node, link.index).get(mac)
+        return Held(problem=f"{name} has no neighbour {route.via}")
+    remote = _tunnels(node, name, link.index).get(Station(name, mac))
     if remote is None:
-        return Held(mac, problem=f"{VXLAN_DEVICE} has no tunnel that leads to {mac}")
+        return Held(mac, problem=f"{name} has no tunnel that leads to {mac}")
     return Held(mac, remote)
 
 
@@ -90,11 +104,13 @@ def _apply(node: Node, before: Plan, after: Plan) -> list[KernelRefused]:
     return node.route.attempt(layout.requests(before, after, _index_of(node)))
 
 
-def _resync(node: Node, desired: Plan, keep: bool) -> tuple[list[str], list[KernelRefused]]:
+def _resync(node: Node, desired: Plan, keep: bool) -> Compared:
+    begun = time.thread_time()
     index_of = _index_of(node)
-    actual = read(node, {index_of(name): name for name in {VXLAN_DEVICE, *_devices(desired)}})
+    actual = read(node, {index_of(name): name for name in {*VXLAN_DEVICES, *_devices(desired)}})
     todo = layout.requests(actual, desired.over(actual) if keep else desired, index_of)
-    return [request.doing for request in todo], node.route.attempt(todo)
+    refused = node.route.attempt(todo)
+    return Compared([request.doing for request in todo], refused, time.thread_time() - begun)
 
 
 def _held(node: Node) -> Plan:
@@ -107,12 +123,17 @@ def _devices(plan: Plan) -> set[str]:
 
 
 def _index_of(node: Node) -> Callable[[str], int]:
-    """A link's index by its name, 0 if there is none; each is looked up once."""
+    """A link's index by its name, 0 if there is none; each is looked up once.
+
+    A VXLAN device that is down counts as none: the kernel refuses whatever would lead into it.
+    """
 
     @cache
     def index_of(name: str) -> int:
         link = link_by_name(node.route, name)
-        return link.index if link is not None else 0
+        if link is None or (name in VXLAN_DEVICES and not link.up):
+            return 0
+        return link.index
 
     return index_of
 
@@ -122,7 +143,6 @@ def read(node: Node, devices: Mapping[int, str]) -> Plan:
 
     Raises KernelRefused.
     """
-    index = next((index for index, name in devices.items() if index and name == VXLAN_DEVICE), 0)
     plan = Plan()
     for route in fabric_routes(node):
         if route.kind == RTN_BLACKHOLE:
@@ -131,23 +151,25 @@ def read(node: Node, devices: Mapping[int, str]) -> Plan:
             # Also one that only a stranger makes, without next hop: it must not look like one that drops.
             device = devices.get(route.index) or f"#{route.index}"
             plan.routes[route.destination] = Route(route.destination, route.gateway, device, route.source)
-    if index:
-        plan.neighbours = _neighbours(node, index)
-        plan.tunnels = _tunnels(node, index)
+    for index, name in devices.items():
+        if index and name in VXLAN_DEVICES:
+            plan.neighbours |= _neighbours(node, name, index)
+            plan.tunnels |= _tunnels(node, name, index)
     return plan
 
 
-def _neighbours(node: Node, index: int) -> dict[IPAddress, str]:
+def _neighbours(node: Node, name: str, index: int) -> dict[Hop, str]:
     found = {}
     for message in node.route.dump(messages.dump_neighbours(socket.AF_INET6, index)):
         _, _, state, _, _ = messages.NEIGHBOUR.unpack_from(message.body)
         values = codec.attributes(message.body, messages.NEIGHBOUR.size)
         if state & NUD_PERMANENT and messages.NDA_LLADDR in values:
-            found[ip_address(bytes(values[messages.NDA_DST]))] = bytes(values[messages.NDA_LLADDR]).hex(":")
+            hop = Hop(name, ip_address(bytes(values[messages.NDA_DST])))
+            found[hop] = bytes(values[messages.NDA_LLADDR]).hex(":")
     return found
 
 
-def _tunnels(node: Node, index: int) -> dict[str, Remote]:
+def _tunnels(node: Node, name: str, index: int) -> dict[Station, Remote]:
     found = {}
     for message in node.route.dump(messages.dump_tunnels(index)):
         _, link, _, _, _ = messages.NEIGHBOUR.unpack_from(message.body)
@@ -155,5 +177,5 @@ def _tunnels(node: Node, index: int) -> dict[str, Remote]:
         if link == index and messages.NDA_DST in values:
             port = int.from_bytes(values.get(messages.NDA_PORT, b""), "big")
             remote = Remote(ip_address(bytes(values[messages.NDA_DST])), port)
-            found[bytes(values[messages.NDA_LLADDR]).hex(":")] = remote
+            found[Station(name, bytes(values[messages.NDA_LLADDR]).hex(":"))] = remote
     return found

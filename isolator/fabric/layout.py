@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
-from isolator.fabric.plan import VXLAN_DEVICE, Plan, Route
+from isolator.fabric.plan import Plan, Route
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
 
@@ -18,14 +18,17 @@ V = TypeVar("V")
 
 
 def requests(actual: Plan, desired: Plan, index_of: Callable[[str], int]) -> list[Request]:
-    """What turns one into the other. index_of: a device's link index, 0 if there is none of that name."""
-    tunnel = index_of(VXLAN_DEVICE)
+    """What turns one into the other. index_of: a device's link index, 0 if none of that name can be used.
+
+    Without a VXLAN device nothing is asked of it: who keeps the device says why it is not there.
+    """
     todo: list[Request] = []
-    if tunnel:
-        for mac, remote in _new(actual.tunnels, desired.tunnels):
-            todo.append(messages.add_tunnel(tunnel, VXLAN_DEVICE, mac, remote.ip, remote.port))
-        for hop, mac in _new(actual.neighbours, desired.neighbours):
-            todo.append(messages.add_neighbour(tunnel, VXLAN_DEVICE, hop, mac))
+    for station, remote in _new(actual.tunnels, desired.tunnels):
+        if index := index_of(station.device):
+            todo.append(messages.add_tunnel(index, station.device, station.mac, remote.ip, remote.port))
+    for hop, mac in _new(actual.neighbours, desired.neighbours):
+        if index := index_of(hop.device):
+            todo.append(messages.add_neighbour(index, hop.device, hop.ip, mac))
     todo += [
         messages.delete_fabric_route(destination)
         for destination, route in actual.routes.items()
@@ -34,18 +37,19 @@ def requests(actual: Plan, desired: Plan, index_of: Callable[[str], int]) -> lis
         or desired.routes[destination].drops != route.drops
     ]
     for destination, route in desired.routes.items():
-        if not same(actual.routes.get(destination), route):
+        if not same(actual.routes.get(destination), route) and _can_be(route, index_of):
             todo.append(_add(route, index_of))
-    if tunnel:
-        todo += [
-            messages.delete_neighbour(tunnel, VXLAN_DEVICE, hop)
-            for hop in actual.neighbours.keys() - desired.neighbours.keys()
-        ]
-        todo += [
-            messages.delete_tunnel(tunnel, VXLAN_DEVICE, mac)
-            for mac in actual.tunnels.keys() - desired.tunnels.keys()
-        ]
+    for hop in actual.neighbours.keys() - desired.neighbours.keys():
+        if index := index_of(hop.device):
+            todo.append(messages.delete_neighbour(index, hop.device, hop.ip))
+    for station in actual.tunnels.keys() - desired.tunnels.keys():
+        if index := index_of(station.device):
+            todo.append(messages.delete_tunnel(index, station.device, station.mac))
     return todo
+
+
+def _can_be(route: Route, index_of: Callable[[str], int]) -> bool:
+    return not route.is_tunnelled or index_of(route.device) != 0
 
 
 def same(actual: Route | None, desired: Route) -> bool:

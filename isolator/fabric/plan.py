@@ -5,7 +5,11 @@
                                       n2's MAC -> 192.0.2.2, UDP 4789      address
                    with hostgw:  via 192.0.2.2 dev eth0
     away from its  10.64.9.7/32  -->  as above, to the node that has it
-    own block      10.64.1.0/26  -->  dropped, where no container's own route is better
+    at home        10.64.1.0/26  -->  dropped, where no container's own route is better: this node's blocks, and the
+                   10.64.9.9/32       addresses it holds away from them
+
+The tunnel runs over a family that both nodes' underlays have (``tunnel_family``). Most nodes need one device for that;
+one whose underlay has both families has a second device while a node is registered that it shares only the other with.
 
 Addresses that nodes' own networks use are cut out of all of them (ipam/nodes_networks.py).
 
@@ -16,7 +20,7 @@ node can be reached before its device has any address, and IPv6 over an underlay
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2s
 from ipaddress import IPv6Address, ip_network
@@ -29,6 +33,9 @@ from ipam.records import Node
 from isolator.model import IPAddress
 
 VXLAN_DEVICE = "mfbvxlan"
+SECOND_DEVICE: Mapping[Family, str] = {4: f"{VXLAN_DEVICE}4", 6: f"{VXLAN_DEVICE}6"}
+"""By family of the underlay: what the device for tunnels over the family that is not the first is called."""
+VXLAN_DEVICES = (VXLAN_DEVICE, *SECOND_DEVICE.values())
 VNI = 0x6D6F6F
 """The network identifier of every moorage: "moo"."""
 VXLAN_PORT = 4789
@@ -56,7 +63,7 @@ class Route:
 
     @property
     def is_tunnelled(self) -> bool:
-        return self.device == VXLAN_DEVICE
+        return self.device in VXLAN_DEVICES
 
 
 class Remote(NamedTuple):
@@ -66,13 +73,27 @@ class Remote(NamedTuple):
     port: int
 
 
+class Hop(NamedTuple):
+    """A next hop on a VXLAN device."""
+
+    device: str
+    ip: IPAddress
+
+
+class Station(NamedTuple):
+    """A MAC behind a VXLAN device."""
+
+    device: str
+    mac: str
+
+
 @dataclass(slots=True)
 class Plan:
-    """Routes by destination; on the VXLAN device, MACs by next hop and remotes by MAC."""
+    """Routes by destination; on VXLAN devices, MACs by next hop and remotes by MAC."""
 
     routes: dict[IPNetwork, Route] = field(default_factory=dict)
-    neighbours: dict[IPAddress, str] = field(default_factory=dict)
-    tunnels: dict[str, Remote] = field(default_factory=dict)
+    neighbours: dict[Hop, str] = field(default_factory=dict)
+    tunnels: dict[Station, Remote] = field(default_factory=dict)
 
     def add(self, other: Plan) -> None:
         self.routes |= other.routes
@@ -91,13 +112,14 @@ class Plan:
 class Here:
     """What this node is, as far as its fabric is concerned.
 
-    tunnel_family: of the underlay that its tunnels run over; None if it has no device for them.
-    port: of its VXLAN device. link: of the underlay; "" if there is none, or several. sources: addresses of its
+    families: that its underlay has addresses of, in its own order. devices: for tunnels, by the family that these run
+    over. port: of those. link: of the underlay; "" if there is none, or several. sources: addresses of its first
     VXLAN device.
     """
 
     name: str
-    tunnel_family: Family | None
+    families: tuple[Family, ...]
+    devices: Mapping[Family, str] = field(default_factory=dict)
     port: int = VXLAN_PORT
     link: str = ""
     sources: Mapping[int, IPAddress] = field(default_factory=dict)
@@ -107,14 +129,19 @@ class Here:
 class Peer:
     """Another node's facts, parsed.
 
-    underlay: its first address of each family. link_local: on its underlay. mac: "" if it has no tunnel.
+    underlay: its first address of each family, in its own order. link_local: on its underlay. mac: "" if it has no
+    tunnel.
     """
 
     name: str
-    underlay: Mapping[int, IPAddress]
+    underlay: Mapping[Family, IPAddress]
     link_local: IPAddress | None
     mac: str
     port: int
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return tuple(self.underlay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +165,7 @@ def next_hop(mac: str) -> IPv6Address:
 
 def parse_peer(node: Node) -> Peer:
     """A node's facts from its record. What is no address, MAC or port counts as not said."""
-    underlay: dict[int, IPAddress] = {}
+    underlay: dict[Family, IPAddress] = {}
     link_local = None
     for ip in (ip for text in node.underlay if (ip := unicast(text))):
         if ip.version == 6 and ip.is_link_local:
@@ -157,49 +184,68 @@ def _mac(text: str) -> str:
     return "" if raw[0] & 1 or not any(raw) else raw.hex(":")
 
 
+def tunnel_family(one: Sequence[Family], other: Sequence[Family]) -> Family | None:
+    """What a tunnel between two underlays runs over, the same seen from either; None if they have nothing in common.
+
+    It is a family that both have and that is the first of one of them: so nodes with the same underlay need one device,
+    and of two first ones it is IPv4, which adds less to each packet.
+    """
+    return min(set(one) & set(other) & {*one[:1], *other[:1]}, default=None)
+
+
 def towards(peer: Peer, pieces: Iterable[Piece], here: Here) -> tuple[Plan, list[str]]:
     """What leads to another node's addresses, and sentences about what cannot."""
     plan, problems = Plan(), []
     for piece in pieces:
         if piece.fabric == "hostgw":
-            hop = _direct(peer, piece.destination.version)
+            hop = _direct(peer, piece.destination.version, here.families)
             if hop is None:
                 problems.append(
-                    f"{piece.destination} of node {peer.name} is unreachable: the node says no "
-                    f"IPv{piece.destination.version} underlay address; start its agent with --underlay"
+                    f"{piece.destination} of node {peer.name} is unreachable: the node says no underlay address that "
+                    f"IPv{piece.destination.version} can be sent to from here; start both agents with an --underlay "
+                    "that has the same family"
                 )
             else:
                 plan.routes[piece.destination] = Route(piece.destination, hop, here.link)
         elif piece.fabric == "vxlan":
-            remote = _far_end(peer, here)
-            if isinstance(remote, str):
-                problems.append(f"{piece.destination} of node {peer.name} is unreachable: {remote}")
+            far = _far_end(peer, here)
+            if isinstance(far, str):
+                problems.append(f"{piece.destination} of node {peer.name} is unreachable: {far}")
                 continue
+            device, remote = far
             hop = next_hop(peer.mac)
             source = here.sources.get(piece.destination.version)
-            plan.routes[piece.destination] = Route(piece.destination, hop, VXLAN_DEVICE, source)
-            plan.neighbours[hop] = peer.mac
-            plan.tunnels[peer.mac] = remote
+            plan.routes[piece.destination] = Route(piece.destination, hop, device, source)
+            plan.neighbours[Hop(device, hop)] = peer.mac
+            plan.tunnels[Station(device, peer.mac)] = remote
     return plan, problems
 
 
-def _direct(peer: Peer, family: int) -> IPAddress | None:
-    """The next hop to a node; IPv4 routes may have an IPv6 one, where a segment has only that."""
-    return peer.underlay.get(family) or peer.underlay.get(6) or peer.link_local
+def _direct(peer: Peer, family: Family, here: Collection[Family]) -> IPAddress | None:
+    """The next hop to a node, of a family that this one has as well; IPv4 routes may have an IPv6 one, where a segment
+    has only that. Every node with IPv6 has a link-local address.
+    """
+    common = [peer.underlay[found] for found in (family, 6) if found in peer.underlay and found in here]
+    return common[0] if common else peer.link_local
 
 
-def _far_end(peer: Peer, here: Here) -> Remote | str:
-    if here.tunnel_family is None:
-        return "this node has no VXLAN device; `moorage status` here says why"
+def _far_end(peer: Peer, here: Here) -> tuple[str, Remote] | str:
+    """The device that leads to a node, and where to."""
     if not peer.mac:
         return "that node has no VXLAN device yet; see that its agent runs and is of this version"
-    remote = peer.underlay.get(here.tunnel_family)
-    if remote is None:
+    family = tunnel_family(here.families, peer.families)
+    if family is None:
         return (
-            f"the tunnel of this node runs over IPv{here.tunnel_family}, and that node says no such underlay address; "
+            f"the underlay of this node has {_families(here.families)}, and that node's {_families(peer.families)}; "
             "start both agents with an --underlay that has the same family"
         )
-    return Remote(remote, 0 if peer.port == here.port else peer.port)
+    if family not in here.devices:
+        return f"this node has no VXLAN device over IPv{family}; `moorage status` here says why"
+    return here.devices[family], Remote(peer.underlay[family], 0 if peer.port == here.port else peer.port)
+
+
+def _families(families: Iterable[Family]) -> str:
+    return " and ".join(f"IPv{family}" for family in sorted(families)) or "no address"
 
 
 def cut(piece: Piece, closed: Ranges, assigned: Iterable[IPAddress]) -> list[Piece]:
@@ -234,7 +280,9 @@ def released(
 
 
 def at_home(pieces: Iterable[Piece]) -> Plan:
-    """What keeps the unused addresses of our own blocks from being sent away."""
+    """What keeps the unused addresses of our own blocks, and single ones that we hold, from being sent away: to a node
+    that would send them back, or by the default route.
+    """
     return Plan({p.destination: Route(p.destination) for p in pieces if p.fabric != "none"})
 
 

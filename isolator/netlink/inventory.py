@@ -24,7 +24,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 class HostLink:
     """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP.
 
-    peer_namespace: the number of its peer's; None if that is here.
+    peer: the index of the other end of a veth pair. peer_namespace: the number of its peer's; None if that is here.
     """
 
     name: str
@@ -33,7 +33,13 @@ class HostLink:
     mac: str
     mtu: int
     arp: bool = True
+    peer: int = 0
     peer_namespace: int | None = None
+
+    def is_peer_of(self, other: HostLink) -> bool:
+        """Whether the two are the ends of one pair, wherever they are: names and paths are given anew, and each of
+        our pairs has indexes of its own."""
+        return (self.index, self.peer) == (other.peer, other.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +173,8 @@ def parse_link(message: Message) -> HostLink:
         mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
         arp=not flags & messages.IFF_NOARP,
+        # The kernel leaves it out where it is the link's own index.
+        peer=codec.as_u32(found.get(messages.IFLA_LINK), index),
         peer_namespace=(
             codec.as_u32(found[messages.IFLA_LINK_NETNSID]) if messages.IFLA_LINK_NETNSID in found else None
         ),

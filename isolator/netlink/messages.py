@@ -51,7 +51,7 @@ NEXT_HOP = Struct("=Hxxi")  # length, index
 RULE = Struct("=BBBBBxxBI")  # family, dst length, src length, tos, table, action, flags
 
 IFF_UP, IFF_NOARP = 0x1, 0x80
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO = 1, 3, 4, 18
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO = 1, 3, 4, 5, 18
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD, IFLA_LINK_NETNSID = 26, 27, 28, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 7, 15, 17
@@ -91,7 +91,7 @@ NTF_SELF = 0x02
 )
 RTN_UNSPEC, RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE = 0, 1, 2, 6
 RTNH_F_ONLINK = 4
-SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_NOWHERE = 0, 253, 255
+SCOPE_UNIVERSE, SCOPE_LINK, SCOPE_HOST, SCOPE_NOWHERE = 0, 253, 254, 255
 
 FRA_SRC, FRA_PRIORITY, FRA_TABLE, FRA_PROTOCOL = 2, 6, 15, 21
 FR_ACT_TO_TABLE = 1
@@ -395,17 +395,21 @@ def delete_pool_route(index: int, name: str, pool: IPNetwork, metric: int) -> Re
 
 
 def add_local_route(index: int, name: str, ip: IPAddress) -> Request:
-    """Deliver what arrives for an IPv6 address.
+    """Deliver what arrives for an address, where nothing does.
 
-    The kernel adds a route of its own for that, but in the background, and packets are lost until then.
+    The kernel adds a route of its own for that; but that of an IPv6 address in the background, and packets are lost
+    until then, and not once more for an address that is there when somebody takes its route away.
     """
+    scope = SCOPE_HOST if ip.version == 4 else SCOPE_UNIVERSE
     body = (
-        _route_header(family_of(ip), ip.max_prefixlen, TABLE_LOCAL, SCOPE_UNIVERSE, 0, RTN_LOCAL)
+        _route_header(family_of(ip), ip.max_prefixlen, TABLE_LOCAL, scope, 0, RTN_LOCAL)
         + attribute(RTA_DST, ip.packed)
         + u32(RTA_OIF, index)
         + u32(RTA_TABLE, TABLE_LOCAL)
+        + (attribute(RTA_PREFSRC, ip.packed) if ip.version == 4 else b"")
     )
-    return Request(RTM_NEWROUTE, NLM_F_CREATE, body, f"deliver {ip} on {name}", (errno.EEXIST,))
+    flags = NLM_F_CREATE | NLM_F_EXCL
+    return Request(RTM_NEWROUTE, flags, body, f"deliver {ip} on {name}", (errno.EEXIST,))
 
 
 def add_host_route(index: int, name: str, ip: IPAddress) -> Request:

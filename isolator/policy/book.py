@@ -31,6 +31,9 @@ DEFAULT_CONNECTIONS = 13107
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 """Not their names: nft looks those up in /etc/protocols, which may be missing."""
 
+INTERVALS = ("pools", "nat", "open", "tunnelled", "tostore")
+"""Sets of networks, less their family, in the order of Surroundings' fields."""
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -133,6 +136,7 @@ class Book:
 
     def __init__(self) -> None:
         self.surroundings = Surroundings()
+        self.intervals = _intervals(self.surroundings)
         self.hosts = Hosts()
         self.admissions: dict[str, Admission] = {}
         self._limits: dict[str, int] = {}
@@ -177,8 +181,16 @@ class Book:
         change.put(map(_quoted, self._here), present=True)
         change.put(self.hosts.elements(), present=True)
         change.put(map(_halted, sorted(self.halted)), present=True)
-        change.intervals = {name: nets for name, nets in _intervals(self.surroundings).items() if nets}
+        change.intervals = {name: networks for name, networks in self.intervals.items() if networks}
         return change
+
+    def elements_of(self, admission: Admission) -> Iterator[tuple[str, str]]:
+        """(set, element) of everything that the table has of an endpoint because it is there."""
+        yield from self._elements(admission)
+        yield from map(_quoted, admission.ips)
+        for netgroup in admission.netgroups:
+            if netgroup == PUBLIC or netgroup in self._chains_with:
+                yield from _in_netgroup(netgroup, admission.ips)
 
     # -- own endpoints
 
@@ -316,16 +328,16 @@ class Book:
 
     def set_surroundings(self, surroundings: Surroundings) -> Change:
         """Pools or networks are different; endpoints get the callers that their networks allow now."""
-        before, self.surroundings = self.surroundings, surroundings
+        self.surroundings = surroundings
         change = Change()
         for name, admission in list(self.admissions.items()):
             isolation = surroundings.isolation.get(admission.network, admission.isolation)
             changed = replace(admission, isolation=isolation)
             if changed != admission or self._limit(changed) != self._limits[name]:
                 self._admit(changed, change)
-        old = _intervals(before)
+        old, self.intervals = self.intervals, _intervals(surroundings)
         change.intervals = {
-            name: networks for name, networks in _intervals(surroundings).items() if networks != old[name]
+            name: networks for name, networks in self.intervals.items() if networks != old[name]
         }
         return change
 
@@ -397,14 +409,18 @@ def _turn(what: T, back: dict[T, None], there: dict[T, None]) -> None:
 
 
 def _intervals(surroundings: Surroundings) -> dict[str, list[IPNetwork]]:
-    listed = {
-        "pools": surroundings.pools,
-        "nat": surroundings.nat_pools,
-        "open": surroundings.open_pools,
-        "tunnelled": surroundings.tunnelled_pools,
-        "tostore": surroundings.store_pools,
+    listed = (
+        surroundings.pools,
+        surroundings.nat_pools,
+        surroundings.open_pools,
+        surroundings.tunnelled_pools,
+        surroundings.store_pools,
+    )
+    return {
+        f"{name}{family}": _disjoint(networks, family)
+        for name, networks in zip(INTERVALS, listed, strict=True)
+        for family in (4, 6)
     }
-    return {f"{name}{family}": _disjoint(nets, family) for name, nets in listed.items() for family in (4, 6)}
 
 
 def _disjoint(networks: Iterable[IPNetwork], family: int) -> list[IPNetwork]:

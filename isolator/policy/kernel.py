@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address
 
@@ -24,8 +25,9 @@ _GETTABLE, _GETCHAIN, _GETRULE, _GETSETELEM, _GETGEN = (_SUBSYSTEM | kind for ki
 _INET = bytes([1, 0, 0, 0])  # nfgenmsg: NFPROTO_INET, version, resource
 _NAME_OF_TABLE = 1  # in tables, chains, rules and elements alike
 _GEN_ID = 1
+_NAME_OF_CHAIN, _CHAIN_OF_RULE = 3, 2
 _USE_OF_TABLE, _USE_OF_CHAIN = 3, 6
-_ELEMENTS_OF_SET, _ELEMENTS = 2, 3
+_ELEMENTS_OF_SET, _ELEMENTS, _ELEMENT = 2, 3, 1
 _KEY, _DATA, _FLAGS, _EXPRESSION = 1, 2, 3, 7  # of an element
 _EXPRESSION_DATA, _COUNT = 2, 1  # of an expression, and of "ct count over"
 _VALUE, _VERDICT = 1, 2  # of data
@@ -59,23 +61,29 @@ def generation(netfilter: NetlinkSocket) -> int:
     return int.from_bytes(found or b"", "big")
 
 
-def fingerprint(netfilter: NetlinkSocket) -> bytes | None:
-    """A digest of the table's identity, chains and rules, but not of its elements; None if it is gone.
+def fingerprints(netfilter: NetlinkSocket) -> dict[str, bytes] | None:
+    """Chain -> a digest of it and its rules, but not of the table's elements; None if the table is gone.
 
-    The kernel numbers tables as they are made: one that was deleted and made again differs.
+    The table's own identity stands under "": the kernel numbers tables as they are made, so one that was deleted and
+    made again differs.
     """
     ours = _INET + codec.text(_NAME_OF_TABLE, TABLE)
     table = netfilter.get(Request(_GETTABLE, 0, ours, "read table inet moorage", (errno.ENOENT,)))
     if table is None:
         return None
-    digest = hashlib.blake2s(_without(_USE_OF_TABLE, table.body))
     chains = netfilter.dump(Request(_GETCHAIN, 0, ours, "list the chains of table inet moorage"))
     rules = netfilter.dump(Request(_GETRULE, 0, ours, "list the rules of table inet moorage"))
-    for messages, use in ((chains, _USE_OF_CHAIN), (rules, None)):
+    digests = {"": hashlib.blake2s(_without(_USE_OF_TABLE, table.body))}
+    for messages, name_of_chain, use in (
+        (chains, _NAME_OF_CHAIN, _USE_OF_CHAIN),
+        (rules, _CHAIN_OF_RULE, None),
+    ):
         for message in messages:
-            if codec.as_text(codec.attributes(message.body, 4).get(_NAME_OF_TABLE)) == TABLE:
+            found = codec.attributes(message.body, 4)
+            if codec.as_text(found.get(_NAME_OF_TABLE)) == TABLE:
+                digest = digests.setdefault(codec.as_text(found.get(name_of_chain)), hashlib.blake2s())
                 digest.update(message.body[4:] if use is None else _without(use, message.body))
-    return digest.digest()
+    return {name: digest.digest() for name, digest in digests.items()}
 
 
 def _without(use: int, body: memoryview) -> bytes:
@@ -119,6 +127,26 @@ def elements(netfilter: NetlinkSocket, name: str) -> set[str]:
             text += f" ct count over {_limit(element[_EXPRESSION])}"
         found.add(text)
     return found
+
+
+def has(netfilter: NetlinkSocket, name: str, element: str) -> bool:
+    """Whether a set or map of ours holds the key of an element that is written as ruleset.py does; of an interval set,
+    whether the address lies in it."""
+    family = name[-1] if name[-1] in "46" else ""
+    shape, _ = _SHAPES.get(name.rstrip("46"), (("ip",), ()))
+    if name.startswith("netgroup"):
+        family = name[len("netgroup")]
+    words = re.split(" ct count | : ", element)[0].split(" . ")
+    key = b"".join(_packed(word, part, family) for word, part in zip(words, shape, strict=True))
+    value = codec.nested(_KEY, codec.attribute(_VALUE, key))
+    body = (
+        _INET
+        + codec.text(_NAME_OF_TABLE, TABLE)
+        + codec.text(_ELEMENTS_OF_SET, name)
+        + codec.nested(_ELEMENTS, codec.nested(_ELEMENT, value))
+    )
+    request = Request(_GETSETELEM, 0, body, f"look into the set {name}", (errno.ENOENT,))
+    return netfilter.get(request) is not None
 
 
 def covers(netfilter: NetlinkSocket, name: str, networks: Iterable[IPNetwork]) -> bool:
@@ -181,6 +209,24 @@ def _words(raw: memoryview, shape: Sequence[str], family: str) -> str:
             case _:
                 words.append(str(int.from_bytes(value[:2], "big")))
     return " . ".join(words)
+
+
+def _packed(word: str, part: str, family: str) -> bytes:
+    """A part of a key as the kernel has it, padded."""
+    match part:
+        case "ifname":
+            packed = word.strip('"').encode()
+        case "mac":
+            packed = bytes.fromhex(word.replace(":", ""))
+        case "ip":
+            packed = ip_address(word).packed
+        case "number":
+            packed = int(word, 0).to_bytes(_SIZE[family], "big")
+        case "proto":
+            packed = bytes([int(word)])
+        case _:
+            packed = int(word).to_bytes(2, "big")
+    return packed.ljust(_SIZE[family if part in ("ip", "number") else part], b"\0")
 
 
 def _limit(expression: memoryview) -> int:

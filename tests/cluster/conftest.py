@@ -99,6 +99,15 @@ def guests(lab: Lab) -> Iterator[list[Guest]]:
         yield [stack.enter_context(guest(node)) for node in lab.nodes]
 
 
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Figures to print when the test is over."""
+    figures: list[str] = []
+    yield figures
+    with capsys.disabled():
+        print(f"\n  {request.node.name}: {'; '.join(figures)}")
+
+
 def under_way(load: Load, count: int = 5, within: float = PATIENCE) -> None:
     """From now on, every node of the load gives ``count`` more containers addresses."""
     now = time.monotonic()

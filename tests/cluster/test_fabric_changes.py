@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
 from ipaddress import ip_address
 
 import pytest
@@ -15,6 +15,7 @@ from moorage.lab import Lab, LabNode
 from moorage.lab.node import MOORAGE
 from tests.cluster.guests import (
     DEVICE,
+    FAMILIES,
     NETWORKS,
     Guest,
     all_answer,
@@ -36,15 +37,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("cluster"),
 ]
-
-
-@pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Figures to print when the test is over."""
-    figures: list[str] = []
-    yield figures
-    with capsys.disabled():
-        print(f"\n  {request.node.name}: {'; '.join(figures)}")
 
 
 def test_static_addresses_of_other_nodes_blocks_are_reached_from_everywhere(
@@ -80,6 +72,48 @@ def test_borrowed_addresses_are_reached_from_everywhere(lab: Lab) -> None:
         assert len({row["node"] for row in blocks}) < 3, blocks
         all_answer(between(everyone, ["small"]) + from_nodes(lab.nodes, everyone))
     lab.nodes[0].cli("network", "set", "small", "--fabric", "none")
+
+
+SMALL = {"bv": ("vxlan", "10.70.0.0/27", "fd70::/121"), "bh": ("hostgw", "10.71.0.0/27", "fd71::/121")}
+"""Networks of two blocks: fabric, and a pool of each family."""
+
+PINGS = 10
+
+
+@pytest.mark.parametrize("network", SMALL)
+def test_what_is_sent_to_a_borrowed_address_without_a_container_ends_at_the_node_that_holds_it(
+    lab: Lab, network: str, tell: list[str]
+) -> None:
+    owner, holder, third = lab.nodes
+    fabric, *pools = SMALL[network]
+    owner.cli(
+        "network", "create", network, "--pool", pools[0], "--block-size", "28", "--pool", pools[1],
+        "--fabric", fabric, "--allow-static", "all", "--warm", "1",
+    )  # fmt: skip
+    with guest(owner, network) as there, guest(third, network) as caller, holder.container() as container:
+        ips = {family: neighbour(there.ips[network, family], 8) for family in FAMILIES}
+        answer = container.add(network, labels={"moorage.ip": ips[4], "moorage.ip6": ips[6]})
+        assert answer.ips == ips, answer
+        eventually(lambda: all(f"{ip} via " in routes_of(owner) for ip in ips.values()))
+        container.delete(network)
+        for family, ip in ips.items():
+            before = sum(map(forwarded, lab.nodes))
+            caller.namespace.run(
+                "ping", "-n", "-q", "-c", str(PINGS), "-i", "0.02", "-W", "0.3", ip, check=False
+            )
+            packets = sum(map(forwarded, lab.nodes)) - before
+            assert f"{ip} via " in routes_of(owner), "it is the holder's no more: this took too long"
+            tell.append(f"IPv{family}: {packets} packets forwarded for {PINGS} pings")
+            assert packets < 6 * PINGS, "they go round"
+    owner.cli("network", "set", network, "--fabric", "none")
+
+
+def forwarded(node: LabNode) -> int:
+    """Packets that the node's kernel forwarded."""
+    names, values = re.findall(r"Ip: (.*)", node.namespace.run("cat", "/proc/net/snmp").stdout)
+    six = re.search(r"Ip6OutForwDatagrams\s+(\d+)", node.namespace.run("cat", "/proc/net/snmp6").stdout)
+    assert six is not None
+    return int(dict(zip(names.split(), values.split(), strict=True))["ForwDatagrams"]) + int(six[1])
 
 
 def test_a_gateway_reaches_every_container_and_refuses_to_start_one(lab: Lab, guests: list[Guest]) -> None:

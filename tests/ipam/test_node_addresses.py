@@ -118,6 +118,21 @@ async def test_why_there_is_none_is_said_and_the_other_family_goes_on(store: Sto
     assert list(addresses.current()) == [6]
 
 
+async def test_a_family_that_a_network_has_no_more_of_does_not_keep_it_from_its_other_one(
+    store: Store, node: Node, new_node: Callable[..., Node]
+) -> None:
+    full = await network(store, "10.64.0.0/31", SIX, name="a", block_size=31, warm=0)
+    other = new_node("n2", store=store)
+    await other.start()
+    for container in ("c1", "c2"):
+        await other.add(full, container)
+    await node.start()
+    addresses = own(node)
+    missing = await addresses.settle([full])
+    assert list(missing) == [4]
+    assert list(addresses.current()) == [6]
+
+
 async def test_they_outlive_the_agent(store: Store, node: Node) -> None:
     web = await network(store, FOUR, SIX)
     before = (await started(node, web)).current()

@@ -43,9 +43,17 @@ class StubKernel:
     # (addresses, whether only what is forbidden now)
     forgotten: list[tuple[set[IPAddress], bool]] = field(default_factory=list)
     refuses: bool = False
+    # The calls that are refused, once each.
+    refuse_once: set[str] = field(default_factory=set)
     around: Surroundings = field(default_factory=Surroundings)
 
+    def _may_refuse(self, what: str) -> None:
+        if what in self.refuse_once:
+            self.refuse_once.discard(what)
+            raise KernelRefused(f"{what}: no such table")
+
     async def set_surroundings(self, around: Surroundings) -> list[IPAddress]:
+        self._may_refuse("set_surroundings")
         self.around = around
         return []
 
@@ -54,12 +62,15 @@ class StubKernel:
         return set(self.known_hosts.nodes)
 
     async def hosts(self) -> Hosts:
+        self._may_refuse("hosts")
         return self.known_hosts
 
     async def set_hosts(self, hosts: Hosts) -> None:
+        self._may_refuse("set_hosts")
         self.known_hosts = hosts
 
     async def replace_others(self, known: Mapping[IPAddress, tuple[str, ...]]) -> None:
+        self._may_refuse("replace_others")
         self.replaced += 1
         self.others = dict(known)
 
@@ -303,3 +314,41 @@ async def test_the_firewall_hears_of_such_containers_as_they_come_and_go(stage: 
     stage.say({inside: None})
     await stage.settled()
     assert not in_pools(stage.kernel.around, "10.0.0.7")
+
+
+@pytest.mark.parametrize("refused", ["set_surroundings", "hosts", "set_hosts", "replace_others"])
+async def test_what_was_gathered_when_the_kernel_refused_is_told_by_the_next_turn(
+    stage: Stage, refused: str
+) -> None:
+    """And not by the next change, which in a quiet cluster may be hours away."""
+    stage.kernel.refuse_once = {refused}
+    stage.neighbours.on_catalogue()
+    stage.neighbours.on_topology({"n2"})
+    stage.cluster.listed.set()
+    stage.say({A: Member("n2", "web", ())})
+    await stage.settled()
+    assert stage.kernel.refuse_once == set(), "it was refused indeed"
+    assert stage.kernel.others == {A: ("web",)}
+    assert stage.kernel.around.pools == (POOL,)
+    assert stage.kernel.nodes == {N1, N2, ip_address("10.0.0.64")}
+
+
+async def test_who_left_a_netgroup_while_the_kernel_refused_networks_is_no_member_after(stage: Stage) -> None:
+    stage.cluster.listed.set()
+    stage.say({A: Member("n2", "web", ("blue",))})
+    await stage.settled()
+    assert stage.kernel.others == {A: ("blue",)}
+    stage.kernel.refuse_once = {"set_surroundings"}
+    stage.neighbours.on_catalogue()
+    stage.say({A: None})
+    await stage.settled()
+    assert stage.kernel.others[A] == ()
+
+
+async def test_an_add_has_the_kernel_told_of_networks_before_the_changes_have_gathered(stage: Stage) -> None:
+    stage.neighbours.on_catalogue()
+    await stage.neighbours.tell_of_networks(cast("Cluster", stage.cluster))
+    assert stage.kernel.around.pools == (POOL,)
+    stage.kernel.around = Surroundings()
+    await stage.neighbours.tell_of_networks(cast("Cluster", stage.cluster))
+    assert stage.kernel.around.pools == (), "what was told is not told again"

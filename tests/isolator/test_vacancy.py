@@ -29,9 +29,15 @@ MAC = mac_for([IP])
 def name() -> Iterator[str]:
     """A namespace that a handle holds, with an interface of ours and no process."""
     name = f"mrg-vacant-{os.urandom(4).hex()}"
-    sh(f"ip netns add {name} && ip -n {name} link add eth0 address {MAC} type bridge")
+    sh(f"ip netns add {name}")
+    sh(f"ip link add {host_end(name)} type veth peer name eth0 address {MAC} netns {name}")
     yield name
-    sh(f"ip netns delete {name} || true")
+    sh(f"ip netns delete {name} || true; ip link delete {host_end(name)} 2>/dev/null || true")
+
+
+def host_end(name: str) -> str:
+    """The node's end of the interface in a namespace of ours."""
+    return f"mrg{name.rpartition('-')[2]}"
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def endpoint(name: str, **changes: object) -> Endpoint:
         driver="routed",
         netns=f"/run/netns/{name}",
         ips=(IP,),
-        host_ifname="mrg0",
+        host_ifname=host_end(name),
         mac=MAC,
         mtu=1500,
     )
@@ -90,7 +96,10 @@ def test_one_thread_inside_is_enough_to_live_there(node: Node, name: str) -> Non
 
 
 def test_a_path_that_leads_elsewhere_by_now_tells_nothing(node: Node, name: str) -> None:
-    assert not is_vacant(node, endpoint(name, mac="02:00:00:00:00:01"))
+    sh(f"ip -n {name} link set eth0 name eth9; ip -n {name} link add eth0 address {MAC} type bridge")
+    assert not is_vacant(node, endpoint(name)), "another's link of that name, even with our MAC"
+    sh(f"ip -n {name} link delete eth0; ip -n {name} link set eth9 name eth0")
+    assert is_vacant(node, endpoint(name))
     assert not is_vacant(node, endpoint(name, key=EndpointKey("c", "eth1")))
     assert not is_vacant(node, endpoint(name, netns="/run/netns/mrg-not-there"))
     assert not is_vacant(node, endpoint(name, netns="/proc/self/ns/net"))

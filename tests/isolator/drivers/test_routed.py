@@ -345,8 +345,8 @@ def test_a_route_to_a_pool_that_is_missing_is_named_and_put_back(
     assert missing
     if "neigh" not in damage:
         assert f"from {'fd11::5' if 'fd11' in damage or '-6' in damage else '10.1.0.5'} " in str(missing)
-    assert machine.do(machine.driver.repair, wiring) == missing
-    assert machine.do(machine.driver.check, wiring) == []
+    repair = machine.do(machine.driver.repair, wiring)
+    assert (repair.before, repair.after) == (tuple(missing), ())
     assert unbound_ways(container, [1]) == expected_ways([1], [1])
 
 

@@ -18,7 +18,18 @@ from ipam.keys import IPNetwork
 from ipam.records import Node
 from isolator.fabric.device import DeviceSpec
 from isolator.fabric.kernel import FabricKernel
-from isolator.fabric.plan import OVERHEAD, Here, Piece, Plan, at_home, mac_of, parse_peer, towards
+from isolator.fabric.plan import (
+    OVERHEAD,
+    SECOND_DEVICE,
+    VXLAN_DEVICE,
+    Here,
+    Piece,
+    Plan,
+    at_home,
+    mac_of,
+    parse_peer,
+    towards,
+)
 from isolator.model import IPAddress
 from tests.isolator.rooms import Room
 
@@ -58,16 +69,23 @@ class Place(Room):
         return Node(name=self.node, version="1", underlay=underlay, mac=mac_of(self.node), vxlan_port=4789)
 
     @property
-    def device(self) -> DeviceSpec:
-        local = self.underlay[0]
-        return DeviceSpec(mac_of(self.node), local, 4789, 1500 - OVERHEAD[local.version], tuple(self.ips))
+    def names(self) -> list[str]:
+        """What its VXLAN devices are called, in the order of its underlay addresses."""
+        return [VXLAN_DEVICE if n == 0 else SECOND_DEVICE[ip.version] for n, ip in enumerate(self.underlay)]
+
+    def device(self, name: str) -> DeviceSpec:
+        local = self.underlay[self.names.index(name)]
+        ips = tuple(self.ips) if name == VXLAN_DEVICE else ()
+        return DeviceSpec(mac_of(self.node), local, 4789, 1500 - OVERHEAD[local.version], ips, name)
 
     def plan(self, fabric: str, *others: Place) -> Plan:
         """What leads to the others, and this node's own blocks. Nothing of it may be a problem."""
         tunnelled = fabric == "vxlan"
+        families = tuple(ip.version for ip in self.underlay)
         here = Here(
             self.node,
-            tunnel_family=self.underlay[0].version if tunnelled else None,
+            families,
+            devices={family: name for family, name in zip(families, self.names, strict=False) if tunnelled},
             link=LINK,
             sources={ip.version: ip for ip in self.ips} if tunnelled else {},
         )
@@ -84,18 +102,17 @@ class Place(Room):
 
 
 class Segment(ExitStack):
-    """Places on one bridge. A context manager."""
+    """Places on one bridge, each with an underlay of the families that are listed for it. A context manager."""
 
-    def __init__(self, count: int, families: Collection[int] = (4, 6)) -> None:
+    def __init__(self, *families: Collection[int]) -> None:
         super().__init__()
-        self._count = count
         self._families = families
 
     def __enter__(self) -> Self:
         super().__enter__()
         self.switch = self.enter_context(Room("switch"))
         self.switch.sh("ip link add br0 type bridge; ip link set br0 up")
-        self.places = [self.enter_context(Place(n + 1, self._families)) for n in range(self._count)]
+        self.places = [self.enter_context(Place(n, of)) for n, of in enumerate(self._families, start=1)]
         for place in self.places:
             self._plug(place)
         return self

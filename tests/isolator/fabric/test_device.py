@@ -8,9 +8,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from isolator.errors import KernelRefused
-from isolator.fabric.device import DeviceSpec, ensure_device
-from isolator.fabric.plan import VXLAN_DEVICE, mac_of
+from isolator.fabric.device import DeviceSpec, Made, ensure_device, remove_device
+from isolator.fabric.plan import SECOND_DEVICE, VXLAN_DEVICE, mac_of
 from isolator.netlink import Node
 from tests.isolator.rooms import Room, lines
 
@@ -25,18 +24,30 @@ SPEC = DeviceSpec(
 )
 
 
-def ensure(room: Room, spec: DeviceSpec | None) -> tuple[int, bool]:
+def ensure(room: Room, spec: DeviceSpec) -> Made:
     with room.do(Node) as node:
         return room.do(ensure_device, node, spec)
 
 
-def shown(room: Room) -> str:
-    return room.sh(f"ip -d -o link show {VXLAN_DEVICE}; ip -o address show {VXLAN_DEVICE}")
+def made(room: Room, spec: DeviceSpec) -> tuple[int, bool]:
+    """Its link index, and whether it is new; it has all that it should."""
+    found = ensure(room, spec)
+    assert (found.refused, found.addresses) == ((), spec.addresses)
+    return found.index, found.new
+
+
+def remove(room: Room, name: str = VXLAN_DEVICE) -> bool:
+    with room.do(Node) as node:
+        return room.do(remove_device, node, name)
+
+
+def shown(room: Room, name: str) -> str:
+    return room.sh(f"ip -d -o link show {name}; ip -o address show {name}")
 
 
 def is_as(room: Room, spec: DeviceSpec) -> None:
     """The kernel's device is what was asked for, and has nothing else."""
-    text = shown(room)
+    text = shown(room, spec.name)
     assert f"link/ether {spec.mac} " in text
     assert re.search(
         rf" mtu {spec.mtu} .* vxlan id 7171951 local {spec.local} .*dstport {spec.port} nolearning", text
@@ -47,10 +58,10 @@ def is_as(room: Room, spec: DeviceSpec) -> None:
 
 
 def test_it_is_made_once(container: Room) -> None:
-    index, new = ensure(container, SPEC)
+    index, new = made(container, SPEC)
     assert (index > 0, new) == (True, True)
     is_as(container, SPEC)
-    assert ensure(container, SPEC) == (index, False)
+    assert made(container, SPEC) == (index, False)
     is_as(container, SPEC)
 
 
@@ -65,17 +76,17 @@ def test_it_is_made_once(container: Room) -> None:
     ],
 )
 def test_what_can_change_changes_in_place(container: Room, change: dict[str, object]) -> None:
-    index, _ = ensure(container, SPEC)
+    index, _ = made(container, SPEC)
     changed = replace(SPEC, **change)
-    assert ensure(container, changed) == (index, False)
+    assert made(container, changed) == (index, False)
     is_as(container, changed)
 
 
 @pytest.mark.parametrize("change", [{"port": 8472}, {"local": ip_address("2001:db8::1")}])
 def test_what_cannot_change_takes_a_new_device(container: Room, change: dict[str, object]) -> None:
-    index, _ = ensure(container, SPEC)
+    index, _ = made(container, SPEC)
     changed = replace(SPEC, **change)
-    found, new = ensure(container, changed)
+    found, new = made(container, changed)
     assert (found != index, new) == (True, True)
     is_as(container, changed)
 
@@ -109,15 +120,39 @@ def test_its_addresses_work_where_new_links_have_no_ipv6(container: Room) -> Non
 
 def test_it_goes_when_it_is_not_wanted(container: Room) -> None:
     ensure(container, SPEC)
-    assert ensure(container, None) == (0, True)
-    assert ensure(container, None) == (0, False)
+    assert remove(container)
+    assert not remove(container)
     assert [line for line in lines(container.sh("ip -o link")) if VXLAN_DEVICE in line] == []
 
 
-def test_a_port_that_somebody_else_has_is_refused_with_the_kernels_reason(container: Room) -> None:
+def test_a_port_that_somebody_else_has_is_told_with_the_kernels_reason_and_all_else_is_there(
+    container: Room,
+) -> None:
     taken = container.udp(ip_address("0.0.0.0"), SPEC.port)
-    with pytest.raises(KernelRefused, match=f"bring {VXLAN_DEVICE} up.*in use"):
-        ensure(container, SPEC)
+    found = ensure(container, SPEC)
+    assert re.search(f"bring {VXLAN_DEVICE} up.*in use", str(found.refused[0]))
+    assert found.addresses == SPEC.addresses
     taken.close()
     ensure(container, SPEC)
+    is_as(container, SPEC)
+
+
+def test_an_address_that_the_kernel_refuses_is_not_said_to_be_there_and_the_other_is(
+    container: Room,
+) -> None:
+    refused = ip_address("ff02::9")
+    found = ensure(container, replace(SPEC, addresses=(SPEC.addresses[0], refused)))
+    assert found.addresses == SPEC.addresses[:1]
+    assert len(found.refused) == 1
+    is_as(container, replace(SPEC, addresses=SPEC.addresses[:1]))
+
+
+def test_one_of_each_family_stand_side_by_side(container: Room) -> None:
+    second = replace(SPEC, local=ip_address("2001:db8::1"), mtu=1430, addresses=(), name=SECOND_DEVICE[6])
+    for spec in (SPEC, second):
+        made(container, spec)
+    for spec in (SPEC, second):
+        is_as(container, spec)
+        assert not ensure(container, spec).new
+    assert remove(container, second.name)
     is_as(container, SPEC)

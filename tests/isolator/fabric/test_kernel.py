@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from isolator.fabric.kernel import read
-from isolator.fabric.plan import VXLAN_DEVICE, Plan, Route, mac_of, next_hop
+from isolator.fabric.plan import VXLAN_DEVICE, VXLAN_DEVICES, Plan, Route, mac_of, next_hop
 from isolator.netlink import Node
 from tests.isolator.fabric.segment import LINK, Place, Segment
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.kernel
 @pytest.fixture
 def pair() -> Iterator[tuple[Place, Place]]:
     """Two nodes on one segment."""
-    with Segment(2) as segment:
+    with Segment((4, 6), (4, 6)) as segment:
         one, other = segment.places
         yield one, other
 
@@ -32,11 +32,20 @@ def held(place: Place) -> Plan:
 
 
 async def establish(place: Place, plan: Plan) -> None:
-    """Device and plan, as a fabric does it."""
-    tunnelled = any(route.is_tunnelled for route in plan.routes.values())
-    await place.kernel.ensure_device(place.device if tunnelled else None)
-    _, refused = await place.kernel.resync(plan, keep=False)
-    assert refused == []
+    """Devices and plan, as a fabric does it."""
+    tunnelled = {route.device for route in plan.routes.values() if route.is_tunnelled}
+    for name in VXLAN_DEVICES:
+        if name in tunnelled:
+            assert (await place.kernel.ensure_device(place.device(name))).refused == ()
+        else:
+            await place.kernel.remove_device(name)
+    assert (await place.kernel.resync(plan, keep=False)).refused == []
+
+
+async def finds_nothing(place: Place, plan: Plan, *, keep: bool = False) -> bool:
+    """Whether a comparison has nothing to do."""
+    found = await place.kernel.resync(plan, keep=keep)
+    return (found.done, found.refused) == ([], [])
 
 
 @pytest.mark.parametrize("fabric", ["vxlan", "hostgw"])
@@ -47,7 +56,7 @@ async def test_the_kernel_holds_the_plan_and_a_second_comparison_finds_nothing(
     plan = one.plan(fabric, other)
     await establish(one, plan)
     assert held(one) == plan
-    assert await one.kernel.resync(plan, keep=False) == ([], [])
+    assert await finds_nothing(one, plan)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +66,7 @@ async def test_the_kernel_holds_the_plan_and_a_second_comparison_finds_nothing(
 async def test_packets_of_both_families_arrive_over_an_underlay_of_either(
     families: tuple[int, ...], fabric: str
 ) -> None:
-    with Segment(3, families) as segment:
+    with Segment(*[families] * 3) as segment:
         for place in segment.places:
             others = [other for other in segment.places if other is not place]
             await establish(place, place.plan(fabric, *others))
@@ -65,6 +74,35 @@ async def test_packets_of_both_families_arrive_over_an_underlay_of_either(
             for other in segment.places:
                 for ip, source in zip(other.ips, place.ips, strict=True):
                     assert place.reaches(ip, source), f"{place.node} -> {ip}"
+
+
+async def test_a_node_with_both_families_reaches_one_that_has_either_alone() -> None:
+    with Segment((4, 6), (4,), (6,), (4, 6)) as segment:
+        both, four, six, also = segment.places
+        pairs = [(both, four), (both, six), (both, also), (also, four), (also, six)]
+        for place in segment.places:
+            others = [other for pair in pairs if place in pair for other in pair if other is not place]
+            await establish(place, place.plan("vxlan", *others))
+        for one, other in [*pairs, *(pair[::-1] for pair in pairs)]:
+            for ip, source in zip(other.ips, one.ips, strict=True):
+                assert one.reaches(ip, source), f"{one.node} -> {ip}"
+
+
+async def test_without_its_device_routes_through_the_tunnel_are_left_out_and_all_others_are_there(
+    pair: tuple[Place, Place],
+) -> None:
+    one, other = pair
+    plan = one.plan("vxlan", other)
+    direct = Route(ip_network("10.64.9.0/26"), ip_address("192.0.2.2"), LINK)
+    plan.routes[direct.destination] = direct
+    taken = one.udp(ip_address("0.0.0.0"), 4789)
+    made = await one.kernel.ensure_device(one.device(VXLAN_DEVICE))
+    assert len(made.refused) == 1
+    assert (await one.kernel.resync(plan, keep=False)).refused == []
+    assert held(one).routes == {d: route for d, route in plan.routes.items() if not route.is_tunnelled}
+    taken.close()
+    await establish(one, plan)
+    assert held(one) == plan
 
 
 async def test_a_nodes_own_packets_come_from_its_devices_address(pair: tuple[Place, Place]) -> None:
@@ -124,7 +162,7 @@ async def test_a_comparison_restores_everything(pair: tuple[Place, Place], what:
     assert held(one) != plan
     await establish(one, plan)
     assert held(one) == plan
-    assert await one.kernel.resync(plan, keep=False) == ([], [])
+    assert await finds_nothing(one, plan)
 
 
 async def test_one_plan_is_turned_into_another(pair: tuple[Place, Place]) -> None:
@@ -149,7 +187,7 @@ async def test_nothing_is_withdrawn_while_it_is_to_be_kept(pair: tuple[Place, Pl
     one, other = pair
     both = one.plan("vxlan", other)
     await establish(one, both)
-    assert await one.kernel.resync(one.plan("vxlan"), keep=True) == ([], [])
+    assert await finds_nothing(one, one.plan("vxlan"), keep=True)
     assert held(one) == both
 
 
@@ -175,7 +213,7 @@ async def test_next_hops_that_are_not_on_the_segment_are_told_and_the_others_wor
     beyond = [ip_network("10.64.9.0/26"), ip_network("fd64::900/122")]
     for destination, hop in zip(beyond, ("198.51.100.9", "2001:db8:9::9"), strict=True):
         plan.routes[destination] = Route(destination, ip_address(hop), LINK)
-    _, refused = await one.kernel.resync(plan, keep=False)
+    refused = (await one.kernel.resync(plan, keep=False)).refused
     assert [error.errno in (101, 113) for error in refused] == [True, True]
     for destination, error in zip(beyond, refused, strict=True):
         assert f"could not add the route to {destination} via" in str(error)

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolator.fabric import layout
-from isolator.fabric.plan import VXLAN_DEVICE, Plan, Remote, Route, next_hop
+from isolator.fabric.plan import SECOND_DEVICE, VXLAN_DEVICE, Hop, Plan, Remote, Route, Station, next_hop
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message, Request
 from isolator.netlink.inventory import parse_route
 
-INDEXES = {VXLAN_DEVICE: 7, "eth0": 2}
+DEVICES = [VXLAN_DEVICE, SECOND_DEVICE[6]]
+INDEXES = {VXLAN_DEVICE: 7, SECOND_DEVICE[6]: 8, "eth0": 2}
 NAMES = {index: name for name, index in INDEXES.items()}
 DESTINATIONS = [ip_network(f"10.64.{n}.0/26") for n in range(3)] + [
     ip_network("fd64::/122"),
@@ -41,20 +42,23 @@ class Tables:
             self._route(request, Message(request.kind, 0, 0, body))
             return
         family, index, _, _, _ = messages.NEIGHBOUR.unpack_from(body)
-        assert NAMES[index] == VXLAN_DEVICE
+        device = NAMES[index]
+        assert device in DEVICES
         values = codec.attributes(body, messages.NEIGHBOUR.size)
         mac = bytes(values.get(messages.NDA_LLADDR, b"")).hex(":")
         ip = ip_address(bytes(values[messages.NDA_DST])) if messages.NDA_DST in values else None
         new = request.kind == messages.RTM_NEWNEIGH
         if family == socket.AF_BRIDGE and new:
             assert ip is not None
-            self.plan.tunnels[mac] = Remote(ip, int.from_bytes(values.get(messages.NDA_PORT, b""), "big"))
+            self.plan.tunnels[Station(device, mac)] = Remote(
+                ip, int.from_bytes(values.get(messages.NDA_PORT, b""), "big")
+            )
         elif family == socket.AF_BRIDGE:
-            self.plan.tunnels.pop(mac)
+            self.plan.tunnels.pop(Station(device, mac))
         elif ip is not None and new:
-            self.plan.neighbours[ip] = mac
+            self.plan.neighbours[Hop(device, ip)] = mac
         elif ip is not None:
-            self.plan.neighbours.pop(ip)
+            self.plan.neighbours.pop(Hop(device, ip))
 
     def _route(self, request: Request, message: Message) -> None:
         found = parse_route(message)
@@ -74,7 +78,8 @@ class Tables:
         for route in self.plan.routes.values():
             if route.is_tunnelled:
                 assert route.via is not None
-                assert self.plan.neighbours[route.via] in self.plan.tunnels
+                mac = self.plan.neighbours[Hop(route.device, route.via)]
+                assert Station(route.device, mac) in self.plan.tunnels
 
 
 @st.composite
@@ -82,6 +87,7 @@ def plans(draw: st.DrawFn) -> Plan:
     plan = Plan()
     mac_of_peer = draw(st.permutations(MACS))
     hops = [next_hop(mac) for mac in MACS]
+    device_of_peer = draw(st.tuples(*[st.sampled_from(DEVICES)] * len(MACS)))
     for destination in draw(st.sets(st.sampled_from(DESTINATIONS))):
         kind = draw(st.sampled_from(["tunnel", "direct", "drop"]))
         if kind == "drop":
@@ -93,9 +99,10 @@ def plans(draw: st.DrawFn) -> Plan:
             peer = draw(st.integers(0, 2))
             source = draw(st.sampled_from([None, ip_address("10.64.0.1")]))
             source = source if destination.version == 4 else None
-            plan.routes[destination] = Route(destination, hops[peer], VXLAN_DEVICE, source)
-            plan.neighbours[hops[peer]] = mac_of_peer[peer]
-            plan.tunnels[mac_of_peer[peer]] = draw(st.sampled_from(REMOTES))
+            device, mac = device_of_peer[peer], mac_of_peer[peer]
+            plan.routes[destination] = Route(destination, hops[peer], device, source)
+            plan.neighbours[Hop(device, hops[peer])] = mac
+            plan.tunnels[Station(device, mac)] = draw(st.sampled_from(REMOTES))
     return plan
 
 

@@ -10,16 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipam.keys import IPNetwork
+from ipam.keys import Family, IPNetwork
 from ipam.ranges import Range, Ranges
 from ipam.records import Node
 from isolator.fabric.plan import (
+    SECOND_DEVICE,
     VXLAN_DEVICE,
     Here,
+    Hop,
     Piece,
     Plan,
     Remote,
     Route,
+    Station,
     at_home,
     cut,
     host,
@@ -28,13 +31,16 @@ from isolator.fabric.plan import (
     parse_peer,
     released,
     towards,
+    tunnel_family,
 )
 
 B4, B6 = ip_network("10.64.3.0/26"), ip_network("fd64::c0/122")
 S4, S6 = ip_address("10.64.0.1"), ip_address("fd64::1")
-HERE = Here("n1", tunnel_family=4, link="eth0", sources={4: S4, 6: S6})
+FIRST = {4: VXLAN_DEVICE}
+HERE = Here("n1", (4, 6), FIRST, link="eth0", sources={4: S4, 6: S6})
 MAC = mac_of("n2")
 HOP = next_hop(MAC)
+BEHIND = Station(VXLAN_DEVICE, MAC)
 
 
 def node(**facts: Any) -> Node:
@@ -55,11 +61,49 @@ def test_a_tunnel_is_one_next_hop_for_both_families() -> None:
     assert plan("vxlan") == (
         Plan(
             routes={B4: Route(B4, HOP, VXLAN_DEVICE, S4), B6: Route(B6, HOP, VXLAN_DEVICE, S6)},
-            neighbours={HOP: MAC},
-            tunnels={MAC: Remote(ip_address("192.0.2.2"), 0)},
+            neighbours={Hop(VXLAN_DEVICE, HOP): MAC},
+            tunnels={BEHIND: Remote(ip_address("192.0.2.2"), 0)},
         ),
         [],
     )
+
+
+FAMILIES: tuple[tuple[Family, ...], ...] = ((), (4,), (6,), (4, 6), (6, 4))
+
+
+@pytest.mark.parametrize("one", FAMILIES)
+@pytest.mark.parametrize("other", FAMILIES)
+def test_two_nodes_with_a_family_in_common_agree_on_one_and_with_equal_underlays_on_the_first(
+    one: tuple[Family, ...], other: tuple[Family, ...]
+) -> None:
+    family = tunnel_family(one, other)
+    assert family == tunnel_family(other, one)
+    assert (family is not None) == bool(set(one) & set(other))
+    assert family is None or (family in one and family in other)
+    if one == other and one:
+        assert family == one[0]
+
+
+def test_a_node_that_has_only_the_other_family_is_led_to_through_the_second_device() -> None:
+    here = Here("n1", (4, 6), {4: VXLAN_DEVICE, 6: SECOND_DEVICE[6]}, sources={4: S4, 6: S6})
+    found, problems = plan("vxlan", here, underlay=["2001:db8::2"])
+    device = SECOND_DEVICE[6]
+    assert problems == []
+    assert found.routes[B4] == Route(B4, HOP, device, S4)
+    assert found.neighbours == {Hop(device, HOP): MAC}
+    assert found.tunnels == {Station(device, MAC): Remote(ip_address("2001:db8::2"), 0)}
+
+
+def test_a_node_without_ipv4_leads_ipv4_to_the_ipv6_address_of_one_that_has_both() -> None:
+    found, problems = plan("hostgw", Here("n1", (6,), link="eth0"))
+    assert {route.via for route in found.routes.values()} == {ip_address("2001:db8::2")}
+    assert problems == []
+
+
+def test_a_node_without_ipv6_leads_ipv6_to_the_link_local_address() -> None:
+    found, problems = plan("hostgw", Here("n1", (4,), link="eth0"))
+    assert (found.routes[B4].via, found.routes[B6].via) == (ip_address("192.0.2.2"), ip_address("fe80::2"))
+    assert problems == []
 
 
 def test_the_next_hop_is_the_link_local_address_of_the_mac() -> None:
@@ -102,24 +146,29 @@ def test_a_family_that_a_node_has_no_way_to_is_a_problem_and_the_other_goes_on()
 
 def test_tunnels_of_different_ports_say_which_and_equal_ones_do_not() -> None:
     found, _ = plan("vxlan", vxlan_port=8472)
-    assert found.tunnels[MAC].port == 8472
-    found, _ = plan("vxlan", Here("n1", 4, port=8472), vxlan_port=8472)
-    assert found.tunnels[MAC].port == 0
+    assert found.tunnels[BEHIND].port == 8472
+    found, _ = plan("vxlan", Here("n1", (4,), FIRST, port=8472), vxlan_port=8472)
+    assert found.tunnels[BEHIND].port == 0
 
 
 def test_a_tunnel_over_ipv6_leads_to_the_ipv6_address() -> None:
-    found, _ = plan("vxlan", Here("n1", tunnel_family=6))
-    assert found.tunnels[MAC].ip == ip_address("2001:db8::2")
+    found, _ = plan("vxlan", Here("n1", (6,), {6: VXLAN_DEVICE}))
+    assert found.tunnels[BEHIND].ip == ip_address("2001:db8::2")
 
 
 @pytest.mark.parametrize(
     ("here", "facts", "why"),
     [
-        (Here("n1", tunnel_family=None), {}, "this node has no VXLAN device"),
+        (Here("n1", (4, 6)), {}, "this node has no VXLAN device over IPv4"),
         (HERE, {"mac": ""}, "that node has no VXLAN device"),
         (HERE, {"mac": "07:00:00:00:00:01"}, "that node has no VXLAN device"),
-        (Here("n1", tunnel_family=6), {"underlay": ["192.0.2.2", "fe80::2"]}, "runs over IPv6"),
-        (HERE, {"underlay": []}, "runs over IPv4"),
+        (HERE, {"underlay": ["2001:db8::2"]}, "this node has no VXLAN device over IPv6"),
+        (
+            Here("n1", (6,), {6: VXLAN_DEVICE}),
+            {"underlay": ["192.0.2.2", "fe80::2"]},
+            "the underlay of this node has IPv6, and that node's IPv4",
+        ),
+        (HERE, {"underlay": []}, "the underlay of this node has IPv4 and IPv6, and that node's no address"),
     ],
 )
 def test_why_there_is_no_tunnel_is_said(here: Here, facts: dict[str, Any], why: str) -> None:
@@ -153,16 +202,16 @@ def test_whatever_a_node_says_the_plan_is_one_that_the_kernel_gives_back_alike(
     underlay: list[str], mac: str, port: int
 ) -> None:
     found, _ = plan("vxlan", underlay=underlay, mac=mac, vxlan_port=port)
-    for mac_there, remote in found.tunnels.items():
+    for (_, mac_there), remote in found.tunnels.items():
         assert mac_there == bytes.fromhex(mac_there.replace(":", "")).hex(":")
         assert 0 <= remote.port < 65536
         assert ip_address(remote.ip.packed) == remote.ip
-    assert set(found.neighbours.values()) == set(found.tunnels)
+    assert {Station(VXLAN_DEVICE, mac_there) for mac_there in found.neighbours.values()} == set(found.tunnels)
 
 
 def test_a_mac_in_capitals_is_the_same_mac() -> None:
     found, _ = plan("vxlan", mac=MAC.upper())
-    assert set(found.tunnels) == {MAC}
+    assert set(found.tunnels) == {BEHIND}
 
 
 CUT = st.lists(st.tuples(st.integers(0, 63), st.integers(0, 63)), max_size=5)
@@ -189,7 +238,7 @@ def test_what_an_earlier_agent_left_is_cut_back_and_leads_where_it_led(
     base = int(block.network_address)
     closed = Ranges(Range(base + min(pair), base + max(pair)) for pair in pairs)
     route = Route(block) if drops else Route(block, HOP, VXLAN_DEVICE)
-    left = Plan({block: route}, {HOP: MAC}, {MAC: Remote(ip_address("192.0.2.2"), 0)})
+    left = Plan({block: route}, {Hop(VXLAN_DEVICE, HOP): MAC}, {BEHIND: Remote(ip_address("192.0.2.2"), 0)})
 
     def closed_in(network: IPNetwork) -> Ranges:
         return closed.within(int(network[0]), int(network[-1]))
