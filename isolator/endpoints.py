@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import errno
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
-from ipam.keys import IPAddress
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.named import AddressRequest
 from ipam.netgroups import Netgroup
 from ipam.networks import MTU
@@ -299,6 +300,8 @@ class Endpoints:
             port_mappings=spec.port_mappings,
             bandwidth=spec.bandwidth.within(network.max_bandwidth),
             engine_network=spec.engine_network,
+            next_hop=network.next_hop,
+            pools=self._catalogue.cidrs_of(network, {ip.version for ip in ips}),
         )
 
     async def _connect(self, endpoint: Endpoint, *, without_cooldown: bool = False) -> Endpoint:
@@ -579,6 +582,53 @@ class Endpoints:
     def damaged(self) -> dict[EndpointKey, tuple[str, ...]]:
         """What is not as it should be of endpoints and could not be put back, as sentences."""
         return {key: left for key, left in self._damaged.items() if key in self._endpoints}
+
+    def misrouted(self) -> list[Endpoint]:
+        """Attached endpoints whose containers do not have routes to the pools that their networks have now.
+
+        Those of containers with several first: to them it matters. One whose namespace is not known, or whose
+        network is not wholly known, is left as it is.
+        """
+        wanted: dict[tuple[str, frozenset[Family]], tuple[IPNetwork, ...] | None] = {}
+        found = [
+            endpoint
+            for endpoint in self._endpoints.values()
+            if endpoint.state is EndpointState.ATTACHED
+            and endpoint.netns
+            and self._pools_for(endpoint, wanted) not in (None, endpoint.pools)
+        ]
+        shared = Counter(key.container_id for key in self._endpoints)
+        return sorted(found, key=lambda endpoint: shared[endpoint.key.container_id] == 1)
+
+    def _pools_for(
+        self,
+        endpoint: Endpoint,
+        known: dict[tuple[str, frozenset[Family]], tuple[IPNetwork, ...] | None],
+    ) -> tuple[IPNetwork, ...] | None:
+        """Its network's pools now; None while they are not known. known: what was found for others."""
+        families = frozenset(ip.version for ip in endpoint.ips)
+        if (endpoint.network, families) not in known:
+            network = self._catalogue.wholly_known(endpoint.network)
+            known[endpoint.network, families] = (
+                self._catalogue.cidrs_of(network, families) if network is not None else None
+            )
+        return known[endpoint.network, families]
+
+    async def reroute(self, endpoint: Endpoint) -> bool:
+        """Have its container's routes follow its network's pools; says whether they do.
+
+        Raises KernelRefused, NamespaceGone, NotANamespace, JournalUnwritable.
+        """
+        async with self._locks.of(endpoint.key):
+            pools = self._pools_for(endpoint, {})
+            if self._endpoints.get(endpoint.key) is not endpoint or pools is None:
+                return False
+            if not await self._kernel.reroute(endpoint, pools):
+                return False
+            changed = replace(endpoint, pools=pools)
+            self._journal.save_endpoint(changed)
+            self._endpoints[endpoint.key] = changed
+            return True
 
     async def restore_limits(self) -> None:
         """Put back what somebody took away of the limits on endpoints' traffic."""

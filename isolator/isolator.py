@@ -52,6 +52,7 @@ from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointSta
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
+from isolator.pool_routes import PoolRoutes
 from isolator.recovery import adopted_endpoint, owner_of, recover
 from isolator.store_addresses import StoreAddresses
 from isolator.surrounds import kept
@@ -162,6 +163,7 @@ class Isolator:
             settings.vxlan_port,
             self._prepare,
         )
+        self._pool_routes = PoolRoutes(self._endpoints)
         self.allocated = Allocated(
             self._kernel,
             self._journal,
@@ -265,6 +267,7 @@ class Isolator:
                     ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
                     ("fullness", self._connections.watch),
+                    ("pool routes", self._pool_routes.keep),
                     ("mending", self._mending.run),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
@@ -346,10 +349,6 @@ class Isolator:
     def known_networks(self) -> list[str]:
         return self._catalogue.names()
 
-    async def gateways(self, driver: str = "routed") -> tuple[str, str]:
-        """The IPv4 and IPv6 gateway that containers of that driver have."""
-        return await self._kernel.gateways(driver)
-
     def endpoints(self) -> list[Endpoint]:
         return self._endpoints.all()
 
@@ -407,6 +406,7 @@ class Isolator:
         self._cluster.pools_changed()
         self._neighbours.on_catalogue()
         self._fabric.networks_changed()
+        self._pool_routes.catalogue_changed()
 
     def _store_rewound(self) -> None:
         self._cluster.start_over()
@@ -512,9 +512,9 @@ class Isolator:
         if link is None:
             return False
         key = EndpointKey(record.container_id, record.ifname)
-        driver = next((n.driver for n in self._catalogue.networks() if n.name == record.network), "routed")
+        network = next((n for n in self._catalogue.networks() if n.name == record.network), None)
         adopted = adopted_endpoint(
-            self._endpoints.get(key), ip, record, link, driver, self._boot_id, self._macs.get(link.name)
+            self._endpoints.get(key), ip, record, link, network, self._boot_id, self._macs.get(link.name)
         )
         log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
         self._endpoints.adopt(adopted)

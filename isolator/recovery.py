@@ -20,7 +20,7 @@ import structlog
 from ipam.catalogue import Catalogue
 from ipam.netgroups import Netgroup
 from ipam.nodes_networks import FAMILIES
-from ipam.records import Address
+from ipam.records import Address, Network
 from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
@@ -35,12 +35,13 @@ def adopted_endpoint(
     ip: IPAddress,
     record: Address,
     link: HostLink,
-    driver: str,
+    network: Network | None,
     boot_id: str,
     mac: str | None = None,
 ) -> Endpoint:
     """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said.
 
+    network: the record's, None if it is not known.
     mac: the container's, if the firewall knows it; else the one that follows from its addresses.
     """
     ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: (ip.version, int(ip))))
@@ -51,7 +52,7 @@ def adopted_endpoint(
         asked=Asked(boot_id, 0),
         engine=record.engine,
         network=record.network,
-        driver=driver,
+        driver=network.driver if network is not None else "routed",
         netns="",
         ips=ips,
         host_ifname=link.name,
@@ -60,6 +61,7 @@ def adopted_endpoint(
         netgroups=tuple(map(Netgroup, record.netgroups)),
         labels=tuple(record.labels),
         since=record.since,
+        next_hop=network.next_hop if network is not None else 1,
     )
 
 
