@@ -103,7 +103,9 @@ class NodeAddresses:
         for place, pool in enumerate(pools, start=1):
             network = next(n for n in networks if n.name == pool.network)
             try:
-                lent = await self._holder.take(AddressRequest(network, pool=pool.name, keeps_warm=False))
+                lent = await self._holder.take(
+                    AddressRequest(network, pool=pool.name, keeps_warm=False, netgroups=())
+                )
                 break
             except Exhausted:
                 if place == len(pools):

@@ -1,0 +1,83 @@
+"""The stock: for whom the warm addresses of a network lie ready on this node.
+
+    announced   its record names the network's own netgroup, and other nodes take it for a member of that already. So
+                a container that gets it is known to them before it starts, also while the store is away. It is lent
+                to members of that netgroup only: to others it would give what they are not in.
+    plain       a member of nothing until its assignment stands in the store. For everybody, members of other
+                netgroups have no choice.
+
+Both together are what the network keeps warm; how much of it is plain follows from who came of late. Why it is so, and
+what it weakens: docs/decisions/warm-addresses-are-announced.md. Nothing here waits, reads or writes anything.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Collection
+
+from ipam.keys import Family
+from ipam.shelf import Shelf
+
+RECENT = 16
+"""ADDs of a network by which the stock is divided."""
+
+ONE_IN = 8
+"""Of so many warm addresses one is plain where nobody came for it yet, so that the first who does need not wait."""
+
+
+_KINDS = _ANNOUNCED, _PLAIN = True, False
+
+
+class Stock:
+    """See the module's docstring."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._recent: defaultdict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=RECENT))
+
+    def note(self, network: str, netgroups: Collection[str]) -> None:
+        """A container of the network came that is in these netgroups; () stands for the network's own."""
+        self._recent[network].append(not netgroups or network in netgroups)
+
+    def share(self, network: str, warm: int, *, announced: bool) -> int:
+        """How many of the ``warm`` addresses that the network keeps ready are to be announced, or plain."""
+        plain = self._plain(network, warm)
+        return warm - plain if announced else plain
+
+    def _plain(self, network: str, warm: int) -> int:
+        recent = self._recent.get(network)
+        if recent is None:
+            return warm // ONE_IN
+        if warm == 1:
+            return int(not recent[-1])
+        plain = round(warm * recent.count(False) / len(recent))
+        return max(plain, warm // ONE_IN)
+
+    def missing(self, network: str, family: Family, warm: int, times: int = 1) -> tuple[int, int]:
+        """How many addresses are to be asked for, and how many of those for who waits. times: so often ``warm`` of both
+        kinds may lie ready."""
+        return (
+            sum(max(self._short(network, family, warm, kind, times), 0) for kind in _KINDS),
+            sum(max(self._short(network, family, 0, kind), 0) for kind in _KINDS),
+        )
+
+    def waits_for_plain(self, network: str, family: Family) -> int:
+        """For how many who wait an announced address is none, and nothing else is on its way."""
+        return max(self._short(network, family, 0, _PLAIN), 0)
+
+    def netgroups(self, network: str, family: Family, warm: int, times: int = 1) -> tuple[str, ...]:
+        """What the next address that is asked for is announced as; () leaves it plain."""
+        for most in (0, warm):
+            announced = self._short(network, family, most, _ANNOUNCED, times)
+            plain = self._short(network, family, most, _PLAIN, times)
+            if max(announced, plain) > 0:
+                return (network,) if announced >= plain else ()
+        return (network,)
+
+    def _short(self, network: str, family: Family, warm: int, announced: bool, times: int = 1) -> int:
+        """Of one kind: who waits, and what may lie ready, without what is there or on its way."""
+        waiting = sum(1 for w in self._shelf.waiters(network, family) if w.is_member_of(network) is announced)
+        have = self._shelf.warm_count(network, family, announced) + self._shelf.coming(
+            network, family, announced
+        )
+        return waiting + times * self.share(network, warm, announced=announced) - have
