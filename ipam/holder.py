@@ -193,7 +193,7 @@ class Holder:
         self._check_giving()
         if request.keeps_warm:
             self._holdings.used.add(network.name)
-            self._holdings.stock.note(network.name, request.members_of)
+            self._holdings.stock.note_add(network.name, request.members_of)
         pools = self._catalogue.pools_of(network)
         if not pools:
             raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")

@@ -23,7 +23,7 @@ from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Network
 from ipam.shelf import Held, Shelf, cooling, netgroups_told
-from ipam.stock import Stock
+from ipam.stock import HEARD_WITHIN, Stock
 
 log = structlog.get_logger(__name__)
 
@@ -32,10 +32,6 @@ BEHIND = 0.01
 
 GIVE_BACK_HOLD = 30.0
 """Seconds after a pool was under pressure in which nothing of it is kept warm here."""
-
-HEARD_WITHIN = 1.0
-"""Seconds from the store's confirmation until every node that is in touch with it has heard, and told its kernel. They
-gather changes for 0.05 s; the rest is for busy machines."""
 
 EXHAUSTED_FOR = 30.0
 """Seconds for which a network counts as exhausted after an ADD was told so: as long as what others release
@@ -136,7 +132,7 @@ class Holdings:
         self.journal = journal
         self.cooldown = cooldown
         self.shelf = Shelf(self.may_be_warm)
-        self.stock = Stock(self.shelf)
+        self.stock = Stock(self.shelf, time.monotonic)
         self.blocks: dict[IPNetwork, BlockRow] = {}
         self.used: set[str] = set()
         self.asking: dict[IPAddress, asyncio.Future[Held]] = {}

@@ -18,12 +18,13 @@ from ipam import keys
 from ipam.catalogue import Reserved
 from ipam.errors import AddressTaken, InvalidInput, MoorageError, StoreError, TryAgain
 from ipam.handover import GIVE_UP_WITHIN, hand_over
-from ipam.holdings import HEARD_WITHIN, HeldElsewhere, Holdings, held_by
+from ipam.holdings import HeldElsewhere, Holdings, held_by
 from ipam.keys import Family, IPAddress
 from ipam.pools import Geometry
 from ipam.records import AddressState, Network
 from ipam.refill import REFILL_PATIENCE
 from ipam.shelf import Held
+from ipam.stock import HEARD_WITHIN
 from ipam.store.base import Store
 
 HANDOVER_PATIENCE = 20.0

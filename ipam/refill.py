@@ -88,7 +88,7 @@ class Refill:
             for family in _FAMILIES:
                 if keeps_warm or self._shelf.waiters(network.name, family):
                     pools = self._holdings.catalogue.pools_of(network, family)
-                    warm = network.warm if keeps_warm else 0
+                    warm = self._holdings.stock.wanted(network.name, network.warm) if keeps_warm else 0
                     claims += await self._refill(network, family, pools, room, warm)
         return claims
 

@@ -6,14 +6,16 @@
     plain       a member of nothing until its assignment stands in the store. For everybody, members of other
                 netgroups have no choice.
 
-Both together are what the network keeps warm; how much of it is plain follows from who came of late. Why it is so, and
-what it weakens: docs/decisions/warm-addresses-are-announced.md. Nothing here waits, reads or writes anything.
+Both together are what the network keeps warm; how much of it is plain follows from who came of late. Other nodes hear
+of an announced address a moment after the store. So those are lent first that the store confirmed longest ago, and
+while many come more lie ready, that each lies long enough. Why it is so, and what it weakens:
+docs/decisions/warm-addresses-are-announced.md. Nothing here waits, reads or writes anything.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from ipam.keys import Family
 from ipam.shelf import Shelf
@@ -25,19 +27,40 @@ ONE_IN = 8
 """Of so many warm addresses one is plain where nobody came for it yet, so that the first who does need not wait."""
 
 
+HEARD_WITHIN = 1.0
+"""Seconds from the store's confirmation until every node that is in touch with it has heard, and told its kernel. They
+gather changes for 0.05 s; the rest is for busy machines."""
+
+HIGH_WATER = 2
+"""So many times what a network keeps warm may lie ready: after this a cooled address is freed."""
+
 _KINDS = _ANNOUNCED, _PLAIN = True, False
 
 
 class Stock:
-    """See the module's docstring."""
+    """See the module's docstring. now: seconds; goes on evenly."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, now: Callable[[], float]) -> None:
         self._shelf = shelf
+        self._now = now
+        self._came: defaultdict[str, deque[float]] = defaultdict(deque)
         self._recent: defaultdict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     def note(self, network: str, netgroups: Collection[str]) -> None:
         """A container of the network came that is in these netgroups; () stands for the network's own."""
         self._recent[network].append(not netgroups or network in netgroups)
+
+    def note_add(self, network: str, netgroups: Collection[str]) -> None:
+        """The same, just now."""
+        self.note(network, netgroups)
+        self._came[network].append(self._now())
+
+    def wanted(self, network: str, warm: int) -> int:
+        """How many are to lie ready of a network that keeps ``warm`` ones: as many as came within HEARD_WITHIN."""
+        came = self._came.get(network)
+        while came and came[0] < self._now() - HEARD_WITHIN:
+            came.popleft()
+        return min(max(warm, len(came or ())), HIGH_WATER * warm)
 
     def share(self, network: str, warm: int, *, announced: bool) -> int:
         """How many of the ``warm`` addresses that the network keeps ready are to be announced, or plain."""

@@ -30,13 +30,11 @@ from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Block, Network
 from ipam.refill import Refill
 from ipam.shelf import Held, cooling, netgroups_told
+from ipam.stock import HIGH_WATER
 from ipam.store.base import KeyValue, Store, absent, none_between
 from ipam.writer import GROUP, Outcome, Write, Writer
 
 log = structlog.get_logger(__name__)
-
-HIGH_WATER = 2
-"""A cooled address is freed when this many times the warm target is ready already."""
 
 BLOCKS_AT_ONCE = GROUP // 2
 """Blocks claimed or given back in one group, so that addresses always have room beside them."""

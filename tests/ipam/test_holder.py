@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipam import holder, keys, named, refill, upkeep
+from ipam import holder, keys, named, refill, stock, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
@@ -686,7 +686,7 @@ async def test_a_burst_that_is_put_back_is_trimmed_to_the_high_water_mark_and_st
     await node.start()
     lent = [held for take in await asyncio.gather(*(node.take(net) for _ in range(50))) for held in take]
     node.holder.put_back(lent)
-    await stored_when(store, lambda found: len(found) == 4 * upkeep.HIGH_WATER)
+    await stored_when(store, lambda found: len(found) == 4 * stock.HIGH_WATER)
     await eventually(node.is_quiet)
     before = node.holder.status()["transactions"]
     await asyncio.sleep(0.1)
