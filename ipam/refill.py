@@ -153,9 +153,7 @@ class Refill:
         if network.strict:
             return 0, True
         found = await self._borrowing.find(pool, count)
-        for ip in found.ips:
-            netgroups = self._holdings.stock.netgroups(network.name, pool.family, 0)
-            self._holdings.ask_for(ip, network.name, pool, netgroups)
+        self._ask_for(found.ips, network, pool, 0)
         if found.scarce:
             self._pressure.note_scarcity(pool)
         if len(found.ips) < count and not found.all_round:
@@ -181,10 +179,13 @@ class Refill:
         else:
             for space in spaces:
                 found += space.take(count - len(found), reserved)
-        for ip in found:
-            netgroups = self._holdings.stock.netgroups(network.name, pool.family, warm)
-            self._holdings.ask_for(ip, network.name, pool, netgroups)
+        self._ask_for(found, network, pool, warm)
         return max(count - len(found), 0)
+
+    def _ask_for(self, ips: Sequence[IPAddress], network: Network, pool: Geometry, warm: int) -> None:
+        announcements = self._holdings.stock.announcements(network.name, pool.family, warm, len(ips))
+        for ip, netgroups in zip(ips, announcements, strict=True):
+            self._holdings.ask_for(ip, network.name, pool, netgroups)
 
     async def _look_again(self, pool: Geometry) -> bool:
         """Whether an address in an own block, somebody else's when last heard of, is free now."""

@@ -88,14 +88,21 @@ class Stock:
         """For how many who wait an announced address is none, and nothing else is on its way."""
         return max(self._short(network, family, 0, _PLAIN), 0)
 
-    def netgroups(self, network: str, family: Family, warm: int, times: int = 1) -> tuple[str, ...]:
-        """What the next address that is asked for is announced as; () leaves it plain."""
-        for most in (0, warm):
-            announced = self._short(network, family, most, _ANNOUNCED, times)
-            plain = self._short(network, family, most, _PLAIN, times)
-            if max(announced, plain) > 0:
-                return (network,) if announced >= plain else ()
-        return (network,)
+    def announcements(
+        self, network: str, family: Family, warm: int, count: int, times: int = 1
+    ) -> list[tuple[str, ...]]:
+        """What the next ``count`` addresses that are asked for are announced as; () leaves one plain. Who waits comes
+        first."""
+        waiting = {kind: self._short(network, family, 0, kind) for kind in _KINDS}
+        ready = {kind: self._short(network, family, warm, kind, times) for kind in _KINDS}
+        found: list[tuple[str, ...]] = []
+        for _ in range(count):
+            short = waiting if max(waiting.values()) > 0 else ready
+            kind = max(_KINDS, key=short.__getitem__)
+            waiting[kind] -= 1
+            ready[kind] -= 1
+            found.append((network,) if kind is _ANNOUNCED else ())
+        return found
 
     def _short(self, network: str, family: Family, warm: int, announced: bool, times: int = 1) -> int:
         """Of one kind: who waits, and what may lie ready, without what is there or on its way."""

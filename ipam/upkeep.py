@@ -178,11 +178,11 @@ class Upkeep:
         for held in self._shelf.cooled(self._now()):
             record = held.record
             assert record is not None
-            of = record.network, held.ip.version, self._warm(held), HIGH_WATER
-            missing, _ = self._holdings.stock.missing(*of)
+            of = record.network, held.ip.version, self._warm(held)
+            missing, _ = self._holdings.stock.missing(*of, HIGH_WATER)
             usable = self._holdings.may_be_warm(held) and not held.withdrawn
             if missing and usable and not self._is_reused_last(held):
-                netgroups = self._holdings.stock.netgroups(*of)
+                (netgroups,) = self._holdings.stock.announcements(*of, 1, HIGH_WATER)
                 self._shelf.want(held, warm(self._holdings.node, record.network, record.pool, netgroups))
             else:
                 self._shelf.want(held, None)
