@@ -14,10 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from scapy.layers.inet import UDP
+from scapy.packet import Raw
 
 from moorage.lab import Lab, LabNode
-from tests.cluster.attacking import mark, udp_socket
+from tests.cluster.attacking import Shot, Tally, fire, mark, udp_socket
 from tests.cluster.peers import FABRICS, PORT, Join, Peer, create_networks, peers
+from tests.cluster.tunnel import from_container, network
 from tests.patience import PATIENCE
 from tests.system.conftest import eventually
 
@@ -35,6 +38,9 @@ BUSY = "nn"
 
 ENGINES = ("cni", "net-modules")
 
+WARM = 8
+"""Addresses of each family that a network keeps ready."""
+
 SETTLED = 1.0
 """Seconds after which nothing that was sent still arrives, and every node has heard what the store told."""
 
@@ -47,14 +53,23 @@ CHURNING = 3
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
+    """Two nodes that have used both networks."""
     with Lab(nodes=2) as lab:
         lab.start()
         create_networks(lab.nodes[0], *NETWORKS, BUSY)
-        yield lab
+        with peers(lab) as join:
+            for node in lab.nodes:
+                for name in NETWORKS:
+                    join(node, name)
+            yield lab
 
 
 @pytest.fixture
 def join(lab: Lab) -> Iterator[Join]:
+    """When what lies ready is known everywhere."""
+    for node in lab.nodes:
+        eventually(lambda node=node: stocked(node))
+    time.sleep(SETTLED)
     with peers(lab) as join:
         yield join
 
@@ -62,21 +77,9 @@ def join(lab: Lab) -> Iterator[Join]:
 def stocked(node: LabNode) -> bool:
     """Whether everything is written, and each network's warm addresses lie ready."""
     status = node.ask("status")
-    warm = Counter({(row["network"], row["family"]): 0 for row in status["addresses"]})
-    for row in status["addresses"]:
-        warm[row["network"], row["family"]] += row["count"] if row["state"] == "warm" else 0
-    used = {(network, family) for network in NETWORKS for family in FAMILIES}
-    return status["outbox"] == 0 and all(warm[which] >= 8 for which in used)
-
-
-def ready(lab: Lab, join: Join) -> None:
-    """Both nodes have used both networks, and what is warm is known."""
-    for node in lab.nodes:
-        for network in NETWORKS:
-            join(node, network)
-    for node in lab.nodes:
-        eventually(lambda node=node: stocked(node))
-    time.sleep(SETTLED)
+    warm = {(r["network"], r["family"]): r["count"] for r in status["addresses"] if r["state"] == "warm"}
+    wanted = [(name, family) for name in NETWORKS for family in FAMILIES]
+    return status["outbox"] == 0 and all(warm.get(which, 0) >= WARM for which in wanted)
 
 
 def arrived(pairs: list[tuple[Peer, Peer]], within: float = SETTLED) -> set[tuple[str, str, int]]:
@@ -110,12 +113,11 @@ def test_a_container_started_while_etcd_is_away_reaches_and_is_reached_across_no
     lab: Lab, join: Join, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here, there = lab.nodes
-    ready(lab, join)
-    old = {network: join(there, network) for network in NETWORKS}
+    old = {name: join(there, name) for name in NETWORKS}
     old_red = join(there, "vx", "red")
     lab.etcd.kill()
     try:
-        new = [(join(here, network, engine=engine), engine) for network in NETWORKS for engine in ENGINES]
+        new = [(join(here, name, engine=engine), engine) for name in NETWORKS for engine in ENGINES]
         pairs = [pair for peer, _ in new for pair in both_ways(peer, old[peer.network])]
         found = arrived(pairs)
         with capsys.disabled():
@@ -144,16 +146,45 @@ def test_a_container_started_while_etcd_is_away_reaches_and_is_reached_across_no
     assert not arrived([(red, old["vx"]), (old["vx"], red)])
 
 
+def announced(node: LabNode, name: str) -> dict[int, str]:
+    """A warm address of each family that other nodes know as a member of the network's netgroup."""
+    rows = node.ask("ip", "list", "--node", node.name, "--state", "warm", "--network", name)
+    return {6 if ":" in r["address"] else 4: r["address"] for r in rows if r["netgroups"] == [name]}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nobody_sends_from_a_warm_address_that_other_nodes_know(
+    lab: Lab, join: Join, tally: Tally, name: str
+) -> None:
+    """Containers of another netgroup, on the node that has it and on another, forge it to call members."""
+    warm = announced(lab.nodes[0], name)
+    members = [join(node, name) for node in lab.nodes]
+    for evil in [join(node, name, "red") for node in lab.nodes]:
+        for family in FAMILIES:
+            forged = [calling(evil, member, family, warm[family], "warm") for member in members]
+            truths = [
+                calling(one, other, family, one.ips[family], f"truth {one.node.name}")
+                for one, other in (members, members[::-1])
+            ]
+            result = fire(forged, truths, [member.ear for member in members])
+            tally.judge(f"a warm address, forged on {evil.node.name}", family, FABRICS[name], result)
+
+
+def calling(sender: Peer, target: Peer, family: int, source: str, label: str) -> Shot:
+    packet = network(source, target.ips[family]) / UDP(sport=PORT, dport=PORT) / Raw(mark(label))
+    return Shot(label, lambda: sender.wire.send(from_container(sender, packet)))
+
+
 @contextlib.contextmanager
-def churn(lab: Lab, network: str = BUSY) -> Iterator[None]:
+def churn(lab: Lab) -> Iterator[None]:
     """Containers come and go on all nodes."""
     over = threading.Event()
 
     def work(node: LabNode) -> None:
         while not over.is_set():
             with node.container("churn") as container:
-                container.add(network)
-                container.delete(network)
+                container.add(BUSY)
+                container.delete(BUSY)
 
     threads = [threading.Thread(target=work, args=(node,)) for node in lab.nodes for _ in range(CHURNING)]
     for thread in threads:
@@ -171,31 +202,30 @@ def test_the_first_packet_of_a_new_container_arrives_on_another_node(
 ) -> None:
     """It leaves as soon as the ADD is answered, while other containers come and go on both nodes."""
     here, there = lab.nodes
-    ready(lab, join)
-    far = {network: join(there, network) for network in NETWORKS}
+    far = {name: join(there, name) for name in NETWORKS}
     lost: Counter[tuple[str, int]] = Counter()
     sent: Counter[tuple[str, int]] = Counter()
     with churn(lab):
         for number in range(COUNT):
-            network = NETWORKS[number % len(NETWORKS)]
-            waiting = first_packets(here, far[network], network, str(number))
+            name = NETWORKS[number % len(NETWORKS)]
+            waiting = first_packets(here, far[name], str(number))
             for family in FAMILIES:
-                sent[network, family] += 1
-                lost[network, family] += f"{number} {family}" in waiting
+                sent[name, family] += 1
+                lost[name, family] += f"{number} {family}" in waiting
     with capsys.disabled():
         rows = (f"{n} IPv{f}: {lost[n, f]} of {sent[n, f]}" for n, f in sorted(sent))
         print(f"\n  first packets lost: {'; '.join(rows)}")
     assert not +lost, lost
 
 
-def first_packets(node: LabNode, far: Peer, network: str, label: str) -> set[str]:
+def first_packets(node: LabNode, far: Peer, label: str) -> set[str]:
     """A container sends one in each family as soon as it can; which did not arrive."""
     with node.container("first") as container, contextlib.ExitStack() as stack:
         sockets: dict[int, socket.socket] = {
             family: stack.enter_context(udp_socket(container.namespace, family)) for family in FAMILIES
         }
-        assert container.add(network).exit == 0
-        stack.callback(container.delete, network)
+        assert container.add(far.network).exit == 0
+        stack.callback(container.delete, far.network)
         for family, sender in sockets.items():
             sender.sendto(mark(f"{label} {family}"), (far.ips[family], PORT))
         waiting = {f"{label} {family}" for family in FAMILIES}

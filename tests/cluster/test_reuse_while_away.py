@@ -1,4 +1,5 @@
-"""A node that is cut off from the store judges by what it last heard: so what is released meanwhile is reused last."""
+"""A node that is cut off from the store judges by what it last heard, and is not heard of: what is released meanwhile
+is reused last, and a container that starts on it is said to be unknown."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ SETTLED = 0.5
 """Seconds after which nothing that was sent still arrives."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     """Two nodes whose released addresses are ready again within seconds, and a network that keeps one warm."""
     with Lab(nodes=0) as lab, contextlib.ExitStack() as stack:
@@ -90,3 +91,22 @@ def test_a_released_address_does_not_reach_whom_its_last_owner_could_on_a_node_t
         assert not {ip for peer in front for ip in peer.ips.values()} & set(friend.ips.values())
     finally:
         lab.heal()
+
+
+def test_a_container_that_starts_on_such_a_node_is_said_to_be_unknown_to_others_until_the_cut_is_over(
+    lab: Lab, join: Join
+) -> None:
+    n1, n2 = lab.nodes
+    here = join(n1, "vx", "blue")
+    eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
+    lab.partition(n2, *lab.etcd.members)
+    try:
+        eventually(lambda: not alive(lab, "n2"))
+        late = join(n2, "vx", "front")
+        (said,) = n2.ask("status")["not_known_to_other_nodes_yet"]
+        assert all(part in said for part in (late.id, *late.ips.values()))
+        traced = n1.cli("endpoint", "trace", late.ips[4], here.id, check=False).stdout
+        assert "may be not known to other nodes yet" in traced
+    finally:
+        lab.heal()
+    eventually(lambda: n2.ask("status")["not_known_to_other_nodes_yet"] == [])
