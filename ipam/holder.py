@@ -189,11 +189,11 @@ class Holder:
         when the store does not answer and nothing is warm. Every lent address goes on through
         ``plan_assign`` and ``accept``, or comes back through ``put_back``.
         """
-        network = request.network
+        network, netgroups = request.network, request.members_of
         self._check_giving()
         if request.keeps_warm:
             self._holdings.used.add(network.name)
-            self._holdings.stock.note_add(network.name, request.members_of)
+            self._holdings.stock.note_add(network.name, netgroups)
         pools = self._catalogue.pools_of(network)
         if not pools:
             raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")
@@ -207,11 +207,11 @@ class Holder:
                 lent.append(await self._named.take(ip, request))
             for family in missing:
                 pool = only.name if only is not None and only.family == family else None
-                held = self._shelf.lend(network.name, family, pool, request.members_of)
+                held = self._shelf.lend(network.name, family, pool, netgroups)
                 if held is not None:
                     lent.append(held)
                 else:
-                    waiters.append(Waiter(network.name, family, pool, request.members_of))
+                    waiters.append(Waiter(network.name, family, pool, netgroups))
             if waiters:
                 lent.extend(await self._wait_for(waiters, network))
             self._check_still_held(lent)

@@ -91,7 +91,7 @@ class Held:
 
     def fits(self, netgroups: Collection[str]) -> bool:
         """Whether a container that is in these netgroups may have it: it must not get what it is not in."""
-        return self.record is not None and set(self.record.netgroups) <= set(netgroups)
+        return self.record is not None and all(name in netgroups for name in self.record.netgroups)
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +111,7 @@ class Waiter:
             and record.network == self.network
             and family == self.family
             and self.pool in (None, record.pool)
-            and set(record.netgroups) <= set(self.netgroups)
+            and all(name in self.netgroups for name in record.netgroups)
         )
 
     def is_member_of(self, netgroup: str) -> bool:
