@@ -67,6 +67,11 @@ class Stock:
         plain = self._plain(network, warm)
         return warm - plain if announced else plain
 
+    def most(self, network: str, warm: int, *, announced: bool) -> int:
+        """How many of a kind may lie ready: never fewer than are asked for, which would be freed and asked for anew."""
+        share = self.share(network, warm, announced=announced)
+        return max(HIGH_WATER * share, self.share(network, HIGH_WATER * warm, announced=announced))
+
     def _plain(self, network: str, warm: int) -> int:
         recent = self._recent.get(network)
         if recent is None:

@@ -221,8 +221,8 @@ class Upkeep:
         """How many of its kind may lie ready unasked."""
         if held.record is None:
             return 0
-        share = self._holdings.stock.share
-        return HIGH_WATER * share(held.record.network, self._warm(held), announced=held.is_announced)
+        most = self._holdings.stock.most
+        return most(held.record.network, self._warm(held), announced=held.is_announced)
 
     def _warm(self, held: Held) -> int:
         """How many of its network and family are kept ready. Of borrowed ones, and of a pool under pressure: none."""

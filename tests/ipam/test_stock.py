@@ -7,6 +7,8 @@ from collections.abc import Callable
 from ipaddress import ip_address
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ipam import holdings, named
 from ipam.errors import TryAgain
@@ -81,6 +83,18 @@ def test_what_is_kept_ready_is_divided_by_who_came_of_late(came: str, plain: int
         plain,
         8 - plain,
     )
+
+
+@given(came=st.lists(st.booleans(), max_size=20), target=st.integers(0, 40), more=st.floats(1, HIGH_WATER))
+def test_never_more_of_a_kind_are_asked_for_than_may_lie_ready(
+    came: list[bool], target: int, more: float
+) -> None:
+    stock = the(Shelf())
+    for is_member in came:
+        stock.note("web", () if is_member else OTHERS)
+    for announced in (True, False):
+        asked_for = stock.share("web", int(target * more), announced=announced)
+        assert 0 <= asked_for <= stock.most("web", target, announced=announced)
 
 
 @pytest.mark.parametrize("warm_target", [0, 1, 2, 3, 7])
