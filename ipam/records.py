@@ -159,6 +159,7 @@ class Address(Record, frozen=True, kw_only=True):
     """``addresses/<family>/<hex of ip>``: one IP in use. Its IP is the key, and only the key.
 
     id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
+    netgroups: while it is warm, what other nodes take it for a member of already; ipam/stock.py.
     uid: whom an engine allocated it for. It stays while the address is assigned, until that engine releases it.
     since: wall clock, seconds, of the last change of state.
     """

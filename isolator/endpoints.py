@@ -73,6 +73,9 @@ log = structlog.get_logger(__name__)
 TOMBSTONE_TTL = 120 * 10**9
 """Nanoseconds in which an ADD that was asked for before a DEL is refused (docs/design.md, section 7)."""
 
+KNOWN_WITHIN = 1.0
+"""Seconds from an ADD in which other nodes have usually heard of it; what they have not is told then."""
+
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
 
@@ -143,6 +146,14 @@ class Endpoints:
     def of_ip(self, ip: IPAddress) -> Endpoint | None:
         return next((e for e in self._endpoints.values() if ip in e.ips), None)
 
+    def unknown_to_others(self) -> dict[EndpointKey, list[IPAddress]]:
+        """Endpoints' addresses that other nodes do not know by all their netgroups yet; Holder.unknown_to_others."""
+        found: dict[EndpointKey, list[IPAddress]] = {}
+        for held in self._holder.unknown_to_others():
+            if (endpoint := self.of_ip(held.ip)) is not None and endpoint.state in ADMITTED:
+                found.setdefault(endpoint.key, []).append(held.ip)
+        return found
+
     # -- ADD
 
     async def attach(self, spec: AttachSpec) -> Endpoint:
@@ -166,8 +177,25 @@ class Endpoints:
             if known is None:
                 known = await self._begin(spec, network)
             attached = await self._connect(known, without_cooldown=spec.reservation is not None)
-        asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
+        loop = asyncio.get_running_loop()
+        loop.call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
+        if self._unknown(attached):
+            loop.call_later(KNOWN_WITHIN, self._tell_unknown, attached)
         return attached
+
+    def _unknown(self, endpoint: Endpoint) -> list[IPAddress]:
+        return [ip for ip in endpoint.ips if self._holder.is_unknown_to_others(ip)]
+
+    def _tell_unknown(self, endpoint: Endpoint) -> None:
+        """Only while it is so: usually the store has confirmed by now."""
+        if self._endpoints.get(endpoint.key) is endpoint and (unknown := self._unknown(endpoint)):
+            log.warning(
+                "endpoint is not known to other nodes yet: containers there neither reach it nor are reached",
+                endpoint=str(endpoint.key),
+                ips=[str(ip) for ip in unknown],
+                netgroups=endpoint.netgroups,
+                why=self._holder.problem or "the store has not confirmed it",
+            )
 
     @staticmethod
     def _tell(endpoint: Endpoint, seconds: float) -> None:
@@ -264,7 +292,13 @@ class Endpoints:
         if spec.allocated:
             return self._holder.allocations.lend(spec.ips)
         return await self._holder.take(
-            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
+            AddressRequest(
+                network=network,
+                ips=spec.ips,
+                reservation=spec.reservation,
+                pool=spec.pool,
+                netgroups=netgroups_of(spec),
+            )
         )
 
     async def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:

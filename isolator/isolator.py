@@ -137,6 +137,7 @@ class Isolator:
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
             preloads=not settings.gateway,
+            others_away=lambda: bool(self._cluster.away - {settings.node}),
         )
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
@@ -367,6 +368,10 @@ class Isolator:
             "gateway": self._settings.gateway,
             "endpoints": dict(sorted(states.items())),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
+            "not_known_to_other_nodes_yet": [
+                f"{key} ({', '.join(map(str, ips))})"
+                for key, ips in self._endpoints.unknown_to_others().items()
+            ],
             "journal_rebuilt": self._journal.rebuilt,
             **self._holder.status(),
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},

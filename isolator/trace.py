@@ -1,7 +1,8 @@
 """One node's part in `moorage endpoint trace`: would a packet pass here, and if not, where does it end?
 
-    out    container -> source -> veth -> sending -> forwarding -> route -> fabric -> underlay   of the sender's node
-    in     fabric -> forwarding -> route -> policy -> veth -> container                    of the receiver's node
+    out    container -> source -> veth -> (store ->) sending -> forwarding -> route -> fabric -> underlay   of the
+           sender's node
+    in     fabric -> forwarding -> route -> policy -> veth -> container   of the receiver's node
 
 The packet traced is one from a given address; ``source`` says what the container's kernel takes where nobody bound one.
 Each hop is what the journal and the store say there should be, held against what the kernel has now. Nothing is sent
@@ -109,7 +110,7 @@ class Tracer:
         sender = self._endpoints.of_ip(src) if src is not None else None
         if sender is not None and src is not None:
             container, veth = await self._ends(sender)
-            hops += [container, veth]
+            hops += [container, veth, *self._known(sender, dst)]
             if packet is not None:
                 hops.append(await self._sending(sender, src, dst, packet))
             hops.append(await self._forwarding(dst))
@@ -162,6 +163,19 @@ class Tracer:
         if found.source != src:
             says += f"; only what is bound to {src} comes from there"
         return [self._hop("source", True, says)], str(found.source)
+
+    def _known(self, sender: Endpoint, dst: IPAddress) -> list[Hop]:
+        """Whether other nodes know who sends, where they have to and it is not so."""
+        unknown = self._endpoints.unknown_to_others().get(sender.key, [])
+        if not any(ip.version == dst.version for ip in unknown) or self._endpoints.of_ip(dst) is not None:
+            return []
+        ips = ", ".join(map(str, unknown))
+        says = f"{ips} of {sender.key} is not known to other nodes yet: the store has not confirmed that it is assigned"
+        return [
+            self._hop(
+                "store", False, says, f"see `moorage status` on {self._node} for what the store answers"
+            )
+        ]
 
     async def _sending(self, sender: Endpoint, src: IPAddress, dst: IPAddress, packet: Packet) -> Hop:
         """What the firewall says of a packet before it is judged whom it calls."""

@@ -171,6 +171,11 @@ async def _end_of_ip(store: Store, ip: IPAddress) -> End:
     record = Address.decode(kv.key, kv.value)
     if record.state is not AddressState.ASSIGNED:
         problem = f"{ip} is {record.state.value} on node {record.node}: no container has it"
+        if record.state is not AddressState.COOLING and await store.get(keys.ALIVE + record.node) is None:
+            problem += (
+                f", as far as the store knows; {record.node} is not in touch with it, so a container that was started "
+                "there since may be not known to other nodes yet"
+            )
         return End("nobody", record.node, str(ip), ip.version, problem)
     return _end(ip, record)
 

@@ -541,7 +541,7 @@ class Fabric:
         if not self._catalogue.closed_in(host(ip), pool):
             return True
         holding = self._cluster.holder_of(ip)
-        is_assigned = holding is not None and holding.member is not None
+        is_assigned = holding is not None and holding.is_assigned
         return is_assigned and not self._catalogue.around.is_firm(ip)
 
     def _is_away(self, part: IPNetwork, owner: str) -> bool:
