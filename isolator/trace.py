@@ -309,7 +309,7 @@ class Tracer:
             "forwarding",
             False,
             f"the node does not forward IPv{dst.version}: {dotted} is not 1",
-            f"`sysctl -w {dotted}=1`, and find what switched it off",
+            f"find what switched it off; the agent does `sysctl -w {dotted}=1` within seconds",
         )
 
     def _hop(self, at: str, holds: bool | None, says: str, cure: str = "") -> Hop:

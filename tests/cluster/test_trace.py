@@ -217,15 +217,19 @@ def test_a_rule_of_somebody_elses_that_leads_astray(lab: Lab, pair: Pair) -> Non
     ("setting", "family"), [("net.ipv4.ip_forward", 0), ("net.ipv6.conf.all.forwarding", 2)]
 )
 def test_a_node_that_does_not_forward(lab: Lab, pair: Pair, setting: str, family: int) -> None:
-    node = lab.nodes[1].namespace
-    node.run("sysctl", "-qw", f"{setting}=0")
-    try:
+    def names_it() -> bool:
+        # The agent switches it on again, so it may be in time.
+        lab.nodes[1].namespace.run("sysctl", "-qw", f"{setting}=0")
         found = trace(lab, f"{pair[0].id}/eth0", f"{pair[1].id}/eth0")
-        (first, *_) = (hop for hop in found["ways"][family]["hops"] if hop["holds"] is False)
-        assert (first["node"], first["at"]) == ("n2", "forwarding")
-        assert f"sysctl -w {setting}=1" in first["cure"]
-    finally:
-        node.run("sysctl", "-qw", f"{setting}=1")
+        first = next((hop for hop in found["ways"][family]["hops"] if hop["holds"] is False), None)
+        return (
+            first is not None
+            and (first["node"], first["at"]) == ("n2", "forwarding")
+            and f"sysctl -w {setting}=1" in first["cure"]
+        )
+
+    eventually(names_it)
+    eventually(lambda: lab.nodes[1].namespace.run("sysctl", "-n", setting).stdout.strip() == "1")
 
 
 def test_a_tunnel_that_leads_to_another_machine(lab: Lab, pair: Pair) -> None:
