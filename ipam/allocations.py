@@ -15,11 +15,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ipam.errors import NotAllocated
-from ipam.holdings import Holdings, cooling, given
+from ipam.holdings import Holdings, given
 from ipam.journal import AddressRow
 from ipam.keys import IPAddress
 from ipam.records import Address, AddressState, Label
-from ipam.shelf import Held
+from ipam.shelf import Held, cooling
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Where the address is chosen: pure decisions over blocks and what is known of them.
 
-A node takes addresses from its own blocks, in the order of the network's pools. Inside a block the
-address that was released longest ago comes first, so a just-released one is reused last. When its
+A node takes addresses from its own blocks, in the order of the network's pools. Inside a block those
+come first that nobody had since the agent runs, then the address that was released longest ago. When its
 blocks are used up, the node claims another, looking from a place that its name hashes to: nodes then
 rarely look at the same block. Where no block is left either: ipam/borrowing.py.
 """
@@ -22,12 +22,12 @@ class BlockSpace:
     def __init__(self, pool: Geometry, block: IPNetwork, held: Collection[IPAddress]) -> None:
         self.pool = pool
         self.block = block
-        # A dictionary is a queue in which any member is found at once.
+        # A dictionary is a queue in which any member is found at once. To when it was given back; 0 is not known.
         dynamic = list(pool.dynamic_in(block))
         self._size = len(dynamic)
         self._version = block.version
         self._ends = int(block.network_address), int(block.broadcast_address)
-        self._free = dict.fromkeys(ip for ip in dynamic if ip not in held)
+        self._free = dict.fromkeys((ip for ip in dynamic if ip not in held), 0)
 
     def __contains__(self, ip: IPAddress) -> bool:
         """Whether ``ip`` lies in the block. Asked of every block for every address that comes or goes."""
@@ -48,20 +48,25 @@ class BlockSpace:
             del self._free[ip]
         return taken
 
+    def oldest(self, count: int, reserved: Collection[IPAddress]) -> list[tuple[int, IPAddress]]:
+        """(when it was given back, address) of those that ``take`` would take, longest unused first."""
+        return list(islice(((at, ip) for ip, at in self._free.items() if ip not in reserved), count))
+
     def remove(self, ip: IPAddress) -> None:
         """Somebody holds it now."""
         self._free.pop(ip, None)
 
-    def give_back(self, ip: IPAddress) -> None:
-        """Nobody holds it any more: it is reused last."""
+    def give_back(self, ip: IPAddress, at: int) -> None:
+        """Nobody holds it any more: it is reused last. at: grows from one to the next, in all blocks."""
         if self.pool.dynamic(ip):
-            self._free.setdefault(ip)
+            self._free.setdefault(ip, at)
 
     def reshaped(self, pool: Geometry, held: Collection[IPAddress]) -> BlockSpace:
         """The same block after its pool was changed; what was released longest ago still comes first."""
         space = BlockSpace(pool, self.block, held)
-        known = [ip for ip in self._free if ip in space._free]
-        space._free = dict.fromkeys(known) | space._free
+        known = {ip: at for ip, at in self._free.items() if ip in space._free}
+        fresh = {ip: at for ip, at in space._free.items() if ip not in known}
+        space._free = fresh | known
         return space
 
 

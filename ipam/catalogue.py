@@ -248,6 +248,14 @@ class Catalogue:
         found = (self._pools.get(name) for name in network.pools)
         return [p for p in found if p is not None and family in (None, p.family)]
 
+    def cidrs_of(self, network: Network, families: Collection[Family]) -> tuple[IPNetwork, ...]:
+        """The network's pools in its order, whole, disabled ones too: what is assigned of those stays."""
+        return tuple(pool.cidr for pool in self.pools_of(network) if pool.family in families)
+
+    def wholly_known(self, name: str) -> Network | None:
+        """A network all of whose pools are known; None of one that is not known, or not wholly."""
+        return self._networks[name] if self._knows(name) else None
+
     def pool_of(self, ip: IPAddress) -> Geometry | None:
         return next((p for p in self._pools.values() if ip in p.cidr), None)
 

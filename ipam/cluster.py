@@ -8,7 +8,10 @@ lie in the slice of their pool that is or could be a block, as offset -> an inte
 Two kinds of news come out of it, each told once per batch of changes, and on_members already while they are listed:
 
     on_topology(nodes)   the facts, blocks or strays of these nodes are different
-    on_members(changes)  these addresses were assigned, changed netgroups, or are assigned no more
+    on_members(changes)  these addresses are somebody's, of other netgroups, or nobody's any more
+
+Somebody's is also what is announced: no container has it yet, and one that gets it is a member of these netgroups
+(ipam/stock.py). Nobody can send from it before.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from ipam.sync import REWIND_GRACE
 
 log = structlog.get_logger(__name__)
 
-FOLLOWED = (keys.NODES, keys.BLOCKS, keys.ADDRESSES)
+FOLLOWED = (keys.NODES, keys.ALIVE, keys.BLOCKS, keys.ADDRESSES)
 
 INTERN_AT_LEAST = 4096
 """Distinct holdings that are kept before those that no address has any more are looked for."""
@@ -51,19 +54,25 @@ class Member(NamedTuple):
     """Whom an assigned address belongs to, as far as isolation has to know.
 
     netgroups: as recorded; () stands for the network's default. own: it is the node's own, no container's.
+    announced: nobody has it yet, and who gets it is in these netgroups.
     """
 
     node: str
     network: str
     netgroups: tuple[str, ...]
     own: bool = False
+    announced: bool = False
 
 
 class Holding(NamedTuple):
-    """One address: who holds it. member: set while it is assigned."""
+    """One address: who holds it. member: set while it is assigned or announced."""
 
     node: str
     member: Member | None
+
+    @property
+    def is_assigned(self) -> bool:
+        return self.member is not None and not self.member.announced
 
 
 class _Record(msgspec.Struct):
@@ -135,6 +144,8 @@ class Cluster:
         self._grace: asyncio.TimerHandle | None = None
         self._is_over = False
         self._removed: set[str] = set()
+        self._alive: set[str] = set()
+        self._away: set[str] = set()
         self.listed = asyncio.Event()
 
     # -- looking in
@@ -147,6 +158,11 @@ class Cluster:
     def removed(self) -> frozenset[str]:
         """Nodes that the store told the removal of, since it was last known to have gone back in time."""
         return frozenset(self._removed)
+
+    @property
+    def away(self) -> set[str]:
+        """Registered nodes, of those that run containers, without a sign of life in the store."""
+        return self._away if self.listed.is_set() else set()
 
     @property
     def is_settled(self) -> bool:
@@ -187,11 +203,11 @@ class Cluster:
         return [
             _ip(block.version, piece.base + offset)
             for offset, holding in piece.held.items()
-            if holding.member is not None and holding.node == piece.owner and piece.base + offset in within
+            if holding.is_assigned and holding.node == piece.owner and piece.base + offset in within
         ]
 
     def members(self) -> Iterator[tuple[IPAddress, Member]]:
-        """Every assigned address."""
+        """Every assigned address, and every announced one."""
         for family, slices in self._slices.items():
             for piece in slices.values():
                 for offset, holding in piece.held.items():
@@ -278,30 +294,36 @@ class Cluster:
             # Page by page: news of a hundred thousand addresses at once would be larger than what is kept of them.
             self._tell_members()
             revision = page.revision
-        for key in gone if forgets else ():
+        # Who lives is said anew every few seconds; a store that went back in time knows it as well as before.
+        for key in gone if forgets or prefix == keys.ALIVE else ():
             self._apply(key, None)
         return revision
 
     def _takes_a_member(self, kv: KeyValue) -> bool:
-        """Whether an address is that of the same node as before, and not assigned any more, or not yet again."""
+        """Whether an address is that of the same node as before, and not assigned any more, or not yet again; or not
+        announced any more."""
         if not kv.key.startswith(keys.ADDRESSES):
             return False
         try:
-            ip, record = keys.ip_of(kv.key), _decode_address(kv.value)
+            ip, found = keys.ip_of(kv.key), self._holding(kv)
         except (StoreError, msgspec.MsgspecError):
             return False
         known = self.holder_of(ip)
         return (
             known is not None
             and known.member is not None
-            and known.node == record.node
-            and record.state != AddressState.ASSIGNED
+            and known.node == found.node
+            and not found.is_assigned
+            and (known.is_assigned or found.member is None)
         )
 
     def _known(self, prefix: str) -> Iterator[str]:
         """The keys below a prefix that something is known of."""
         if prefix == keys.NODES:
             yield from (prefix + name for name in self._nodes)
+            return
+        if prefix == keys.ALIVE:
+            yield from (prefix + name for name in self._alive)
             return
         if prefix == keys.BLOCKS:
             yield from (f"{prefix}{family}/{keys.hex_of(base, family)}" for family, base in self._unplaced)
@@ -337,6 +359,8 @@ class Cluster:
         try:
             if key.startswith(keys.ADDRESSES):
                 self._put(*_place(key), None if kv is None else self._holding(kv))
+            elif key.startswith(keys.ALIVE):
+                self._set_alive(key.removeprefix(keys.ALIVE), alive=kv is not None)
             elif key.startswith(keys.BLOCKS):
                 owner = "" if kv is None else Block.decode(key, kv.value).node
                 self._set_owner(*_place(key), owner)
@@ -352,6 +376,8 @@ class Cluster:
         if record.state == AddressState.ASSIGNED:
             own = record.engine == NODE_ENGINE
             member = Member(record.node, record.network, tuple(record.netgroups), own)
+        elif record.state != AddressState.COOLING and record.netgroups:
+            member = Member(record.node, record.network, tuple(record.netgroups), announced=True)
         found = Holding(record.node, member)
         return self._interned.get(found) or self._intern(found)
 
@@ -370,7 +396,7 @@ class Cluster:
             if netgroups is None:
                 netgroups = tuple(map(sys.intern, member.netgroups))
                 self._netgroups[netgroups] = netgroups
-            member = Member(node, sys.intern(member.network), netgroups, member.own)
+            member = Member(node, sys.intern(member.network), netgroups, member.own, member.announced)
         holding = Holding(node, member)
         self._interned[holding] = holding
         return holding
@@ -385,6 +411,13 @@ class Cluster:
             self._nodes[name] = node
             self._removed.discard(name)
         self._changed_nodes.add(name)
+        self._set_alive(name, alive=name in self._alive)
+
+    def _set_alive(self, name: str, *, alive: bool) -> None:
+        (self._alive.add if alive else self._alive.discard)(name)
+        node = self._nodes.get(name)
+        is_away = node is not None and not node.gateway and not alive
+        (self._away.add if is_away else self._away.discard)(name)
 
     def _set_owner(self, family: Family, base: int, owner: str) -> None:
         piece = self._slice(family, base)

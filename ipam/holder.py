@@ -24,7 +24,7 @@ from ipam.allocations import Allocations
 from ipam.catalogue import Catalogue
 from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
-from ipam.holdings import Conflict, Holdings, cooling, given
+from ipam.holdings import Conflict, Holdings, given
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
 from ipam.named import AddressRequest, Named
@@ -34,7 +34,7 @@ from ipam.pressure import Generosity
 from ipam.records import AddressState, Intent, Label, Network
 from ipam.refill import REFILL_PATIENCE
 from ipam.return_block import return_block
-from ipam.shelf import Held, Waiter
+from ipam.shelf import Held, Waiter, cooling, netgroups_told
 from ipam.store.base import Store
 from ipam.sync import IsLive, SyncReport, sync
 from ipam.upkeep import Upkeep
@@ -66,7 +66,8 @@ class Holder:
 
     is_live: asked, when syncing, whether an endpoint carries an address that the journal does not know.
     on_conflict: told when the store names another owner for an address that an endpoint uses.
-    cooldown: seconds. preloads: not on a node that runs no containers.
+    cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
+    in touch with the store.
     """
 
     def __init__(
@@ -82,13 +83,16 @@ class Holder:
         on_conflict: Callable[[Conflict], None],
         cooldown: float = COOLDOWN,
         preloads: bool = True,
+        others_away: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._is_live = is_live
         outage = Outage(self._on_away)
         self._writer = Writer(store, node, instance, boot_id, outage)
-        self._holdings = Holdings(node, catalogue, journal, outage, on_conflict, cooldown, preloads)
+        self._holdings = Holdings(
+            node, catalogue, journal, outage, on_conflict, cooldown, preloads, others_away
+        )
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings)
         self._named = Named(store, self._holdings)
@@ -185,10 +189,11 @@ class Holder:
         when the store does not answer and nothing is warm. Every lent address goes on through
         ``plan_assign`` and ``accept``, or comes back through ``put_back``.
         """
-        network = request.network
+        network, netgroups = request.network, request.members_of
         self._check_giving()
         if request.keeps_warm:
             self._holdings.used.add(network.name)
+            self._holdings.stock.note_add(network.name, netgroups)
         pools = self._catalogue.pools_of(network)
         if not pools:
             raise TryAgain(f"the pools of network {network.name} are gone; see `moorage network list`")
@@ -202,11 +207,11 @@ class Holder:
                 lent.append(await self._named.take(ip, request))
             for family in missing:
                 pool = only.name if only is not None and only.family == family else None
-                held = self._shelf.lend(network.name, family, pool)
+                held = self._shelf.lend(network.name, family, pool, netgroups)
                 if held is not None:
                     lent.append(held)
                 else:
-                    waiters.append(Waiter(network.name, family, pool))
+                    waiters.append(Waiter(network.name, family, pool, netgroups))
             if waiters:
                 lent.extend(await self._wait_for(waiters, network))
             self._check_still_held(lent)
@@ -391,6 +396,21 @@ class Holder:
     def assigned(self) -> dict[IPAddress, Held]:
         """Every address that is assigned here."""
         return {ip: held for ip, held in self._shelf.held.items() if held.state is AddressState.ASSIGNED}
+
+    def unknown_to_others(self) -> list[Held]:
+        """Containers' addresses of which other nodes do not know all netgroups yet: the store has not confirmed the
+        record, and what it had before does not say them. After a start without the store: all that is not confirmed."""
+        return [held for held in self._shelf.dirty() if self.is_unknown_to_others(held.ip)]
+
+    def is_unknown_to_others(self, ip: IPAddress) -> bool:
+        """Whether it is one of ``unknown_to_others``."""
+        held = self._shelf.held.get(ip)
+        return (
+            held is not None
+            and held.dirty
+            and held.state is AddressState.ASSIGNED
+            and not set(netgroups_told(held.record)) <= set(held.told)
+        )
 
     def status(self) -> dict[str, object]:
         """Numbers for `moorage status`."""

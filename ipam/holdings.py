@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Network
-from ipam.shelf import Held, Shelf
+from ipam.shelf import Held, Shelf, cooling, netgroups_told
+from ipam.stock import HEARD_WITHIN, Stock
 
 log = structlog.get_logger(__name__)
 
@@ -45,14 +46,16 @@ class Conflict:
     holder: Address
 
 
-def warm(node: str, network: str, pool: str) -> Address:
-    """The record of an address that ``node`` keeps ready."""
-    return Address(pool=pool, state=AddressState.WARM, node=node, network=network, since=time.time())
-
-
-def cooling(record: Address) -> Address:
-    """The record of a released address; it still says who had it, so that a reservation finds its own."""
-    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
+def warm(node: str, network: str, pool: str, netgroups: Collection[str] = ()) -> Address:
+    """The record of an address that ``node`` keeps ready. netgroups: what it is announced as; ipam/stock.py."""
+    return Address(
+        pool=pool,
+        state=AddressState.WARM,
+        node=node,
+        network=network,
+        netgroups=list(netgroups),
+        since=time.time(),
+    )
 
 
 def given(lent: Iterable[Held], state: AddressState, **whose: Any) -> list[AddressRow]:
@@ -106,6 +109,7 @@ class Holdings:
     drained: nothing is given out or kept ready; ipam/drain.py.
     reconsider: what may lie ready here may be different now; upkeep looks at all of it, then takes this back.
     returning: own blocks that an operator wants returned; ipam/return_block.py.
+    others_away: whether a registered node is not in touch with the store; ipam/cluster.py.
     problem: why journal and store have to be made to agree first, "" if they do. outage: how the store answers.
     no_new_until: event loop's clock; before it nothing new is taken from the store.
     """
@@ -119,13 +123,16 @@ class Holdings:
         on_conflict: Callable[[Conflict], None],
         cooldown: float,
         preloads: bool = True,
+        others_away: Callable[[], bool] = lambda: False,
     ) -> None:
         self.node = node
         self.preloads = preloads
+        self.others_away = others_away
         self.catalogue = catalogue
         self.journal = journal
         self.cooldown = cooldown
         self.shelf = Shelf(self.may_be_warm)
+        self.stock = Stock(self.shelf, time.monotonic)
         self.blocks: dict[IPNetwork, BlockRow] = {}
         self.used: set[str] = set()
         self.asking: dict[IPAddress, asyncio.Future[Held]] = {}
@@ -164,6 +171,8 @@ class Holdings:
         self.blocks = {row.block: row for row in self.journal.load_blocks() if row.revision}
         for row in self.journal.load_addresses():
             held = Held(row.ip, row.record, row.revision, row.dirty, journalled=True)
+            # Of one that is dirty nobody remembers what the store had before.
+            held.told = () if held.dirty else netgroups_told(held.record)
             self.shelf.add(held)
             self.note_use(row.record)
             if held.state is AddressState.WARM and not held.dirty and self.serving:
@@ -174,6 +183,8 @@ class Holdings:
         """Containers here have, or had, addresses of that network."""
         if not record.is_nodes_own:
             self.used.add(record.network)
+            if record.state.is_taken:
+                self.stock.note(record.network, record.netgroups)
 
     def keeps_warm(self, network: Network) -> bool:
         """Whether addresses of the network are kept ready here."""
@@ -266,16 +277,17 @@ class Holdings:
         self.shelf.spaces.pop(block, None)
         self._foreign.pop(block, None)
 
-    def ask_for(self, ip: IPAddress, network: str, pool: Geometry) -> Held:
-        """A new entry for an address that shall become warm; the store decides."""
-        held = Held(ip, warm(self.node, network, pool.name), dirty=True)
+    def ask_for(self, ip: IPAddress, network: str, pool: Geometry, netgroups: Collection[str] = ()) -> Held:
+        """A new entry for an address that shall become warm, announced as these; the store decides."""
+        held = Held(ip, warm(self.node, network, pool.name, netgroups), dirty=True)
         self.shelf.add(held)
         return held
 
     def settle(self, held: Held) -> None:
         """The store has confirmed what should be there: start what follows from it."""
         if held.state is AddressState.COOLING:
-            self.shelf.cool(held, asyncio.get_running_loop().time() + self.cooldown)
+            seconds = min(self.cooldown, HEARD_WITHIN) if held.withdrawn else self.cooldown
+            self.shelf.cool(held, asyncio.get_running_loop().time() + seconds)
         elif held.state is AddressState.WARM:
             assert held.record is not None, "what is warm has a record"
             self._exhausted.pop((held.record.network, held.ip.version), None)

@@ -1,6 +1,6 @@
 """Addresses asked for by name: static ones, and those of a reservation.
 
-warm here                     lent at once
+warm here                     lent at once; announced to others than those: once other nodes have heard that it is not
 free                          asked for from the store, for this ADD alone
 cooling here, reserved        taken without a cooldown under the key it was released under
 in use here, reserved         waited for until its container is gone
@@ -24,6 +24,7 @@ from ipam.pools import Geometry
 from ipam.records import AddressState, Network
 from ipam.refill import REFILL_PATIENCE
 from ipam.shelf import Held
+from ipam.stock import HEARD_WITHIN
 from ipam.store.base import Store
 
 HANDOVER_PATIENCE = 20.0
@@ -38,6 +39,7 @@ class AddressRequest:
     reservation: key of a reservation; its addresses, where it has any, are used.
     keeps_warm: whether addresses of the network are kept ready here from now on.
     counts: how many addresses of each family; None is one of each that the network has.
+    netgroups: what who gets them will be a member of; None is the network's own.
     """
 
     network: Network
@@ -46,6 +48,11 @@ class AddressRequest:
     pool: str | None = None
     keeps_warm: bool = True
     counts: Mapping[Family, int] | None = None
+    netgroups: tuple[str, ...] | None = None
+
+    @property
+    def members_of(self) -> tuple[str, ...]:
+        return (self.network.name,) if self.netgroups is None else self.netgroups
 
 
 class Named:
@@ -161,7 +168,8 @@ class Named:
                     continue
             ready = not held.dirty and not held.lent
             if ready and held.state is AddressState.WARM:
-                return self._shelf.lend_this(held)
+                lent = self._shelf.lend_this(held)
+                return lent if lent.fits(request.members_of) else await self._renounced(lent, deadline)
             record = held.record
             if ready and reserved and record is not None and record.reservation == request.reservation:
                 if held.state is AddressState.COOLING:
@@ -176,6 +184,28 @@ class Named:
                     await changed.wait()
             except TimeoutError:
                 raise self._taken(held) from None
+
+    async def _renounced(self, held: Held, deadline: float) -> Held:
+        """A lent address that was announced, once other nodes have heard that it is a member of nothing."""
+        assert held.record is not None, "what is warm has a record"
+        try:
+            if self._holdings.hopeless:
+                raise TryAgain(
+                    f"{held.ip} is known to other nodes as {', '.join(held.record.netgroups)}'s, and the store does "
+                    f"not answer ({self._holdings.hopeless}), so they cannot be told; try again when it does"
+                )
+            self._shelf.want(held, held.record.with_(netgroups=[]))
+            self._holdings.wake.set()
+            async with asyncio.timeout_at(deadline):
+                while held.dirty:
+                    await self._shelf.change_of(held.ip).wait()
+                await asyncio.sleep(HEARD_WITHIN)
+        except BaseException as error:
+            self._shelf.put_back(held)
+            if isinstance(error, TimeoutError):
+                raise TryAgain(f"the store did not answer for {held.ip} in time; try again") from error
+            raise
+        return held
 
     def _taken(self, held: Held) -> MoorageError:
         record = held.record

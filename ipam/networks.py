@@ -18,6 +18,7 @@ from typing import Any
 from ipam import keys
 from ipam.errors import AlreadyExists, Ambiguous, InvalidInput, NotFound, StoreError, TryAgain
 from ipam.isolation import check_isolation
+from ipam.next_hops import choose_next_hop
 from ipam.nodes_networks import NodesNetworks, read_nodes_networks
 from ipam.permissions import check_rules
 from ipam.pool_collisions import check_pool
@@ -125,7 +126,7 @@ def validate(network: Network) -> None:
 
 
 async def create_network(store: Store, network: Network, pools: Sequence[PoolSpec]) -> Network:
-    """Create a network and its pools in one transaction.
+    """Create a network and its pools in one transaction, with a next hop that no other has while there is one.
 
     Raises InvalidInput for nonsense and for pools over nodes' own networks (ipam/pool_collisions.py), AlreadyExists
     naming what it overlaps with or that the name is taken. Nothing is written then.
@@ -156,6 +157,8 @@ async def create_network(store: Store, network: Network, pools: Sequence[PoolSpe
         around = await read_nodes_networks(store)
         for pool in parsed:
             check_pool(geometry(pool), around)
+        # Read after the guard, which every change of networks rewrites: of two at once, one chooses again.
+        record = record.with_(next_hop=choose_next_hop(n.next_hop for n in await _networks(store)))
         result = await store.txn(
             Txn(
                 (_guard(guard), absent(keys.NETWORKS + record.name)),
@@ -188,11 +191,15 @@ async def _pools(store: Store) -> list[tuple[KeyValue, Pool]]:
     return [(kv, Pool.decode(kv.key, kv.value)) for kv in items]
 
 
+async def _networks(store: Store) -> list[Network]:
+    items, _ = await read_prefix(store, keys.NETWORKS)
+    return [Network.decode(kv.key, kv.value) for kv in items]
+
+
 async def list_networks(store: Store) -> list[tuple[Network, list[Pool]]]:
     """All networks with their pools, by name."""
-    items, _ = await read_prefix(store, keys.NETWORKS)
+    networks = await _networks(store)
     pools = {pool.name: pool for _, pool in await _pools(store)}
-    networks = [Network.decode(kv.key, kv.value) for kv in items]
     return [(n, [pools[name] for name in n.pools if name in pools]) for n in networks]
 
 

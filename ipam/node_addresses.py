@@ -101,7 +101,9 @@ class NodeAddresses:
         """Take an address of the first pool that has one."""
         for place, pool in enumerate(pools, start=1):
             network = next(n for n in networks if n.name == pool.network)
-            request = AddressRequest(network, pool=pool.name, keeps_warm=False, counts={family: 1})
+            request = AddressRequest(
+                network, pool=pool.name, keeps_warm=False, counts={family: 1}, netgroups=()
+            )
             try:
                 taken = await self._holder.take(request)
                 break

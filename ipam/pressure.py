@@ -201,7 +201,7 @@ class Generosity:
             if held.record is not None and held.record.pool == pool
         ]
         for held in leaving:
-            self._shelf.want(held, None)
+            self._shelf.withdraw(held)
         blocks = self._holdings.blocks_of(pool)
         self._holdings.hold_back(pool)
         self._holdings.wake.set()
@@ -238,7 +238,7 @@ class Generosity:
         cooled_for_it = record.state is AddressState.COOLING and held.ready_at is not None and same_key
         if record.state is not AddressState.WARM and not cooled_for_it:
             return {"done": False, "why": f"{ip} is {record.state.value} on node {self._holdings.node}"}
-        self._shelf.want(held, None)
+        self._shelf.withdraw(held)
         self._holdings.wake.set()
         await self._until(lambda: self._shelf.held.get(ip) is not held, CONFIRMED_WITHIN)
         gone = self._shelf.held.get(ip) is not held

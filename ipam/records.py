@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 import msgspec
 
 from ipam.errors import StoreError
+from ipam.next_hops import NextHop
 
 
 class Label(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -72,6 +73,8 @@ class Network(Record, frozen=True, kw_only=True):
     max_connections: that each container's interface may have tracked by its node; 0 leaves it to the node.
     allow_*, max_bandwidth: who may ask for what; ipam/permissions.py. Their defaults are what a network allows that was
     written before they were there: what worked then.
+    next_hop: number of the next hop inside its containers (ipam/next_hops.py), chosen when it is created. The default
+    is that of a network that was written before there was a choice.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Network(Record, frozen=True, kw_only=True):
     allow_mac: bool = True
     allow_hostports: list[str] = msgspec.field(default_factory=lambda: ["31000-32000"])
     max_bandwidth: int = 0
+    next_hop: NextHop = 1
 
 
 class Pool(Record, frozen=True, kw_only=True):
@@ -155,6 +159,7 @@ class Address(Record, frozen=True, kw_only=True):
     """``addresses/<family>/<hex of ip>``: one IP in use. Its IP is the key, and only the key.
 
     id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
+    netgroups: while it is warm, what other nodes take it for a member of already; ipam/stock.py.
     uid: whom an engine allocated it for. It stays while the address is assigned, until that engine releases it.
     since: wall clock, seconds, of the last change of state.
     """

@@ -4,6 +4,7 @@ For those who wait, and up to what each network keeps warm, in this order:
 
     free addresses of own blocks
     a block that nobody has, to be claimed first
+    own ones that lie ready for members of other netgroups, once others have heard of that
     single addresses of other nodes' blocks, for who waits only       ipam/borrowing.py
     what other nodes give back when they are asked                    ipam/pressure.py
     none: who waits is told, and who holds what
@@ -23,7 +24,7 @@ from ipam.catalogue import OPERATORS
 from ipam.errors import Exhausted
 from ipam.holdings import Holdings
 from ipam.journal import BlockRow
-from ipam.keys import Family, IPNetwork
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.networks import pool_usage
 from ipam.pools import Geometry
 from ipam.pressure import Pressure, Relief
@@ -87,7 +88,7 @@ class Refill:
             for family in _FAMILIES:
                 if keeps_warm or self._shelf.waiters(network.name, family):
                     pools = self._holdings.catalogue.pools_of(network, family)
-                    warm = network.warm if keeps_warm else 0
+                    warm = self._holdings.stock.wanted(network.name, network.warm) if keeps_warm else 0
                     claims += await self._refill(network, family, pools, room, warm)
         return claims
 
@@ -95,18 +96,18 @@ class Refill:
         self, network: Network, family: Family, pools: Sequence[Geometry], room: int, warm: int
     ) -> list[BlockRow]:
         waiters = self._shelf.waiters(network.name, family)
-        have = self._shelf.warm_count(network.name, family) + self._shelf.coming(network.name, family)
-        need = min(len(waiters) + warm - have, max(room, 0))
-        waiting = min(len(waiters) - have, max(room, 0))
+        need, waiting = (
+            min(count, max(room, 0)) for count in self._holdings.stock.missing(network.name, family, warm)
+        )
         picky = {w.pool for w in waiters if w.pool is not None}
         claims: list[BlockRow] = []
         dry: set[str] = set()
         for pool in (p for p in pools if not p.disabled):
             for_them = sum(1 for w in waiters if w.pool == pool.name) if pool.name in picky else 0
             wanted = max(waiting if self._holdings.is_held_back(pool.name) else need, for_them, 0)
-            missing = self._take(network, pool, wanted)
+            missing = self._take(network, pool, wanted, warm)
             if missing and await self._look_again(pool):
-                missing = self._take(network, pool, missing)
+                missing = self._take(network, pool, missing, warm)
             got = wanted - missing
             need, waiting = need - got, waiting - got
             if missing:
@@ -115,7 +116,8 @@ class Refill:
                     claims.append(BlockRow(block, pool.name, 0))
                     need = waiting = 0
                 elif (starving := min(missing, max(waiting, for_them - got))) > 0:
-                    got, is_dry = await self._borrow(network, pool, starving)
+                    starving -= self._withdraw(network, pool, starving)
+                    got, is_dry = await self._borrow(network, pool, starving) if starving else (0, False)
                     need, waiting = need - got, waiting - got
                     if is_dry:
                         dry.add(pool.name)
@@ -130,6 +132,19 @@ class Refill:
                 await self._give_up(hopeless, network, family, pools, [r for r in reliefs if r])
         return claims
 
+    def _withdraw(self, network: Network, pool: Geometry, count: int) -> int:
+        """Free up to ``count`` addresses that are announced, for those who can have none of these; returns how many
+        are on their way. They are free when other nodes have heard that they are members of nothing."""
+        count = min(count, self._holdings.stock.waits_for_plain(network.name, pool.family))
+        if count <= 0:
+            return 0
+        leaving = [held for held in self._shelf.held.values() if held.withdrawn and held.is_of(pool.name)]
+        ready = [h for h in self._shelf.announced(network.name, pool.family) if h.is_of(pool.name)]
+        for held in ready[: max(count - len(leaving), 0)]:
+            self._shelf.withdraw(held)
+            leaving.append(held)
+        return min(len(leaving), count)
+
     async def _borrow(self, network: Network, pool: Geometry, count: int) -> tuple[int, bool]:
         """Take up to ``count`` addresses of other nodes' blocks for who waits.
 
@@ -138,25 +153,39 @@ class Refill:
         if network.strict:
             return 0, True
         found = await self._borrowing.find(pool, count)
-        for ip in found.ips:
-            self._holdings.ask_for(ip, network.name, pool)
+        self._ask_for(found.ips, network, pool, 0)
         if found.scarce:
             self._pressure.note_scarcity(pool)
         if len(found.ips) < count and not found.all_round:
             self._holdings.wake.set()  # there is more to look at, once what was found is written
         return len(found.ips), found.all_round and not found.ips
 
-    def _take(self, network: Network, pool: Geometry, count: int) -> int:
-        """Take ``count`` free addresses of own blocks of ``pool``; returns how many are missing."""
+    def _take(self, network: Network, pool: Geometry, count: int, warm: int) -> int:
+        """Take ``count`` free addresses of own blocks of ``pool``; returns how many are missing.
+
+        One block after the other, so that the last ones can be given back; while a node is away the longest unused
+        of all of them (docs/decisions/reuse-while-a-node-is-away.md).
+        """
         reserved = self._holdings.catalogue.reserved_ips()
-        for space in self._shelf.spaces.values():
-            if count <= 0:
-                break
-            if space.pool.name == pool.name and space.block not in self._holdings.returning:
-                for ip in space.take(count, reserved):
-                    self._holdings.ask_for(ip, network.name, pool)
-                    count -= 1
-        return max(count, 0)
+        spaces = [
+            space
+            for space in self._shelf.spaces.values()
+            if space.pool.name == pool.name and space.block not in self._holdings.returning
+        ]
+        found: list[IPAddress] = []
+        if self._holdings.others_away():
+            free = [candidate for space in spaces for candidate in space.oldest(max(count, 0), reserved)]
+            found = [ip for _, ip in sorted(free, key=lambda candidate: candidate[0])[: max(count, 0)]]
+        else:
+            for space in spaces:
+                found += space.take(count - len(found), reserved)
+        self._ask_for(found, network, pool, warm)
+        return max(count - len(found), 0)
+
+    def _ask_for(self, ips: Sequence[IPAddress], network: Network, pool: Geometry, warm: int) -> None:
+        announcements = self._holdings.stock.announcements(network.name, pool.family, warm, len(ips))
+        for ip, netgroups in zip(ips, announcements, strict=True):
+            self._holdings.ask_for(ip, network.name, pool, netgroups)
 
     async def _look_again(self, pool: Geometry) -> bool:
         """Whether an address in an own block, somebody else's when last heard of, is free now."""
@@ -167,7 +196,7 @@ class Refill:
             for ip in [ip for ip in foreign if keys.address_key(ip) not in held]:
                 foreign.discard(ip)
                 if ip not in self._shelf.held:
-                    space.give_back(ip)
+                    self._shelf.give_back(ip)
                     found = True
         return found
 

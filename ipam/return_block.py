@@ -41,7 +41,7 @@ async def return_block(
     try:
         for held in list(holdings.shelf.held.values()):
             if held.state is AddressState.WARM and held.ip.version == block.version and held.ip in block:
-                holdings.shelf.want(held, None)
+                holdings.shelf.withdraw(held)
         holdings.wake.set()
         on_returning()
         with contextlib.suppress(TimeoutError):

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -27,6 +28,20 @@ from ipam.allocator import BlockSpace
 from ipam.errors import MoorageError
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.records import Address, AddressState
+
+
+def cooling(record: Address) -> Address:
+    """The record of a released address; it still says who had it, so that a reservation finds its own."""
+    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
+
+
+def netgroups_told(record: Address | None) -> tuple[str, ...]:
+    """What other nodes take an address for a member of that has this record in the store."""
+    if record is None or record.state is AddressState.COOLING or record.is_nodes_own:
+        return ()
+    if record.state is AddressState.ASSIGNED and not record.netgroups:
+        return (record.network,)
+    return tuple(record.netgroups)
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +56,8 @@ class Held:
     forgotten: the journal has it as an address that nobody may use, because it is being given away.
     lent: an ADD is about to use it.
     ready_at: for cooling ones, when the cooldown is over (event loop's clock); None until confirmed.
+    withdrawn: it cools although nobody had it, until other nodes have heard that it is a member of nothing.
+    told: what other nodes take it for a member of, by what the store has confirmed last.
     """
 
     ip: IPAddress
@@ -52,6 +69,8 @@ class Held:
     leaving: Address | None = None
     lent: bool = False
     ready_at: float | None = None
+    withdrawn: bool = False
+    told: tuple[str, ...] = ()
 
     @property
     def state(self) -> AddressState | None:
@@ -62,14 +81,28 @@ class Held:
         """On its way from free to warm."""
         return self.dirty and self.revision == 0 and self.state is AddressState.WARM
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether it is warm for members of certain netgroups only, as which other nodes know it; ipam/stock.py."""
+        return self.record is not None and self.state is AddressState.WARM and bool(self.record.netgroups)
+
+    def is_of(self, pool: str) -> bool:
+        return self.record is not None and self.record.pool == pool
+
+    def fits(self, netgroups: Collection[str]) -> bool:
+        """Whether a container that is in these netgroups may have it: it must not get what it is not in."""
+        return self.record is not None and all(name in netgroups for name in self.record.netgroups)
+
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """An ADD that found no warm address. pool: the only pool it may come from, None for any."""
+    """An ADD that found no warm address. pool: the only pool it may come from, None for any. netgroups: of the
+    container that is to have it."""
 
     network: str
     family: Family
     pool: str | None
+    netgroups: Collection[str] = ()
     granted: asyncio.Future[Held] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def accepts(self, record: Address, family: Family) -> bool:
@@ -78,7 +111,11 @@ class Waiter:
             and record.network == self.network
             and family == self.family
             and self.pool in (None, record.pool)
+            and all(name in self.netgroups for name in record.netgroups)
         )
+
+    def is_member_of(self, netgroup: str) -> bool:
+        return netgroup in self.netgroups
 
 
 class Shelf:
@@ -118,9 +155,13 @@ class Shelf:
         self._dirty.pop(held.ip, None)
         self._unqueue(held)
         if reusable:
-            for space in self._spaces_of(held.ip):
-                space.give_back(held.ip)
+            self.give_back(held.ip)
         self.announce(held.ip)
+
+    def give_back(self, ip: IPAddress) -> None:
+        """Nobody holds it any more."""
+        for space in self._spaces_of(ip):
+            space.give_back(ip, next(self._tie))
 
     def _spaces_of(self, ip: IPAddress) -> Iterator[BlockSpace]:
         return (space for space in self.spaces.values() if ip in space)
@@ -135,12 +176,22 @@ class Shelf:
         held.record = record
         held.dirty = True
         held.ready_at = None
+        held.withdrawn = False
         self._dirty.pop(held.ip, None)
         self._dirty[held.ip] = held
+
+    def withdraw(self, held: Held) -> None:
+        """A warm address is nobody's any more; one that was announced only when others have heard that it is none."""
+        if held.is_announced and held.record is not None and held.revision:
+            self.want(held, cooling(held.record))
+            held.withdrawn = True
+        else:
+            self.want(held, None)
 
     def confirm(self, held: Held, revision: int, sent: Address | None) -> bool:
         """``sent`` now stands in the store; returns whether that is what should."""
         held.revision = revision
+        held.told = netgroups_told(sent)
         if held.record is not sent:
             return False
         held.dirty = False
@@ -165,7 +216,7 @@ class Shelf:
         if record is None or held.lent or self.held.get(held.ip) is not held:
             return
         if not self._may_be_warm(held):
-            self.want(held, None)
+            self.withdraw(held)
             return
         queue = self._warm[record.network, held.ip.version]
         if held in queue:
@@ -179,13 +230,23 @@ class Shelf:
         queue.append(held)
         self._arrived.add(held)
 
-    def lend(self, network: str, family: Family, pool: str | None) -> Held | None:
-        """The warm address that was released longest ago, if there is one."""
+    def lend(
+        self, network: str, family: Family, pool: str | None, netgroups: Collection[str] = ()
+    ) -> Held | None:
+        """A warm address for a container that is in these netgroups: one that other nodes know already if there is
+        one. Of those the one that the store confirmed longest ago, since others hear of it a moment later."""
+        plain = None
         for held in self._warm[network, family]:
-            fits = pool is None or (held.record is not None and held.record.pool == pool)
-            if fits and self._may_be_warm(held):
+            if (
+                not (pool is None or held.is_of(pool))
+                or not held.fits(netgroups)
+                or not self._may_be_warm(held)
+            ):
+                continue
+            if held.is_announced:
                 return self.lend_this(held)
-        return None
+            plain = plain or held
+        return None if plain is None else self.lend_this(plain)
 
     def lend_this(self, held: Held) -> Held:
         self._unqueue(held)
@@ -222,15 +283,21 @@ class Shelf:
     def waiters(self, network: str, family: Family) -> list[Waiter]:
         return [w for w in self._waiters if (w.network, w.family) == (network, family)]
 
-    def warm_count(self, network: str, family: Family) -> int:
-        return len(self._warm[network, family])
+    def warm_count(self, network: str, family: Family, announced: bool | None = None) -> int:
+        """announced: only those that are, or that are not."""
+        queue = self._warm[network, family]
+        return len(queue) if announced is None else sum(held.is_announced is announced for held in queue)
+
+    def announced(self, network: str, family: Family) -> list[Held]:
+        """The announced ones of those that are warm, longest unused first."""
+        return [held for held in self._warm[network, family] if held.is_announced]
 
     def queues(self) -> list[tuple[str, list[Held]]]:
         """(network, warm addresses of one family) of every queue, longest unused first."""
         return [(network, list(queue)) for (network, _), queue in self._warm.items()]
 
-    def coming(self, network: str, family: Family) -> int:
-        """How many addresses are on their way from free to warm, for anybody."""
+    def coming(self, network: str, family: Family, announced: bool | None = None) -> int:
+        """How many addresses are on their way from free to warm, for anybody. announced: as in ``warm_count``."""
         return sum(
             1
             for held in self._dirty.values()
@@ -239,6 +306,7 @@ class Shelf:
             and held.ip.version == family
             and held.record is not None
             and held.record.network == network
+            and announced in (None, held.is_announced)
         )
 
     def arrivals(self) -> set[Held]:

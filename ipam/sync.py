@@ -21,12 +21,12 @@ import structlog
 
 from ipam import keys
 from ipam.errors import StoreError, TryAgain
-from ipam.holdings import Holdings, cooling
+from ipam.holdings import Holdings
 from ipam.journal import BlockRow
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
-from ipam.shelf import Held
+from ipam.shelf import Held, cooling, netgroups_told
 from ipam.store.base import KeyValue, Store, prefix_end, read_prefix, read_range, scan
 from ipam.writer import Writer
 
@@ -178,7 +178,7 @@ def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncRepor
             report.lost.append(held.ip)
             holdings.lose(held, record)
         elif held.record != record:
-            held.revision = revision
+            held.revision, held.told = revision, netgroups_told(record)
             holdings.shelf.want(held, held.record)
         else:
             _confirmed(holdings, held, revision)
@@ -195,7 +195,7 @@ def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
     if _is_taken(held) or (held.lent and held.ip not in holdings.asking):
         # Somebody uses it, or an ADD is about to.
         report.asserted.append(held.ip)
-        held.revision = 0
+        held.revision, held.told = 0, ()
         holdings.shelf.want(held, held.record)
     else:
         holdings.drop(held, reusable=True)
@@ -225,7 +225,7 @@ def _take_over(
     holdings: Holdings, ip: IPAddress, record: Address, revision: int, is_live: IsLive, report: SyncReport
 ) -> None:
     live = is_live(ip, record)
-    held = Held(ip, record, revision)
+    held = Held(ip, record, revision, told=netgroups_told(record))
     holdings.shelf.add(held)
     holdings.note_use(record)
     if live:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,20 +23,18 @@ import structlog
 
 from ipam import keys
 from ipam.errors import AddressTaken, StoreError, TryAgain
-from ipam.holdings import Holdings, cooling, warm
+from ipam.holdings import Holdings, warm
 from ipam.journal import BlockRow
 from ipam.keys import IPNetwork
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Block, Network
 from ipam.refill import Refill
-from ipam.shelf import Held
+from ipam.shelf import Held, cooling, netgroups_told
+from ipam.stock import HIGH_WATER
 from ipam.store.base import KeyValue, Store, absent, none_between
 from ipam.writer import GROUP, Outcome, Write, Writer
 
 log = structlog.get_logger(__name__)
-
-HIGH_WATER = 2
-"""A cooled address is freed when this many times the warm target is ready already."""
 
 BLOCKS_AT_ONCE = GROUP // 2
 """Blocks claimed or given back in one group, so that addresses always have room beside them."""
@@ -179,16 +178,30 @@ class Upkeep:
         for held in self._shelf.cooled(self._now()):
             record = held.record
             assert record is not None
-            family = held.ip.version
-            target = self._most_warm(held)
-            wanted = len(self._shelf.waiters(record.network, family)) + target
-            ready = self._shelf.warm_count(record.network, family) + self._shelf.coming(
-                record.network, family
-            )
-            if ready < wanted and self._holdings.may_be_warm(held):
-                self._shelf.want(held, warm(self._holdings.node, record.network, record.pool))
+            of = record.network, held.ip.version, self._warm(held)
+            missing, _ = self._holdings.stock.missing(*of, HIGH_WATER)
+            usable = self._holdings.may_be_warm(held) and not held.withdrawn
+            if missing and usable and not self._is_reused_last(held):
+                (netgroups,) = self._holdings.stock.announcements(*of, 1, HIGH_WATER)
+                self._shelf.want(held, warm(self._holdings.node, record.network, record.pool, netgroups))
             else:
                 self._shelf.want(held, None)
+
+    def _is_reused_last(self, held: Held) -> bool:
+        """Whether a cooled address goes back to where the longest unused comes first, and another is taken.
+
+        Who is not in touch with the store may still take it for its last owner's
+        (docs/decisions/reuse-while-a-node-is-away.md).
+        """
+        if not self._holdings.others_away():
+            return False
+        reserved = self._holdings.catalogue.reserved_ips()
+        return any(
+            held.is_of(space.pool.name)
+            and space.block not in self._holdings.returning
+            and space.oldest(1, reserved)
+            for space in self._shelf.spaces.values()
+        )
 
     def _drop_unwanted(self) -> None:
         """Warm addresses of pools that were disabled or deleted, that were reserved since, or that are more
@@ -196,14 +209,23 @@ class Upkeep:
         arrived, all_of_them = self._shelf.arrivals(), self._holdings.reconsider
         self._holdings.reconsider = False
         for _, queue in self._shelf.queues():
-            for place, held in enumerate(queue):
+            before = Counter[bool]()
+            for held in queue:
+                place, before[held.is_announced] = before[held.is_announced], before[held.is_announced] + 1
                 if not (all_of_them or held in arrived):
                     continue
                 if place >= self._most_warm(held) or not self._holdings.may_be_warm(held):
-                    self._shelf.want(held, None)
+                    self._shelf.withdraw(held)
 
     def _most_warm(self, held: Held) -> int:
-        """How many of its kind may lie ready unasked. Borrowed ones, and those of a pool under pressure: none."""
+        """How many of its kind may lie ready unasked."""
+        if held.record is None:
+            return 0
+        most = self._holdings.stock.most
+        return most(held.record.network, self._warm(held), announced=held.is_announced)
+
+    def _warm(self, held: Held) -> int:
+        """How many of its network and family are kept ready. Of borrowed ones, and of a pool under pressure: none."""
         network = self._network(held.record.network) if held.record else None
         if network is None or held.record is None or self._holdings.drained:
             return 0
@@ -211,7 +233,7 @@ class Upkeep:
             return 0
         if self._holdings.is_stray(held.ip) or self._holdings.is_held_back(held.record.pool):
             return 0
-        return network.warm * HIGH_WATER
+        return network.warm
 
     def _network(self, name: str) -> Network | None:
         return next((n for n in self._holdings.catalogue.networks() if n.name == name), None)
@@ -320,7 +342,7 @@ class Upkeep:
         elif outcome.found is not None:
             self._apply_found(held, outcome.found)
         elif held.state in (AddressState.ALLOCATED, AddressState.ASSIGNED, AddressState.COOLING):
-            held.revision = 0
+            held.revision, held.told = 0, ()
         elif change.write.guards and held.ip in holdings.keyed:
             pass  # reserved, and asked for with its key while the refill was on its way: asked for once more
         else:
@@ -345,7 +367,7 @@ class Upkeep:
                 holdings.drop(held, reusable=False)
                 holdings.foreign(held.ip)
             return
-        asked_for, held.revision = held.is_asked_for, kv.mod_revision
+        asked_for, held.revision, held.told = held.is_asked_for, kv.mod_revision, netgroups_told(found)
         if found.node != holdings.node:
             holdings.lose(held, found)
         elif asked_for:

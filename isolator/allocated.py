@@ -169,6 +169,7 @@ class Allocated:
                 reservation=spec.reservation,
                 pool=spec.pool,
                 counts=spec.counts,
+                netgroups=netgroups_of(spec),
             )
         )
         reached("allocate:lent")

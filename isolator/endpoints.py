@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import errno
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
-from ipam.keys import IPAddress
+from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.named import AddressRequest
 from ipam.netgroups import Netgroup
 from ipam.networks import MTU
@@ -72,6 +73,9 @@ log = structlog.get_logger(__name__)
 TOMBSTONE_TTL = 120 * 10**9
 """Nanoseconds in which an ADD that was asked for before a DEL is refused (docs/design.md, section 7)."""
 
+KNOWN_WITHIN = 1.0
+"""Seconds from an ADD in which other nodes have usually heard of it; what they have not is told then."""
+
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
 
@@ -85,7 +89,7 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
 
 
-async def _nothing_to_tell() -> None:
+async def _nothing_to_prepare(_: str) -> None:
     pass
 
 
@@ -93,7 +97,7 @@ class Endpoints:
     """See the module's docstring.
 
     mtu_of: bytes, of networks that do not set their own. tunnel_port: UDP, of this node; no container gets it.
-    tell_networks: has the kernel told of networks that it was not told of yet.
+    prepare: has the kernel told of a network, by its name, if it was not told yet.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Endpoints:
         holder: Holder,
         mtu_of: Callable[[Network], int],
         tunnel_port: int = VXLAN_PORT,
-        tell_networks: Callable[[], Awaitable[None]] = _nothing_to_tell,
+        prepare: Callable[[str], Awaitable[None]] = _nothing_to_prepare,
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
@@ -114,7 +118,7 @@ class Endpoints:
         self._holder = holder
         self._mtu_of = mtu_of
         self._tunnel_port = tunnel_port
-        self._tell_networks = tell_networks
+        self._prepare = prepare
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
@@ -142,6 +146,14 @@ class Endpoints:
     def of_ip(self, ip: IPAddress) -> Endpoint | None:
         return next((e for e in self._endpoints.values() if ip in e.ips), None)
 
+    def unknown_to_others(self) -> dict[EndpointKey, list[IPAddress]]:
+        """Endpoints' addresses that other nodes do not know by all their netgroups yet; Holder.unknown_to_others."""
+        found: dict[EndpointKey, list[IPAddress]] = {}
+        for held in self._holder.unknown_to_others():
+            if (endpoint := self.of_ip(held.ip)) is not None and endpoint.state in ADMITTED:
+                found.setdefault(endpoint.key, []).append(held.ip)
+        return found
+
     # -- ADD
 
     async def attach(self, spec: AttachSpec) -> Endpoint:
@@ -165,8 +177,25 @@ class Endpoints:
             if known is None:
                 known = await self._begin(spec, network)
             attached = await self._connect(known, without_cooldown=spec.reservation is not None)
-        asyncio.get_running_loop().call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
+        loop = asyncio.get_running_loop()
+        loop.call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
+        if self._unknown(attached):
+            loop.call_later(KNOWN_WITHIN, self._tell_unknown, attached)
         return attached
+
+    def _unknown(self, endpoint: Endpoint) -> list[IPAddress]:
+        return [ip for ip in endpoint.ips if self._holder.is_unknown_to_others(ip)]
+
+    def _tell_unknown(self, endpoint: Endpoint) -> None:
+        """Only while it is so: usually the store has confirmed by now."""
+        if self._endpoints.get(endpoint.key) is endpoint and (unknown := self._unknown(endpoint)):
+            log.warning(
+                "endpoint is not known to other nodes yet: containers there neither reach it nor are reached",
+                endpoint=str(endpoint.key),
+                ips=[str(ip) for ip in unknown],
+                netgroups=endpoint.netgroups,
+                why=self._holder.problem or "the store has not confirmed it",
+            )
 
     @staticmethod
     def _tell(endpoint: Endpoint, seconds: float) -> None:
@@ -263,7 +292,13 @@ class Endpoints:
         if spec.allocated:
             return self._holder.allocations.lend(spec.ips)
         return await self._holder.take(
-            AddressRequest(network=network, ips=spec.ips, reservation=spec.reservation, pool=spec.pool)
+            AddressRequest(
+                network=network,
+                ips=spec.ips,
+                reservation=spec.reservation,
+                pool=spec.pool,
+                netgroups=netgroups_of(spec),
+            )
         )
 
     async def _check_ports(self, spec: AttachSpec, lent: Sequence[Held]) -> None:
@@ -299,6 +334,8 @@ class Endpoints:
             port_mappings=spec.port_mappings,
             bandwidth=spec.bandwidth.within(network.max_bandwidth),
             engine_network=spec.engine_network,
+            next_hop=network.next_hop,
+            pools=self._catalogue.cidrs_of(network, {ip.version for ip in ips}),
         )
 
     async def _connect(self, endpoint: Endpoint, *, without_cooldown: bool = False) -> Endpoint:
@@ -326,7 +363,7 @@ class Endpoints:
         """Raises KernelRefused, also if somebody changes the firewall as often as it is restored."""
         for attempts_left in reversed(range(WIRE_ATTEMPTS)):
             try:
-                await self._tell_networks()
+                await self._prepare(endpoint.network)
                 await self._kernel.connect(endpoint, self._isolation(endpoint.network))
             except KernelRefused as error:
                 if not attempts_left or error.errno != errno.ENOENT or await self._policy_is_whole():
@@ -579,6 +616,53 @@ class Endpoints:
     def damaged(self) -> dict[EndpointKey, tuple[str, ...]]:
         """What is not as it should be of endpoints and could not be put back, as sentences."""
         return {key: left for key, left in self._damaged.items() if key in self._endpoints}
+
+    def misrouted(self) -> list[Endpoint]:
+        """Attached endpoints whose containers do not have routes to the pools that their networks have now.
+
+        Those of containers with several first: to them it matters. One whose namespace is not known, or whose
+        network is not wholly known, is left as it is.
+        """
+        wanted: dict[tuple[str, frozenset[Family]], tuple[IPNetwork, ...] | None] = {}
+        found = [
+            endpoint
+            for endpoint in self._endpoints.values()
+            if endpoint.state is EndpointState.ATTACHED
+            and endpoint.netns
+            and self._pools_for(endpoint, wanted) not in (None, endpoint.pools)
+        ]
+        shared = Counter(key.container_id for key in self._endpoints)
+        return sorted(found, key=lambda endpoint: shared[endpoint.key.container_id] == 1)
+
+    def _pools_for(
+        self,
+        endpoint: Endpoint,
+        known: dict[tuple[str, frozenset[Family]], tuple[IPNetwork, ...] | None],
+    ) -> tuple[IPNetwork, ...] | None:
+        """Its network's pools now; None while they are not known. known: what was found for others."""
+        families = frozenset(ip.version for ip in endpoint.ips)
+        if (endpoint.network, families) not in known:
+            network = self._catalogue.wholly_known(endpoint.network)
+            known[endpoint.network, families] = (
+                self._catalogue.cidrs_of(network, families) if network is not None else None
+            )
+        return known[endpoint.network, families]
+
+    async def reroute(self, endpoint: Endpoint) -> bool:
+        """Have its container's routes follow its network's pools; says whether they do.
+
+        Raises KernelRefused, NamespaceGone, NotANamespace, JournalUnwritable.
+        """
+        async with self._locks.of(endpoint.key):
+            pools = self._pools_for(endpoint, {})
+            if self._endpoints.get(endpoint.key) is not endpoint or pools is None:
+                return False
+            if not await self._kernel.reroute(endpoint, pools):
+                return False
+            changed = replace(endpoint, pools=pools)
+            self._journal.save_endpoint(changed)
+            self._endpoints[endpoint.key] = changed
+            return True
 
     async def restore_limits(self) -> None:
         """Put back what somebody took away of the limits on endpoints' traffic."""

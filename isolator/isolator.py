@@ -53,6 +53,7 @@ from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointSta
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
+from isolator.pool_routes import PoolRoutes
 from isolator.recovery import adopted_endpoint, owner_of, recover
 from isolator.store_addresses import StoreAddresses
 from isolator.surrounds import kept
@@ -139,6 +140,7 @@ class Isolator:
             on_conflict=self._on_conflict,
             cooldown=settings.cooldown,
             preloads=not settings.gateway,
+            others_away=lambda: bool(self._cluster.away - {settings.node}),
         )
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
@@ -163,8 +165,9 @@ class Isolator:
             self._holder,
             self._fabric.mtu,
             settings.vxlan_port,
-            lambda: self._neighbours.tell_of_networks(self._cluster),
+            self._prepare,
         )
+        self._pool_routes = PoolRoutes(self._endpoints)
         self.allocated = Allocated(
             self._kernel,
             self._journal,
@@ -275,6 +278,7 @@ class Isolator:
                     ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
                     ("fullness", self._connections.watch),
+                    ("pool routes", self._pool_routes.keep),
                     ("mending", self._mending.run),
                     ("unfinished", self._undo_unfinished),
                     ("cluster", self._cluster.follow),
@@ -358,10 +362,6 @@ class Isolator:
     def known_networks(self) -> list[str]:
         return self._catalogue.names()
 
-    async def gateways(self, driver: str = "routed") -> tuple[str, str]:
-        """The IPv4 and IPv6 gateway that containers of that driver have."""
-        return await self._kernel.gateways(driver)
-
     def endpoints(self) -> list[Endpoint]:
         return self._endpoints.all()
 
@@ -380,6 +380,10 @@ class Isolator:
             "gateway": self._settings.gateway,
             "endpoints": dict(sorted(states.items())),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
+            "not_known_to_other_nodes_yet": [
+                f"{key} ({', '.join(map(str, ips))})"
+                for key, ips in self._endpoints.unknown_to_others().items()
+            ],
             "journal_rebuilt": self._journal.rebuilt,
             **self._holder.status(),
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
@@ -420,6 +424,7 @@ class Isolator:
         self._cluster.pools_changed()
         self._neighbours.on_catalogue()
         self._fabric.networks_changed()
+        self._pool_routes.catalogue_changed()
 
     def _store_rewound(self) -> None:
         self._cluster.start_over()
@@ -454,6 +459,13 @@ class Isolator:
     async def _tell(self) -> None:
         assert self._membership is not None, "start() comes first"
         await self._membership.tell()
+
+    async def _prepare(self, network: str) -> None:
+        """Have the kernel told of a network that is new or different. Raises KernelRefused."""
+        await self._neighbours.tell_of_networks(self._cluster)
+        for known in self._catalogue.networks():
+            if known.name == network:
+                await self._fabric.carry(known)
 
     async def _look_around(self) -> None:
         """What the node's own networks use is no container's, from now on. What cannot be read stays as it was."""
@@ -518,9 +530,9 @@ class Isolator:
         if link is None:
             return False
         key = EndpointKey(record.container_id, record.ifname)
-        driver = next((n.driver for n in self._catalogue.networks() if n.name == record.network), "routed")
+        network = next((n for n in self._catalogue.networks() if n.name == record.network), None)
         adopted = adopted_endpoint(
-            self._endpoints.get(key), ip, record, link, driver, self._boot_id, self._macs.get(link.name)
+            self._endpoints.get(key), ip, record, link, network, self._boot_id, self._macs.get(link.name)
         )
         log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
         self._endpoints.adopt(adopted)
@@ -578,11 +590,11 @@ class Isolator:
         while True:
             await asyncio.sleep(HEAL_EVERY)
             if chains := await self._kernel.wrong_chains():
+                await self._restore_policy()
                 log.warning(
                     "firewall table inet moorage was missing or changed; restored",
-                    chains=[c for c in chains if c],
+                    chains=[chain for chain in chains if chain],
                 )
-                await self._restore_policy()
             if every.is_due():
                 await self._restore_elements()
                 await self._keep_forwarding()
@@ -592,8 +604,8 @@ class Isolator:
     async def _restore_elements(self) -> None:
         """Somebody may have flushed a set and left the table as it is."""
         if wrong := await self._kernel.wrong_sets():
-            log.warning("firewall sets did not hold what they should; restored", sets=sorted(wrong))
             await self._restore_policy()
+            log.warning("firewall sets did not hold what they should; restored", sets=sorted(wrong))
 
     async def _keep_forwarding(self) -> None:
         try:

@@ -39,8 +39,9 @@ from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointStat
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """2: endpoints have port mappings and limits. 3: and what their engine calls the network; addresses may be allocated.
+4: endpoints have a next hop, and the pools that their container has routes to.
 What an earlier version wrote is read as it is, but never the reverse."""
 
 _TABLES = """
@@ -315,6 +316,7 @@ def _decode_endpoint(raw: bytes) -> Endpoint:
             **{name: tuple(fields[name]) for name in ("netgroups", "nameservers", "search")},
             "port_mappings": tuple(map(_port_mapping, fields.get("port_mappings", ()))),
             "bandwidth": msgspec.convert(fields.get("bandwidth", {}), Bandwidth),
+            "pools": tuple(ip_network(cidr) for cidr in fields.get("pools", ())),
         }
     )
 

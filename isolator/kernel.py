@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ipam.keys import Family
+from ipam.keys import Family, IPNetwork
 from ipam.ranges import Ranges
 from isolator import sysctl
 from isolator.drivers import Driver, Repair, Wiring, load_driver
@@ -34,7 +34,7 @@ from isolator.netlink import (
     shaper_links,
     sources,
 )
-from isolator.netlink.lookup import Lookup, look_up, neighbour_state
+from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.policy.adopted import let_go
 from isolator.policy.look import Look, look
@@ -59,6 +59,8 @@ def wiring(endpoint: Endpoint) -> Wiring:
         mtu=endpoint.mtu,
         default_route=endpoint.default_route,
         bandwidth=endpoint.bandwidth,
+        next_hop=endpoint.next_hop,
+        pools=endpoint.pools,
     )
 
 
@@ -189,6 +191,10 @@ class Kernel:
         """Where the kernel would send a packet; see netlink/lookup.py."""
         return await self._wiring.run(look_up, self._wiring.node, dst, src, iif)
 
+    async def look_up_inside(self, endpoint: Endpoint, dst: IPAddress) -> Lookup:
+        """Where the kernel would send what nobody has bound in an endpoint's container; see netlink/lookup.py."""
+        return await self._wiring.run(look_up_inside, self._wiring.node, endpoint.netns, dst)
+
     async def neighbour_state(self, ip: IPAddress, device: str) -> str:
         """What the kernel knows of a neighbour; see netlink/lookup.py."""
         return await self._wiring.run(neighbour_state, self._wiring.node, ip, device)
@@ -210,7 +216,7 @@ class Kernel:
     async def damage(self, endpoint: Endpoint) -> list[str]:
         """What somebody took of its wiring, as sentences.
 
-        On the reaping thread: it takes some 2 ms, most of the time there is nothing, and it changes nothing.
+        On the reaping thread: it takes some 0.8 ms, most of the time there is nothing, and it changes nothing.
         """
         return await self._reaping.run(self._damage, endpoint)
 
@@ -230,6 +236,15 @@ class Kernel:
             sysctl.ensure(_localnet(endpoint), "1")
             repair = replace(repair, before=(*repair.before, _NOT_MAPPED_HERE))
         return repair
+
+    async def reroute(self, endpoint: Endpoint, pools: tuple[IPNetwork, ...]) -> bool:
+        """Have its container's routes follow its network's pools; see Driver.reroute. On the thread that ADDs do not
+        wait for."""
+        return await self._reaping.run(self._reroute, endpoint, pools)
+
+    def _reroute(self, endpoint: Endpoint, pools: tuple[IPNetwork, ...]) -> bool:
+        before = wiring(endpoint)
+        return self._reaping.driver(endpoint.driver).reroute(before, replace(before, pools=pools))
 
     async def limit_differences(self, endpoints: Sequence[Endpoint]) -> dict[str, list[str]]:
         """Sentences by host_ifname, for endpoints whose limits on traffic are not in place.
@@ -255,11 +270,6 @@ class Kernel:
     async def is_vacant(self, endpoint: Endpoint) -> bool:
         """Whether no process is left in its namespace; see vacancy.py. On the thread that ADDs do not wait for."""
         return await self._reaping.run(is_vacant, self._reaping.node, endpoint)
-
-    async def gateways(self, driver: str) -> tuple[str, str]:
-        """The IPv4 and IPv6 gateway that a driver's containers have."""
-        loaded = await self._wiring.run(self._wiring.driver, driver)
-        return loaded.gateway4, loaded.gateway6
 
     # -- the node as a whole
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, TypeAlias
 
+from ipam.keys import Family, IPNetwork
 from ipam.netgroups import Netgroup
+from ipam.next_hops import next_hop
 from ipam.records import Label
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
@@ -177,6 +179,8 @@ class Endpoint:
     mac: the container end's MAC.
     since: wall clock, seconds, when the ADD was accepted.
     engine_network: as in AttachSpec; "" also if the journal was lost since, or the ADD is older than the field.
+    next_hop: number of the one inside its container (ipam/next_hops.py).
+    pools: of its network, in the families of its addresses: what its container has routes to.
     """
 
     key: EndpointKey
@@ -200,6 +204,12 @@ class Endpoint:
     port_mappings: tuple[PortMapping, ...] = ()
     bandwidth: Bandwidth = UNLIMITED
     engine_network: str = ""
+    next_hop: int = 1
+    pools: tuple[IPNetwork, ...] = ()
+
+    def gateway(self, family: Family) -> IPAddress:
+        """What its container sends packets of a family by."""
+        return next_hop(self.next_hop, family)
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,8 @@ class Neighbours:
         around = self._catalogue.around
         if not any(around.closed_to(pool) for pool in self._catalogue.pools()):
             return set()
-        everyone = (*self._assigned_here(), *(ip for ip, _ in cluster.members()))
+        assigned = (ip for ip, member in cluster.members() if not member.announced)
+        everyone = (*self._assigned_here(), *assigned)
         return {
             ip
             for ip in everyone

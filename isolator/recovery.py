@@ -20,7 +20,7 @@ import structlog
 from ipam.catalogue import Catalogue
 from ipam.netgroups import Netgroup
 from ipam.nodes_networks import FAMILIES
-from ipam.records import Address
+from ipam.records import Address, Network
 from isolator.drivers.naming import host_ifname, mac_for, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
@@ -35,12 +35,13 @@ def adopted_endpoint(
     ip: IPAddress,
     record: Address,
     link: HostLink,
-    driver: str,
+    network: Network | None,
     boot_id: str,
     mac: str | None = None,
 ) -> Endpoint:
     """An endpoint as kernel and store together remember it; ``endpoint`` is what an earlier IP said.
 
+    network: the record's, None if it is not known.
     mac: the container's, if the firewall knows it; else the one that follows from its addresses.
     """
     ips = tuple(sorted({ip, *(endpoint.ips if endpoint else ())}, key=lambda ip: (ip.version, int(ip))))
@@ -51,7 +52,7 @@ def adopted_endpoint(
         asked=Asked(boot_id, 0),
         engine=record.engine,
         network=record.network,
-        driver=driver,
+        driver=network.driver if network is not None else "routed",
         netns="",
         ips=ips,
         host_ifname=link.name,
@@ -60,6 +61,7 @@ def adopted_endpoint(
         netgroups=tuple(map(Netgroup, record.netgroups)),
         labels=tuple(record.labels),
         since=record.since,
+        next_hop=network.next_hop if network is not None else 1,
     )
 
 
@@ -109,15 +111,15 @@ async def remove_strays(kernel: Kernel, endpoints: Endpoints, links: Mapping[str
     owned = {endpoint.host_ifname for endpoint in endpoints.all()}
     strays = [name for name in links if name not in owned]
     if strays:
-        log.warning("interfaces without an owner removed", names=strays)
         await kernel.delete_links(strays)
+        log.warning("interfaces without an owner removed", names=strays)
     shapers = sorted(await kernel.shapers() - {shaper_ifname(name) for name in owned})
     if shapers:
-        log.warning("limits without an owner removed", names=shapers)
         await kernel.delete_links(shapers)
+        log.warning("limits without an owner removed", names=shapers)
     ips = {ip for endpoint in endpoints.all() for ip in endpoint.ips}
     routes = [r for r in await kernel.routes() if r.destination.network_address not in ips]
     if routes:
-        log.warning("routes without an owner removed", routes=[str(r.destination) for r in routes])
         await kernel.delete_routes(routes)
+        log.warning("routes without an owner removed", routes=[str(r.destination) for r in routes])
     return strays + shapers + [str(route.destination) for route in routes]

@@ -1,8 +1,10 @@
 """One node's part in `moorage endpoint trace`: would a packet pass here, and if not, where does it end?
 
-    out    container -> veth -> sending -> forwarding -> route -> fabric -> underlay       of the sender's node
-    in     fabric -> forwarding -> route -> policy -> veth -> container         of the receiver's node
+    out    container -> source -> veth -> (store ->) sending -> forwarding -> route -> fabric -> underlay   of the
+           sender's node
+    in     fabric -> forwarding -> route -> policy -> veth -> container   of the receiver's node
 
+The packet traced is one from a given address; ``source`` says what the container's kernel takes where nobody bound one.
 Each hop is what the journal and the store say there should be, held against what the kernel has now. Nothing is sent
 and nothing changed. Between two containers of one node the fabric's hops are left out.
 """
@@ -14,7 +16,7 @@ from ipaddress import ip_address
 from shlex import quote
 from typing import Any
 
-from ipam.errors import InvalidInput
+from ipam.errors import InvalidInput, MoorageError
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, Fabric
 from isolator.fabric.plan import Route
@@ -22,6 +24,7 @@ from isolator.kernel import Kernel
 from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.netlink.lookup import Lookup
 from isolator.policy.sending import ICMP_ERROR, Drop, Packet
+from isolator.unbound import Interface, unbound
 
 CONTAINER_SIDE = "the container"
 """Begins what a driver's check says about the container's end."""
@@ -45,6 +48,11 @@ class Hop:
         return asdict(self)
 
 
+def interface(endpoint: Endpoint) -> Interface:
+    """An endpoint as its container's kernel routes by it."""
+    return Interface(endpoint.key.ifname, endpoint.ips, endpoint.pools, endpoint.default_route)
+
+
 class Tracer:
     """See the module's docstring."""
 
@@ -55,7 +63,8 @@ class Tracer:
         self._fabric = fabric
 
     async def answer(self, evidence: dict[str, Any]) -> dict[str, Any]:
-        """The answer to an intent of kind ``trace``: {"done": True, "hops": [...], "tunnel": what it was sent by}.
+        """The answer to an intent of kind ``trace``: {"done": True, "hops": [...], "tunnel": what it was sent by,
+        "unbound": the address that an unbound socket sends from, "" if that was not looked at}.
 
         evidence: {"part": "out" | "in", "src": IP or "" for the node itself, "dst": IP, "back": whether it is an
         answer, "tunnel": as the sender's node answered, "proto", "port": of the packet, or not there}. Raises
@@ -69,14 +78,27 @@ class Tracer:
             packet = Packet(str(evidence.get("proto") or "tcp"), None if port is None else int(port))
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"the request to trace makes no sense ({error}); ask again") from error
+        unbound_source = ""
         if part == "out":
             hops, tunnel = await self._out(src, dst, packet if not evidence.get("back") else None)
+            sender = self._endpoints.of_ip(src) if src is not None else None
+            # Of answers only UDP's: those of a connection come from where it leads to.
+            if sender is not None and (not evidence.get("back") or packet.protocol == "udp"):
+                source, unbound_source = await self._source(
+                    sender, src, dst, answers=bool(evidence.get("back"))
+                )
+                hops[1:1] = source
         elif part == "in":
             caller = None if evidence.get("back") else src
             hops, tunnel = await self._in(src, dst, caller, evidence.get("tunnel") or {}), {}
         else:
             raise InvalidInput(f"a trace has the parts out and in, not {part!r}; ask again")
-        return {"done": True, "hops": [hop.row() for hop in hops], "tunnel": tunnel}
+        return {
+            "done": True,
+            "hops": [hop.row() for hop in hops],
+            "tunnel": tunnel,
+            "unbound": unbound_source,
+        }
 
     # -- the sender's node
 
@@ -88,7 +110,7 @@ class Tracer:
         sender = self._endpoints.of_ip(src) if src is not None else None
         if sender is not None and src is not None:
             container, veth = await self._ends(sender)
-            hops += [container, veth]
+            hops += [container, veth, *self._known(sender, dst)]
             if packet is not None:
                 hops.append(await self._sending(sender, src, dst, packet))
             hops.append(await self._forwarding(dst))
@@ -113,6 +135,47 @@ class Tracer:
         if tunnel:
             hops.append(await self._underlay(ip_address(tunnel["remote"])))
         return hops, tunnel
+
+    async def _source(
+        self, sender: Endpoint, src: IPAddress | None, dst: IPAddress, *, answers: bool
+    ) -> tuple[list[Hop], str]:
+        """What an unbound socket of the sender's container uses to reach ``dst``, and the address that this is."""
+        container = sender.key.container_id
+        there = [e for e in self._endpoints.all() if e.key.container_id == container and e.netns]
+        expected = unbound([interface(endpoint) for endpoint in there], dst)
+        if expected is None or any(dst in endpoint.ips for endpoint in there):
+            return [], ""
+        who = f"an unbound UDP server's answer to {dst}" if answers else f"an unbound connection to {dst}"
+        try:
+            found = await self._kernel.look_up_inside(sender, dst)
+        except MoorageError as error:
+            return [self._hop("source", None, f"what {who} comes from is not known: {error}")], ""
+        if not found.device:
+            cure = f"compare `ip route get {dst}` inside the container"
+            return [self._hop("source", False, f"{who} goes nowhere: {found.why}", cure)], ""
+        says = f"{who} leaves by {found.device} from {found.source}"
+        if expected.on_network and (found.device, found.source) != (expected.ifname, expected.source):
+            says += f", and should by {expected.ifname} from {expected.source}"
+            cure = (
+                f"a route of somebody else's comes first: compare `ip route get {dst}` inside the container"
+            )
+            return [self._hop("source", False, says, cure)], str(found.source)
+        if found.source != src:
+            says += f"; only what is bound to {src} comes from there"
+        return [self._hop("source", True, says)], str(found.source)
+
+    def _known(self, sender: Endpoint, dst: IPAddress) -> list[Hop]:
+        """Whether other nodes know who sends, where they have to and it is not so."""
+        unknown = self._endpoints.unknown_to_others().get(sender.key, [])
+        if not any(ip.version == dst.version for ip in unknown) or self._endpoints.of_ip(dst) is not None:
+            return []
+        ips = ", ".join(map(str, unknown))
+        says = f"{ips} of {sender.key} is not known to other nodes yet: the store has not confirmed that it is assigned"
+        return [
+            self._hop(
+                "store", False, says, f"see `moorage status` on {self._node} for what the store answers"
+            )
+        ]
 
     async def _sending(self, sender: Endpoint, src: IPAddress, dst: IPAddress, packet: Packet) -> Hop:
         """What the firewall says of a packet before it is judged whom it calls."""
@@ -246,7 +309,7 @@ class Tracer:
             "forwarding",
             False,
             f"the node does not forward IPv{dst.version}: {dotted} is not 1",
-            f"`sysctl -w {dotted}=1`, and find what switched it off",
+            f"find what switched it off; the agent does `sysctl -w {dotted}=1` within seconds",
         )
 
     def _hop(self, at: str, holds: bool | None, says: str, cure: str = "") -> Hop:

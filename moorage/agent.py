@@ -115,8 +115,7 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
             await isolator.detach(entry.key, entry.request.asked)
 
     watcher = SpoolWatcher(spool, carry_out)
-    gateway4, gateway6 = await isolator.gateways()
-    cni = CniHandler(isolator, gateway4=gateway4, gateway6=gateway6, drain=watcher.drain)
+    cni = CniHandler(isolator, drain=watcher.drain)
     modules = ModulesHandler(
         isolator.allocated,
         default_network=config.default_network,
@@ -220,6 +219,10 @@ def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:
         "mac": endpoint.mac,
         "mtu": endpoint.mtu,
         "host_ifname": endpoint.host_ifname,
+        "next_hop": [
+            str(endpoint.gateway(family)) for family in dict.fromkeys(ip.version for ip in endpoint.ips)
+        ],
+        "pools": [str(pool) for pool in endpoint.pools],
         "netns": endpoint.netns,
         "netgroups": list(endpoint.netgroups),
         "labels": [msgspec.to_builtins(label) for label in endpoint.labels],

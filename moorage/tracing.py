@@ -61,7 +61,8 @@ class End:
 class Way:
     """One direction of one family.
 
-    packet: the one that begins. back: the answer's, which nobody has to be allowed to give.
+    packet: the one that begins. back: the answer's, which nobody has to be allowed to give. unbound: the address that
+    an unbound socket of the source sends from, "" if nobody said.
     """
 
     source: End
@@ -69,6 +70,7 @@ class Way:
     packet: Packet = ANY
     back: bool = False
     hops: list[Hop] = field(default_factory=list)
+    unbound: str = ""
 
     @property
     def broken(self) -> Hop | None:
@@ -105,11 +107,12 @@ async def _hops(store: Store, way: Way) -> list[Hop]:
     for end in (way.source, way.target):
         if end.problem:
             return [Hop(end.node or "store", "address", False, end.problem, "see `moorage ip list`")]
-    out, tunnel = await _part(store, way, "out", way.source.node, {})
+    out, answer = await _part(store, way, "out", way.source.node, {})
+    way.unbound = str(answer.get("unbound") or "")
     if way.target.outside:
         # What is beyond the sending node's firewall is not moorage's to know.
         return [hop for hop in out if hop.at not in ("route", "fabric", "underlay")]
-    into, _ = await _part(store, way, "in", way.target.node, tunnel)
+    into, _ = await _part(store, way, "in", way.target.node, answer.get("tunnel") or {})
     return out + into
 
 
@@ -131,7 +134,7 @@ async def _part(
         return [Hop(node, "agent", None, str(error), f"start the agent of node {node}")], {}
     if not answer.get("done"):
         return [Hop(node, "agent", None, str(answer.get("why")), f"see the log of node {node}'s agent")], {}
-    return [Hop(**row) for row in answer["hops"]], answer.get("tunnel") or {}
+    return [Hop(**row) for row in answer["hops"]], answer
 
 
 async def _resolve(store: Store, text: str) -> list[End]:
@@ -168,6 +171,11 @@ async def _end_of_ip(store: Store, ip: IPAddress) -> End:
     record = Address.decode(kv.key, kv.value)
     if record.state is not AddressState.ASSIGNED:
         problem = f"{ip} is {record.state.value} on node {record.node}: no container has it"
+        if record.state is not AddressState.COOLING and await store.get(keys.ALIVE + record.node) is None:
+            problem += (
+                f", as far as the store knows; {record.node} is not in touch with it, so a container that was started "
+                "there since may be not known to other nodes yet"
+            )
         return End("nobody", record.node, str(ip), ip.version, problem)
     return _end(ip, record)
 
@@ -225,4 +233,14 @@ def verdict(ways: Sequence[Way]) -> str:
     unseen = {hop.node for way in ways for hop in way.hops if hop.holds is None}
     if unseen:
         return f"every hop that could be looked at holds; {', '.join(sorted(unseen))} could not be asked"
-    return "every hop holds, there and back"
+    return "every hop holds, there and back" + _unbound(ways)
+
+
+def _unbound(ways: Sequence[Way]) -> str:
+    """What is different for a socket that nobody bound; "" if that takes a way that was traced."""
+    traced = {(way.source.ip, way.target.ip) for way in ways}
+    for way in ways:
+        if way.unbound and (way.unbound, way.target.ip) not in traced:
+            what = "an unbound UDP server answers" if way.back else "what is not bound comes"
+            return f"; but {what} from {way.unbound}, not from {way.source}: trace that as well"
+    return ""

@@ -19,6 +19,7 @@ from ipam.records import Label
 from isolator.model import UNLIMITED, Bandwidth, IPAddress, Limit
 
 PREFIX = "moorage."
+DEFAULT_ROUTE = "moorage.default-route"
 KNOWN = (
     "moorage.ip",
     "moorage.ip6",
@@ -26,7 +27,7 @@ KNOWN = (
     "moorage.netgroups",
     "moorage.mac",
     "moorage.pool",
-    "moorage.default-route",
+    DEFAULT_ROUTE,
     "moorage.bandwidth.ingress",
     "moorage.bandwidth.egress",
 )
@@ -78,12 +79,17 @@ def read_labels(labels: Sequence[Label]) -> Requested:
         netgroups=read_netgroups("label moorage.netgroups", netgroups.split(",")) if netgroups else (),
         mac=read_mac("label moorage.mac", mac) if mac is not None else None,
         pool=_pool(pool) if pool is not None else None,
-        default_route=_true_or_false("moorage.default-route", ours.get("moorage.default-route", "false")),
+        default_route=_true_or_false(DEFAULT_ROUTE, ours.get(DEFAULT_ROUTE, "false")),
         bandwidth=Bandwidth(
             ingress=_limit("moorage.bandwidth.ingress", ours),
             egress=_limit("moorage.bandwidth.egress", ours),
         ),
     )
+
+
+def wants_default_route(labels: Sequence[Label]) -> bool:
+    """Whether labels that were accepted say that their interface is to have the default route."""
+    return any(label.key == DEFAULT_ROUTE and (label.value or "").strip() == "true" for label in labels)
 
 
 def read_name(what: str, value: str) -> str:

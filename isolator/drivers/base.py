@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ipam.keys import IPNetwork
 from isolator.model import UNLIMITED, Bandwidth, IPAddress
 
 
@@ -26,6 +27,8 @@ class Wiring:
     mtu: bytes.
     default_route: this interface wins the container's main default route whatever its name.
     bandwidth: limits on its traffic.
+    next_hop: number of the one inside the container (ipam/next_hops.py).
+    pools: what the container reaches by this interface and from its address, whatever holds the default route.
     """
 
     host_ifname: str
@@ -36,6 +39,8 @@ class Wiring:
     mtu: int
     default_route: bool = False
     bandwidth: Bandwidth = UNLIMITED
+    next_hop: int = 1
+    pools: tuple[IPNetwork, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,6 @@ class Driver(Protocol):
     """See the module's docstring."""
 
     name: str
-    gateway4: str
-    gateway6: str
 
     def setup(self, wiring: Wiring) -> None:
         """Wire it; the links go up last. A leftover of the same host_ifname is replaced.
@@ -86,6 +89,14 @@ class Driver(Protocol):
 
         What is there stays untouched, and so does all of it where its interface is gone. Neither end waits for the
         other: the node's is mended also where the container's cannot be. Raises KernelRefused.
+        """
+        ...
+
+    def reroute(self, before: Wiring, now: Wiring) -> bool:
+        """Have the container's routes follow its network's pools; says whether its interface was there, and up.
+
+        before, now: what was wired, and the same with the pools it shall have. Raises KernelRefused, NamespaceGone,
+        NotANamespace.
         """
         ...
 

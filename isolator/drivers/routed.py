@@ -22,13 +22,12 @@ from isolator.drivers.base import Repair, Wiring
 from isolator.drivers.naming import route_table, shaper_ifname
 from isolator.drivers.routed_check import IPV6_MTU, damage, differences, smallest_mtu
 from isolator.drivers.routed_layout import (
-    GATEWAY4,
-    GATEWAY6,
     HOST_MAC,
     RULE_PRIORITY,
     container_requests,
     host_requests,
     peer_index,
+    reroute_requests,
 )
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
@@ -46,8 +45,6 @@ class Routed:
     """See the module's docstring; implements ``Driver``."""
 
     name = "routed"
-    gateway4 = str(GATEWAY4)
-    gateway6 = str(GATEWAY6)
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -157,6 +154,23 @@ class Routed:
                     return refused + [str(error) for error in route.attempt(requests)]
         except (NamespaceGone, NotANamespace, KernelRefused):
             return []  # what is different after says so
+
+    def reroute(self, before: Wiring, now: Wiring) -> bool:
+        """See Driver.reroute."""
+        ours = link_by_name(self._node.route, before.host_ifname)
+        if before.netns is None or ours is None:
+            return False
+        with (
+            self._node.open_namespace(before.netns) as container,
+            container.inside(),
+            NetlinkSocket() as route,
+        ):
+            inner = link_by_name(route, before.ifname)
+            # The path may lead to another container by now; and a link that is down takes no routes.
+            if inner is None or not inner.up or not inner.is_peer_of(ours):
+                return False
+            route.execute(reroute_requests(before, now, inner.index))
+        return True
 
     def limit_differences(self, wirings: Sequence[Wiring]) -> dict[str, list[str]]:
         """See Driver.limit_differences."""

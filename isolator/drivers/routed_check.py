@@ -10,9 +10,10 @@ import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 
+from ipam.keys import IPNetwork
 from isolator.drivers.base import Wiring
-from isolator.drivers.naming import route_metric, route_table
-from isolator.drivers.routed_layout import HOST_MAC, RULE_PRIORITY, gateway_for
+from isolator.drivers.naming import route_table
+from isolator.drivers.routed_layout import HOST_MAC, RULE_PRIORITY, gateway_for, metric_of, pool_sources
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
@@ -96,10 +97,13 @@ def _container_differences(
     if loopback is None or not loopback.up:
         yield "the container's link lo is down"
     table = route_table(name)
-    metric = route_metric(name, default_route=wiring.default_route)
-    desired: set[str] = set()
+    metric = metric_of(wiring)
+    desired = {
+        _pool_route(pool, gateway_for(wiring, source), source, metric, name)
+        for pool, source in pool_sources(wiring)
+    }
     for ip in wiring.ips:
-        gateway = gateway_for(ip)
+        gateway = gateway_for(wiring, ip)
         desired |= {
             _address(ip, name),
             _local(ip, name),
@@ -125,15 +129,19 @@ def _container_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> se
                 facts.add(_rule(rule.source.network_address, rule.table))
         for message in route.dump(messages.dump_routes(family, index=link.index)):
             found = parse_route(message)
-            if (found.index, found.table, found.kind) == (
-                link.index,
-                messages.TABLE_LOCAL,
-                messages.RTN_LOCAL,
-            ):
+            if found.index != link.index:
+                continue
+            if (found.table, found.kind) == (messages.TABLE_LOCAL, messages.RTN_LOCAL):
                 facts.add(_local(found.destination.network_address, link.name))
-            if found.index == link.index and found.gateway is not None and found.destination.prefixlen == 0:
+            if found.gateway is None:
+                continue
+            if found.destination.prefixlen == 0:
                 fact = _default(found.gateway, found.table, link.name)
                 facts |= {fact, f"{fact} with metric {found.metric}"}
+            elif found.table == TABLE_MAIN and found.source is not None:
+                facts.add(
+                    _pool_route(found.destination, found.gateway, found.source, found.metric, link.name)
+                )
     return facts
 
 
@@ -187,6 +195,10 @@ def _rule(ip: IPAddress, table: int) -> str:
 
 def _neighbour(ip: IPAddress, mac: str, name: str) -> str:
     return f"the permanent neighbour {ip} at {mac} on {name}"
+
+
+def _pool_route(pool: IPNetwork, gateway: IPAddress, source: IPAddress, metric: int, name: str) -> str:
+    return f"the route to {pool} via {gateway} on {name} from {source} with metric {metric}"
 
 
 def _default(gateway: IPAddress, table: int, name: str) -> str:

@@ -72,6 +72,9 @@ ADDRESS_PATIENCE = 1.0
 ADDRESS_RETRY = 10.0
 """Seconds before an address for the device is asked for again."""
 
+CARRY_PATIENCE = 1.0
+"""Seconds that an ADD on a network that is new to the fabric waits for it."""
+
 KNOWN_POLL = 0.1
 """Seconds between looks whether IPAM knows what this node holds, at the start."""
 
@@ -110,6 +113,8 @@ class Fabric:
         self._dirty: set[str] = set()
         self._begun = False
         self._all_dirty = True
+        self._fabrics: dict[str, str] = {}
+        self._settled = asyncio.Event()
         self._resync_due = True
         self._resync_every = RESYNC_EVERY
         self._resync_at = 0.0
@@ -265,6 +270,16 @@ class Fabric:
     def _problems_of_devices(self) -> list[str]:
         return [*self._unwantable.values(), *self._device_problems.values()]
 
+    async def carry(self, network: Network) -> None:
+        """Wait until a network that is new or different is carried as it says, or it is known why not; no longer than
+        ``CARRY_PATIENCE``, and not at all before the store has said which nodes there are."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CARRY_PATIENCE):
+                while self._begun and any(
+                    self._fabrics.get(pool) != network.fabric for pool in network.pools
+                ):
+                    await self._settled.wait()
+
     # -- work
 
     async def release(self) -> None:
@@ -347,6 +362,7 @@ class Fabric:
                     await self._ensure_devices()
                     await self._resync()
                 return
+            fabrics = self._fabrics_of_pools()
             dirty = self._take_dirty()
             self._look_across(dirty)
             await self._ensure_devices()
@@ -363,6 +379,9 @@ class Fabric:
             )
             if not self._device_problems:
                 self._addresses.free_but(self.carried)
+            self._fabrics = fabrics
+            self._settled.set()
+            self._settled = asyncio.Event()
         except KernelRefused as error:
             # What is half done is found by the next comparison.
             log.warning("fabric is not as it should be yet", why=str(error))
@@ -472,7 +491,7 @@ class Fabric:
     def _work_out(self, dirty: Iterable[str]) -> tuple[Plan, Plan]:
         """Bring the plans of changed nodes up to date; what those nodes had before, and have now."""
         here = self._here()
-        fabrics = {pool: n.fabric for n in self._catalogue.networks() for pool in n.pools}
+        fabrics = self._fabrics_of_pools()
         before, after = Plan(), Plan()
         for name in dirty:
             before.add(self._plans.pop(name, Plan()))
@@ -484,6 +503,9 @@ class Fabric:
             if problems:
                 self._problems[name] = problems
         return before, after.over(before) if self._keeps() else after
+
+    def _fabrics_of_pools(self) -> dict[str, str]:
+        return {pool: network.fabric for network in self._catalogue.networks() for pool in network.pools}
 
     def _plan_of(self, name: str, fabrics: dict[str, str], here: Here) -> tuple[Plan, list[str]]:
         blocks = [
@@ -519,7 +541,7 @@ class Fabric:
         if not self._catalogue.closed_in(host(ip), pool):
             return True
         holding = self._cluster.holder_of(ip)
-        is_assigned = holding is not None and holding.member is not None
+        is_assigned = holding is not None and holding.is_assigned
         return is_assigned and not self._catalogue.around.is_firm(ip)
 
     def _is_away(self, part: IPNetwork, owner: str) -> bool:

@@ -11,8 +11,10 @@ from ipaddress import ip_address
 from isolator.errors import KernelRefused
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
+from isolator.netlink.codec import Request
 from isolator.netlink.inventory import parse_route
 from isolator.netlink.node import Node
+from isolator.netlink.socket import NetlinkSocket
 
 _NEIGHBOUR_STATES = {
     0x01: "incomplete", 0x02: "reachable", 0x04: "stale", 0x08: "delay", 0x10: "probe", 0x20: "failed",
@@ -25,11 +27,15 @@ _ANSWERS = {errno.EINVAL: "it is dropped (blackhole)", errno.ENETUNREACH: "there
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Where a packet would go. device: "" if nowhere; then ``why`` says so. via: None if it is on the link."""
+    """Where a packet would go. device: "" if nowhere; then ``why`` says so. via: None if it is on the link.
+
+    source: what it would come from, where that was not given.
+    """
 
     device: str = ""
     via: IPAddress | None = None
     why: str = ""
+    source: IPAddress | None = None
 
     def __str__(self) -> str:
         if not self.device:
@@ -43,8 +49,22 @@ def look_up(node: Node, dst: IPAddress, src: IPAddress | None, iif: str) -> Look
         index = socket.if_nametoindex(iif) if iif else 0
     except OSError:
         return Lookup(why=f"there is no link {iif}")
+    return _look_up(node.route, messages.get_route(dst, src if iif else None, index))
+
+
+def look_up_inside(node: Node, netns: str, dst: IPAddress) -> Lookup:
+    """What the kernel does with a packet of an unbound socket inside a container.
+
+    Raises NamespaceGone, NotANamespace, KernelRefused.
+    """
+    with node.open_namespace(netns) as container, container.inside(), NetlinkSocket() as route:
+        return _look_up(route, messages.get_route(dst, None, 0))
+
+
+def _look_up(kernel: NetlinkSocket, request: Request) -> Lookup:
+    """In the namespace that the calling thread is in, where the link's name is looked for."""
     try:
-        message = node.route.get(messages.get_route(dst, src if iif else None, index))
+        message = kernel.get(request)
     except KernelRefused as error:
         return Lookup(why=_ANSWERS.get(error.errno, os.strerror(error.errno)))
     if message is None:
@@ -52,7 +72,7 @@ def look_up(node: Node, dst: IPAddress, src: IPAddress | None, iif: str) -> Look
     route = parse_route(message)
     if route.kind == messages.RTN_LOCAL:
         return Lookup(why="it is the node's own")
-    return Lookup(socket.if_indextoname(route.index), route.gateway)
+    return Lookup(socket.if_indextoname(route.index), route.gateway, source=route.source)
 
 
 def is_local(node: Node, ip: IPAddress) -> bool:

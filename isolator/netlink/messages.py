@@ -366,6 +366,34 @@ def add_default_route(
     return Request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, doing)
 
 
+def add_pool_route(
+    index: int, name: str, pool: IPNetwork, gateway: IPAddress, source: IPAddress, metric: int
+) -> Request:
+    """Inside a container: a pool is reached by this link, from this address of it. The gateway is as above."""
+    body = (
+        _route_header(family_of(pool), pool.prefixlen, TABLE_MAIN, SCOPE_UNIVERSE, RTNH_F_ONLINK)
+        + attribute(RTA_DST, pool.network_address.packed)
+        + attribute(RTA_GATEWAY, gateway.packed)
+        + u32(RTA_OIF, index)
+        + attribute(RTA_PREFSRC, source.packed)
+        + u32(RTA_PRIORITY, metric)
+    )
+    doing = f"add the route to {pool} via {gateway} on {name}"
+    return Request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, doing)
+
+
+def delete_pool_route(index: int, name: str, pool: IPNetwork, metric: int) -> Request:
+    """Undo ``add_pool_route``."""
+    body = (
+        _route_header(family_of(pool), pool.prefixlen, TABLE_MAIN, SCOPE_NOWHERE, 0, RTN_UNSPEC)
+        + attribute(RTA_DST, pool.network_address.packed)
+        + u32(RTA_OIF, index)
+        + u32(RTA_PRIORITY, metric)
+    )
+    doing = f"delete the route to {pool} on {name}"
+    return Request(RTM_DELROUTE, 0, body, doing, (errno.ESRCH, errno.ENODEV))
+
+
 def add_local_route(index: int, name: str, ip: IPAddress) -> Request:
     """Deliver what arrives for an address, where nothing does.
 

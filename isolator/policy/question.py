@@ -6,8 +6,8 @@ node of the called one, once that node has heard what the store says. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from shlex import quote
 
 from ipam.isolation import NODES, STORE, addresses_of_node
@@ -16,6 +16,7 @@ from ipam.netgroups import PUBLIC
 from ipam.records import Address, AddressState, Network, Node
 from isolator.policy.callers import NETGROUPS, Caller, Callers, Verdict, callers, isolation_of, judge
 from isolator.policy.sending import ICMP_ERROR, Drop, Packet, may_send, may_tunnel
+from isolator.unbound import Interface, Unbound, unbound
 
 ANY = Packet()
 """A call of which the port is not said."""
@@ -25,7 +26,8 @@ ANY = Packet()
 class Known:
     """What the store says.
 
-    addresses: in any state. nodes: address -> name of its node. underlays: those that tunnel packets come from.
+    addresses: in any state. pools: without what nodes' own networks use. pools_of: whole ones, by network. nodes:
+    address -> name of its node. underlays: those that tunnel packets come from.
     tunnels: UDP ports. stores: where the store listens, with TCP ports.
     """
 
@@ -36,6 +38,7 @@ class Known:
     underlays: frozenset[IPAddress] = frozenset()
     tunnels: frozenset[int] = frozenset()
     stores: frozenset[tuple[IPAddress, int]] = frozenset()
+    pools_of: Mapping[str, Sequence[IPNetwork]] = field(default_factory=dict)
 
     def endpoint(self, ip: IPAddress) -> Address | None:
         """The record of a container's address; None for any other address."""
@@ -87,6 +90,33 @@ def may_call(known: Known, source: IPAddress, target: IPAddress, packet: Packet 
         return Verdict(False, why, Drop.UNUSED_ADDRESS.value)
     groups = netgroups_of(caller) if caller is not None else ()
     return judge(Caller(source, groups, source in known.nodes), callers_of(known, called))
+
+
+def unbound_source(
+    known: Known, source: IPAddress, target: IPAddress, is_default: Callable[[Address], bool]
+) -> Unbound | None:
+    """What an unbound socket of the container that has ``source`` uses to reach ``target``.
+
+    is_default: whether an address's endpoint was chosen to have the default route. None if no container has the source,
+    or the target is that container's own.
+    """
+    record = known.endpoint(source)
+    if record is None:
+        return None
+    container = (record.node, record.container_id)
+    own = [
+        (ip, other)
+        for ip, other in known.addresses.items()
+        if (other.node, other.container_id) == container and known.endpoint(ip) is not None
+    ]
+    if any(ip == target for ip, _ in own):
+        return None
+    there: dict[str, Interface] = {}
+    for ip, other in sorted(own, key=lambda item: (item[0].version, item[0].packed)):
+        ips = (*there[other.ifname].ips, ip) if other.ifname in there else (ip,)
+        pools = tuple(known.pools_of.get(other.network, ()))
+        there[other.ifname] = Interface(other.ifname, ips, pools, is_default(other))
+    return unbound(there.values(), target)
 
 
 def _may_report(known: Known, source: IPAddress, target: IPAddress, sent: Verdict) -> Verdict:

@@ -141,7 +141,8 @@ def trace(
     """Say hop by hop how a packet would go from SRC to DST and back, and where it ends.
 
     SRC and DST are addresses, containers (the beginning of an id, with /IFNAME if it has several
-    interfaces), or node:NAME for a node's own processes. Each hop is what journal and store say there
+    interfaces), or node:NAME for a node's own processes. The packet is one from SRC; the hop ``source`` says what
+    SRC's container sends from where no socket is bound. Each hop is what journal and store say there
     should be, held against the kernels of both nodes; nothing is sent. Exit code 1 if a hop does not hold.
 
     \b
@@ -172,6 +173,7 @@ def _way_row(way: tracing.Way) -> dict[str, Any]:
         "source": asdict(way.source),
         "target": asdict(way.target),
         "hops": [hop.row() for hop in way.hops],
+        "unbound": way.unbound,
     }
 
 

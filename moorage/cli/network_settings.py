@@ -14,6 +14,8 @@ import click
 from ipam.errors import InvalidInput
 from ipam.isolation import ISOLATIONS
 from ipam.networks import NetworkChange
+from ipam.next_hops import next_hop
+from ipam.nodes_networks import FAMILIES
 from ipam.permissions import RANGES
 from ipam.rates import parse_rate, rate_text
 from ipam.records import FABRICS
@@ -177,6 +179,7 @@ def settings_in_words(row: Mapping[str, Any]) -> dict[str, Any]:
         "allow_static": row["allow_static"] or NOTHING,
         "allow_hostports": row["allow_hostports"] or NOTHING,
         "max_bandwidth": rate_text(limit) if limit else NOTHING,
+        "next_hop": [str(next_hop(row["next_hop"], family)) for family in FAMILIES],
     }
 
 

@@ -19,11 +19,20 @@ from ipam.pools import geometry
 from ipam.records import Address, Node
 from ipam.store.base import Store, read_prefix
 from isolator.policy.callers import Clause, Nodes, Sharing
-from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call, netgroups_of
+from isolator.policy.question import (
+    Known,
+    addresses_of_nodes,
+    callers_of,
+    cure,
+    may_call,
+    netgroups_of,
+    unbound_source,
+)
 from isolator.registered import stores_of
 from moorage.cli.containers import Stored, addresses_named, all_addresses, ips_named
 from moorage.cli.output import Column
 from moorage.cli.session import Session, as_port_mapping, packet_of, packet_options, pass_session
+from netmodules.labels import wants_default_route
 
 
 @click.group(short_help="Who may call whom, and why.")
@@ -51,6 +60,7 @@ async def known_of(store: Store, stored: dict[IPAddress, Stored]) -> Known:
         underlays=frozenset(ip for node in nodes for ip in underlay_of_node(node)),
         tunnels=frozenset(node.vxlan_port for node in nodes if node.vxlan_port),
         stores=frozenset(stores_of(nodes)),
+        pools_of={network.name: [geometry(pool).cidr for pool in pools] for network, pools in networks},
     )
 
 
@@ -66,6 +76,9 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
     matters where it is a tunnel's or the store's, and where DST is this machine's own address and the port is
     mapped to a container. What is denied is followed by the command that would allow it. Exit 1 if anything
     is denied.
+
+    It is judged for a packet from SRC. A container on several networks sends what nobody bound to an address by the
+    interface that is on DST's network, else by that of its default route; where this is not SRC, it is said.
 
     This is what should be. Whether the nodes do it, and where a packet ends: moorage endpoint trace SRC DST.
 
@@ -90,6 +103,7 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
                 "drop": verdict.drop,
                 "command": cure(known, one, other, packet),
                 "node": known.nodes.get(other, ""),
+                "unbound": _unbound(known, one, other),
             }
             for one in ips_named(stored, source)
             for other in ips_named(stored, target)
@@ -109,9 +123,19 @@ def test(session: Session, source: str, target: str, port: int | None, proto: st
         for row in rows:
             verdict = "allowed" if row["allowed"] else "denied"
             click.echo(f"{row['source']} -> {row['target']}: {verdict}: {row['why']}")
+            if row["unbound"] and row["unbound"]["source"] != row["source"]:
+                click.echo(
+                    f"    what is not bound to {row['source']} leaves by {row['unbound']['interface']} from "
+                    f"{row['unbound']['source']} instead"
+                )
             if row["command"]:
                 click.echo(f"    {row['command']}")
     click.get_current_context().exit(0 if all(row["allowed"] for row in rows) else 1)
+
+
+def _unbound(known: Known, source: IPAddress, target: IPAddress) -> dict[str, str] | None:
+    found = unbound_source(known, source, target, lambda record: wants_default_route(record.labels))
+    return None if found is None else {"interface": found.ifname, "source": str(found.source)}
 
 
 def why_by_port(session: Session, row: Mapping[str, Any], port: int, proto: str) -> str:

@@ -39,7 +39,7 @@ RETRY = 0.02
 class SimulatedNode:
     """See the module's docstring. live: addresses that an endpoint carries, for a journal that is lost.
 
-    path: a directory for its journal. cooldown: seconds.
+    path: a directory for its journal. cooldown: seconds. others_away: as if a node were not in touch with the store.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class SimulatedNode:
         self.store = store
         self.boot_id = boot_id
         self.cooldown = cooldown
+        self.others_away = False
         self.live: set[IPAddress] = set()
         self.conflicts: list[Conflict] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -71,6 +72,7 @@ class SimulatedNode:
             ),
             on_conflict=self.conflicts.append,
             cooldown=self.cooldown,
+            others_away=lambda: self.others_away,
         )
         self.catalogue.load()
         self.holder.load()
@@ -107,24 +109,43 @@ class SimulatedNode:
     # -- what the isolator does with it
 
     async def take(
-        self, network: Network, *ips: str, reservation: str | None = None, pool: str | None = None
+        self,
+        network: Network,
+        *ips: str,
+        reservation: str | None = None,
+        pool: str | None = None,
+        netgroups: tuple[str, ...] | None = None,
     ) -> list[Held]:
         return await self.holder.take(
-            AddressRequest(network, tuple(map(ip_address, ips)), reservation=reservation, pool=pool)
+            AddressRequest(
+                network,
+                tuple(map(ip_address, ips)),
+                reservation=reservation,
+                pool=pool,
+                netgroups=netgroups,
+            )
         )
 
-    def assign(self, lent: list[Held], container: str, reservation: str = "") -> list[IPAddress]:
-        rows = self.holder.plan_assign(lent, Owner(container, "eth0", "mesos", reservation=reservation))
+    def assign(
+        self, lent: list[Held], container: str, reservation: str = "", netgroups: tuple[str, ...] = ()
+    ) -> list[IPAddress]:
+        owner = Owner(container, "eth0", "mesos", netgroups, reservation=reservation)
+        rows = self.holder.plan_assign(lent, owner)
         with self.journal.transaction():
             self.journal.save_addresses(rows)
         self.holder.accept(rows)
         return [row.ip for row in rows]
 
     async def add(
-        self, network: Network, container: str, *ips: str, reservation: str | None = None
+        self,
+        network: Network,
+        container: str,
+        *ips: str,
+        reservation: str | None = None,
+        netgroups: tuple[str, ...] | None = None,
     ) -> list[IPAddress]:
-        lent = await self.take(network, *ips, reservation=reservation)
-        return self.assign(lent, container, reservation or "")
+        lent = await self.take(network, *ips, reservation=reservation, netgroups=netgroups)
+        return self.assign(lent, container, reservation or "", netgroups or ())
 
     def delete(self, *ips: IPAddress) -> None:
         rows = self.holder.plan_release(ips)

@@ -23,7 +23,7 @@ from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, ValidAttach
 from netmodules.cni.config import Config, parse_config, version_at_least, version_for_errors
 from netmodules.cni.environment import read_environment, read_key
 from netmodules.cni.errors import BadEnvironment, IncompatibleVersion, LimitedConnectivity, NotAvailable
-from netmodules.cni.results import Gateways, differences, render_result
+from netmodules.cni.results import differences, render_result
 from netmodules.cni.spec import attach_spec, network_of, valid_attachments
 from netmodules.request import Reply, Request, refusal
 
@@ -61,7 +61,6 @@ class Isolator(Protocol):
 class CniHandler:
     """A ``Handler`` for calls of the kind "cni"; see the module's docstring.
 
-    gateway4, gateway6: the driver's.
     drain: carries out the spooled DELs of a key.
     """
 
@@ -69,12 +68,9 @@ class CniHandler:
         self,
         isolator: Isolator,
         *,
-        gateway4: str,
-        gateway6: str,
         drain: Callable[[EndpointKey], Awaitable[None]] | None = None,
     ) -> None:
         self._isolator = isolator
-        self._gateways = Gateways(gateway4, gateway6)
         self._drain = drain
         self._commands: Mapping[str, Callable[[Request], Awaitable[bytes]]] = {
             "ADD": self._add,
@@ -128,7 +124,7 @@ class CniHandler:
             endpoint = await self._isolator.attach(spec)
         except NotFound as error:
             raise self._with_known_networks(spec.network, error) from error
-        return render_result(endpoint, config, self._gateways)
+        return render_result(endpoint, config)
 
     async def _del(self, request: Request) -> bytes:
         await self._isolator.detach(read_key(request.env), request.asked)

@@ -17,8 +17,7 @@ Mesos, and still a valid result for whoever takes the version by its word.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from ipaddress import IPv4Address, ip_interface
+from ipaddress import ip_interface
 from typing import Any
 
 import msgspec
@@ -35,29 +34,17 @@ from netmodules.cni.config import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Gateways:
-    """The next hops inside a container, constants of the driver."""
-
-    v4: str
-    v6: str
-
-    def of(self, ip: IPAddress) -> str:
-        """The gateway of an address's family."""
-        return self.v4 if isinstance(ip, IPv4Address) else self.v6
-
-
-def render_result(endpoint: Endpoint, config: Config, gateways: Gateways) -> bytes:
+def render_result(endpoint: Endpoint, config: Config) -> bytes:
     """The JSON to print after an ADD that succeeded."""
     version = config.version
     body: dict[str, Any] = {"cniVersion": version}
     modern = version_at_least(version, "0.3.0")
     if modern:
-        body |= _modern(endpoint, version, gateways, config.previous)
+        body |= _modern(endpoint, version, config.previous)
     else:
         body |= {name: ip for name, ip in _old_ips(config.previous).items() if ip}
     if not modern or config.network_info is not None:
-        body |= {f"ip{ip.version}": _old_ip(ip, gateways) for ip in endpoint.ips}
+        body |= {f"ip{ip.version}": _old_ip(ip, endpoint) for ip in endpoint.ips}
     body["dns"] = dns_of(config, endpoint)
     return msgspec.json.encode(body)
 
@@ -96,7 +83,7 @@ def differences(endpoint: Endpoint, previous: PreviousResult) -> list[str]:
     return found
 
 
-def _modern(endpoint: Endpoint, version: str, gateways: Gateways, previous: PreviousResult) -> dict[str, Any]:
+def _modern(endpoint: Endpoint, version: str, previous: PreviousResult) -> dict[str, Any]:
     """Our interfaces, addresses and routes, after those of the plugins before us in a chain."""
     mtu = endpoint.mtu if version_at_least(version, "1.1.0") else None
     before = previous.interfaces or []
@@ -110,7 +97,7 @@ def _modern(endpoint: Endpoint, version: str, gateways: Gateways, previous: Prev
         PreviousIp(
             address=_with_length(ip),
             version=str(ip.version) if with_family else None,
-            gateway=gateways.of(ip),
+            gateway=str(endpoint.gateway(ip.version)),
             interface=len(before) + 1,
         )
         for ip in endpoint.ips
@@ -118,7 +105,7 @@ def _modern(endpoint: Endpoint, version: str, gateways: Gateways, previous: Prev
     return {
         "interfaces": interfaces,
         "ips": [*(previous.ips or []), *ips],
-        "routes": [*(previous.routes or []), *_routes(endpoint.ips, gateways)],
+        "routes": [*(previous.routes or []), *_routes(endpoint, endpoint.ips)],
     }
 
 
@@ -126,12 +113,16 @@ def _old_ips(previous: PreviousResult) -> dict[str, dict[str, object] | None]:
     return {"ip4": previous.ip4, "ip6": previous.ip6}
 
 
-def _old_ip(ip: IPAddress, gateways: Gateways) -> dict[str, Any]:
-    return {"ip": _with_length(ip), "gateway": gateways.of(ip), "routes": _routes([ip], gateways)}
+def _old_ip(ip: IPAddress, endpoint: Endpoint) -> dict[str, Any]:
+    gateway = str(endpoint.gateway(ip.version))
+    return {"ip": _with_length(ip), "gateway": gateway, "routes": _routes(endpoint, [ip])}
 
 
-def _routes(ips: Sequence[IPAddress], gateways: Gateways) -> list[dict[str, str]]:
-    return [{"dst": "0.0.0.0/0" if ip.version == 4 else "::/0", "gw": gateways.of(ip)} for ip in ips]
+def _routes(endpoint: Endpoint, ips: Sequence[IPAddress]) -> list[dict[str, str]]:
+    """The default routes of these addresses' families, then those to their network's pools."""
+    families = {ip.version: "0.0.0.0/0" if ip.version == 4 else "::/0" for ip in ips}
+    found = [*families.items(), *((p.version, str(p)) for p in endpoint.pools if p.version in families)]
+    return [{"dst": destination, "gw": str(endpoint.gateway(family))} for family, destination in found]
 
 
 def _with_length(ip: IPAddress) -> str:

@@ -51,6 +51,10 @@ def test_every_container_reaches_every_other_on_each_of_its_two_networks(guests:
     all_answer(between(guests))
 
 
+def test_what_is_not_bound_reaches_the_members_of_both_networks_on_every_node(guests: list[Guest]) -> None:
+    all_answer((namespace, ip, "") for namespace, ip, _ in between(guests))
+
+
 def test_a_process_of_any_node_reaches_every_container(lab: Lab, guests: list[Guest]) -> None:
     all_answer(from_nodes(lab.nodes, guests))
 

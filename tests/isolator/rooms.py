@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import TracebackType
@@ -180,10 +181,21 @@ class Machine(Room):
         super().__exit__(kind, error, trace)
 
     def attach(
-        self, container: Room, ifname: str, *ips: str, default_route: bool = False, **policy: Any
+        self,
+        container: Room,
+        ifname: str,
+        *ips: str,
+        default_route: bool = False,
+        next_hop: int = 1,
+        pools: tuple[str, ...] = (),
+        **policy: Any,
     ) -> Wiring:
         """Admit and wire an interface of a container. policy: as ``admission`` has it."""
-        wiring = wire(container, ifname, *ips, default_route=default_route)
+        wiring = replace(
+            wire(container, ifname, *ips, default_route=default_route),
+            next_hop=next_hop,
+            pools=tuple(map(ip_network, pools)),
+        )
         self.do(self.policy.admit, admission(wiring, **policy))
         self.do(self.driver.setup, wiring)
         return wiring

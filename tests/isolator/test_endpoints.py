@@ -16,7 +16,7 @@ from ipam.catalogue import Catalogue
 from ipam.errors import NotFound, TryAgain
 from ipam.holder import Holder
 from ipam.holdings import Conflict
-from ipam.keys import IPAddress
+from ipam.keys import IPAddress, IPNetwork
 from ipam.netgroups import Netgroup
 from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.records import Address, AddressState, Network
@@ -111,6 +111,11 @@ class StubKernel:
         await asyncio.sleep(0)
         self._told("limit", endpoint)
         self.limited.add(endpoint.host_ifname)
+
+    async def reroute(self, endpoint: Endpoint, pools: Sequence[IPNetwork]) -> bool:
+        await asyncio.sleep(0)
+        self._told("reroute", endpoint)
+        return endpoint.host_ifname in self.there
 
     async def policy_is_intact(self) -> bool:
         return self.intact

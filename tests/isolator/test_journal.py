@@ -57,6 +57,8 @@ ENDPOINT = Endpoint(
     ),
     bandwidth=Bandwidth(ingress=Limit(10**7), egress=Limit(10**6, 80_000)),
     engine_network="web-of-the-engine",
+    next_hop=254,
+    pools=(ip_network("10.0.0.0/24"), ip_network("fd00::/64")),
 )
 ADDRESS = AddressRow(
     ip_address("10.0.0.1"),
@@ -95,10 +97,11 @@ def test_everything_written_is_there_when_it_is_opened_again(path: Path) -> None
 
 def test_a_journal_of_an_older_moorage_is_read_and_no_longer_one_of_its_own(path: Path) -> None:
     journal = Journal(path, BOOT)
-    older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED, engine_network="")
+    older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED, engine_network="", next_hop=1, pools=())
     journal.save_endpoint(older)
     fields = msgspec.json.decode(journal._db.execute("SELECT value FROM endpoints").fetchone()[0])
-    del fields["port_mappings"], fields["bandwidth"], fields["engine_network"]
+    for newer in ("port_mappings", "bandwidth", "engine_network", "next_hop", "pools"):
+        del fields[newer]
     journal._db.execute("UPDATE endpoints SET value = ?", (msgspec.json.encode(fields),))
     journal._set_meta("schema", "1")
     journal.close()

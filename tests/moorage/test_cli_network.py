@@ -72,8 +72,19 @@ def test_a_network_with_everything_is_stored_and_listed(moorage: CommandLine) ->
         "allow_mac": True,
         "allow_hostports": ["80", "8000-8999"],
         "max_bandwidth": 10**9,
+        "next_hop": 1,
     }
     assert moorage.json("network", "list") == [created]
+
+
+def test_show_says_by_what_next_hop_containers_of_a_network_send(moorage: CommandLine) -> None:
+    moorage.ok("network", "create", "web", "--pool", "10.64.0.0/16")
+    moorage.ok("network", "create", "db", "--pool", "10.65.0.0/16")
+    shown = moorage.ok("network", "show", "db")
+    assert "169.254.1.2" in shown
+    assert "fe80::2" in shown
+    moorage.ok("network", "set", "db", "--mtu", "1400")
+    assert moorage.json("network", "show", "db")["next_hop"] == 2
 
 
 def test_a_new_network_reaches_no_store_and_one_from_before_there_was_a_choice_does(

@@ -21,8 +21,6 @@ from netmodules.request import Reply, Request
 CHECKOUT = Path(__file__).parents[2]
 SCRIPT = CHECKOUT / "bin" / "moorage-cni-py"
 NATIVE = CHECKOUT / "netmodules" / "native"
-GATEWAY4 = "169.254.1.1"
-GATEWAY6 = "fe80::1"
 ASKED = Asked(boot_id="11111111-2222-3333-4444-555555555555", at=1_000_000_000)
 MAC = "02:6d:0a:00:00:01"
 
@@ -102,7 +100,7 @@ class FakeIsolator:
 
 def handler_for(isolator: FakeIsolator, **options: Any) -> CniHandler:
     """The real handler on the fake."""
-    return CniHandler(isolator, gateway4=GATEWAY4, gateway6=GATEWAY6, **options)
+    return CniHandler(isolator, **options)
 
 
 def cni_env(command: str, **changes: str | None) -> dict[str, str]:

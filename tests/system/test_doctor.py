@@ -34,8 +34,8 @@ def test_a_drop_in_somebody_elses_table_is_found_with_the_command_that_helps(nod
 
 def test_what_is_off_is_found(node: LabNode) -> None:
     node.cli("network", "set", "web", "--dns", "127.0.0.53")
-    node.namespace.run("sysctl", "-qw", "net.ipv4.ip_forward=0")
     node.kill()
+    node.namespace.run("sysctl", "-qw", "net.ipv4.ip_forward=0")
     rows = node.cli("doctor", "-o", "json", check=False)
     assert rows.returncode == 1
     for words in (

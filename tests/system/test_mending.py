@@ -88,3 +88,19 @@ def test_nothing_is_mended_where_nothing_was_damaged(pair: Pair) -> None:
     log = pair.node.log.read_text()
     assert "repaired" not in log
     assert "restored" not in log
+
+
+def test_what_cannot_be_put_back_stands_in_status_until_it_could(pair: Pair) -> None:
+    """The container has given its interface another name, and somebody took the node's route meanwhile."""
+    pair.one.namespace.run("ip", "link", "set", "eth0", "name", "inner")
+    pair.node.namespace.run("ip", "route", "del", pair.ips[4])
+    says = f"{pair.one.id}/eth0 is not as it should be: the container has no link eth0"
+    eventually(lambda: pair.node.ask("status")["damage"] == [says])
+    assert says in pair.node.cli("doctor", check=False).stdout
+    eventually(lambda: f"the route to {pair.ips[4]}" in pair.node.log.read_text())
+    eventually(pair.talk)
+
+    time.sleep(9)
+    assert pair.node.log.read_text().count("endpoint is not as it should be") == 1, "it is said once"
+    pair.one.namespace.run("ip", "link", "set", "inner", "name", "eth0")
+    eventually(lambda: pair.node.ask("status")["damage"] == [])

@@ -57,6 +57,7 @@ TAKEN: dict[str, tuple[str, str]] = {
     "all addresses": ("inside", "ip addr flush dev eth0"),
     "the rules": ("inside", "ip rule del from IP4; ip -6 rule del from IP6"),
     "the default routes": ("inside", "ip route del default; ip -6 route del default"),
+    "the routes to its pools": ("inside", "ip route del 10.64.0.0/16; ip -6 route del fd64::/64"),
     "the interface's own table": ("inside", "ip route flush table TABLE; ip -6 route flush table TABLE"),
     "all routes": ("inside", "ip route flush table all dev eth0; ip -6 route flush table all dev eth0"),
     "the gateways": ("inside", "ip neigh flush nud permanent dev eth0"),

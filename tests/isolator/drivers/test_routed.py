@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,155 @@ def test_the_interface_chosen_for_it_has_the_default_route(
     assert " dev net1 " in container.sh("ip route get 2001:db8::2")
 
 
+NETWORKS = [
+    (f"eth{i}", (f"10.{i}.0.5", f"fd1{i}::5"), (f"10.{i}.0.0/16", f"fd1{i}::/64", f"10.{200 + i}.0.0/24"))
+    for i in range(8)
+]
+"""Interface, addresses and pools of a container on eight networks."""
+
+
+def attach_networks(machine: Machine, container: Room, numbers: Sequence[int]) -> dict[int, Wiring]:
+    return {
+        i: machine.attach(
+            container, NETWORKS[i][0], *NETWORKS[i][1], pools=NETWORKS[i][2], next_hop=i + 1, network=f"n{i}"
+        )
+        for i in numbers
+    }
+
+
+def unbound_ways(container: Room, numbers: Sequence[int]) -> dict[str, tuple[str, str]]:
+    """Destination -> (interface, source) that the container's kernel takes for an unbound socket."""
+    found = {}
+    for i in numbers:
+        for destination in (f"10.{i}.7.7", f"fd1{i}::77", f"10.{200 + i}.0.9"):
+            (route,) = json.loads(container.sh(f"ip -j route get {destination}"))
+            found[destination] = (route["dev"], route["prefsrc"])
+    return found
+
+
+def expected_ways(numbers: Sequence[int], staying: Sequence[int]) -> dict[str, tuple[str, str]]:
+    """The same, by each network's own interface while that is there, else by the lowest name."""
+    ways = {}
+    for i in numbers:
+        ifname, (own4, own6), _ = NETWORKS[i if i in staying else min(staying)]
+        ways |= {f"10.{i}.7.7": (ifname, own4), f"fd1{i}::77": (ifname, own6)}
+        ways[f"10.{200 + i}.0.9"] = (ifname, own4)
+    return ways
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (2, 0, 1), (5, 3, 7, 1, 0, 6, 2, 4)], ids=len)
+def test_each_network_is_reached_by_its_own_interface_and_address_whichever_others_leave(
+    machine: Machine, container: Room, numbers: tuple[int, ...]
+) -> None:
+    wirings = attach_networks(machine, container, numbers)
+    for leaving in (numbers[len(numbers) // 2], *numbers):
+        assert unbound_ways(container, numbers) == expected_ways(numbers, list(wirings))
+        if leaving in wirings and len(wirings) > 1:
+            machine.detach(wirings.pop(leaving))
+        for wiring in wirings.values():
+            assert machine.do(machine.driver.check, wiring) == []
+    machine.detach(*wirings.values())
+    assert holds_inside(container) == NOTHING_INSIDE
+
+
+def test_its_own_network_is_reached_by_our_interface_where_anothers_has_the_default_route(
+    machine: Machine, container: Room
+) -> None:
+    container.sh(
+        "ip link add net0 type bridge; ip link set net0 up; ip addr add 192.168.9.2/24 dev net0; "
+        "ip -6 addr add fd99::2/64 dev net0 nodad; ip route add default via 192.168.9.1; "
+        "ip -6 route add default via fd99::1 dev net0"
+    )
+    attach_networks(machine, container, [1])
+    assert unbound_ways(container, [1]) == expected_ways([1], [1])
+    assert " dev net0 " in container.sh("ip route get 192.0.2.2")
+
+
+def test_an_unbound_server_answers_from_the_address_that_was_called(
+    machine: Machine, make_container: MakeRoom
+) -> None:
+    server, *callers = make_container(), make_container(), make_container()
+    attach_networks(machine, server, [0, 1])
+    for i, caller in enumerate(callers):
+        machine.attach(caller, "eth0", f"10.{i}.0.6", f"fd1{i}::6", network=f"n{i}")
+    for family, any_ip in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        listening = server.unbound(family)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind((any_ip, 7000))
+        for i, caller in enumerate(callers):
+            called = NETWORKS[i][1][family == socket.AF_INET6]
+            asking = caller.unbound(family)
+            asking.connect((called, 7000))  # takes no answer from anywhere else
+            asking.send(b"hello?")
+            question, seen = listening.recvfrom(64)
+            listening.sendto(question, seen)
+            assert asking.recv(64) == b"hello?"
+
+
+def test_two_interfaces_on_one_network_do_not_take_each_others_routes(
+    machine: Machine, container: Room
+) -> None:
+    pools = ("10.0.0.0/16", "fd00::/64")
+    first = machine.attach(container, "eth0", A4, A6, pools=pools)
+    machine.attach(container, "eth1", B4, B6, pools=pools)
+    assert f"dev eth0 src {A4}" in container.sh("ip route get 10.0.7.7")
+    machine.detach(first)
+    assert f"dev eth1 src {B4}" in container.sh("ip route get 10.0.7.7")
+    assert f"dev eth1 proto 157 src {B6}" in container.sh("ip route get fd00::77")
+
+
+def test_routes_follow_the_networks_pools(machine: Machine, container: Room) -> None:
+    before = attach_networks(machine, container, [1])[1]
+    now = dataclasses.replace(before, pools=tuple(map(ip_network, ("fd11::/64", "10.7.0.0/16"))))
+    for _ in range(2):
+        assert machine.do(machine.driver.reroute, before, now)
+        assert machine.do(machine.driver.check, now) == []
+        assert container.sh("ip -4 route show 10.1.0.0/16; ip -4 route show 10.201.0.0/24") == ""
+    container.sh("ip link set eth1 down")
+    assert not machine.do(machine.driver.reroute, now, before)
+
+
+def test_the_routes_of_another_container_that_is_at_its_path_now_stay(
+    machine: Machine, make_container: MakeRoom
+) -> None:
+    old, new = make_container(), make_container()
+    (before,) = attach_networks(machine, old, [1]).values()
+    later = machine.attach(new, "eth1", "10.1.0.6", pools=("10.1.0.0/16",))
+    elsewhere = dataclasses.replace(before, netns=new.path)
+    assert not machine.do(machine.driver.reroute, elsewhere, dataclasses.replace(elsewhere, pools=()))
+    assert machine.do(machine.driver.check, later) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "ip route del 10.1.0.0/16",
+        "ip -6 route del fd11::/64",
+        "ip route replace 10.1.0.0/16 via 169.254.1.2 dev eth1 onlink metric METRIC",
+        # Its routes go with an IPv4 address, and stay without their source of an IPv6 one.
+        "ip addr del 10.1.0.5/32 dev eth1",
+        "ip addr del fd11::5/128 dev eth1",
+        "ip route flush table main",
+        "ip -6 route flush table main",
+        "ip neigh del 169.254.1.2 dev eth1",
+    ],
+)
+def test_a_route_to_a_pool_that_is_missing_is_named_and_put_back(
+    machine: Machine, container: Room, damage: str
+) -> None:
+    wiring = attach_networks(machine, container, [0, 1])[1]
+    metric = route_metric("eth1", default_route=False)
+    container.sh(damage.replace("METRIC", str(metric)))
+    missing = machine.do(machine.driver.check, wiring)
+    assert missing
+    if "neigh" not in damage:
+        assert f"from {'fd11::5' if 'fd11' in damage or '-6' in damage else '10.1.0.5'} " in str(missing)
+    repair = machine.do(machine.driver.repair, wiring)
+    assert (repair.before, repair.after) == (tuple(missing), ())
+    assert unbound_ways(container, [1]) == expected_ways([1], [1])
+
+
 def test_a_missing_path_is_refused_and_creates_no_namespace(machine: Machine, container: Room) -> None:
     before = set(lines(machine.sh("ls /run/netns")))
     wiring = dataclasses.replace(wire(container, "eth0", A4), netns=f"/run/netns/{container.name}-gone")
@@ -260,10 +411,11 @@ def all_requests(wiring: Wiring, machine: Machine) -> int:
 
 
 def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container: Room) -> None:
-    wiring = wire(container, "eth0", A4, A6)
+    pools = (ip_network("10.0.0.0/16"), ip_network("fd00::/64"))
+    wiring = dataclasses.replace(wire(container, "eth0", A4, A6), pools=pools)
     total = all_requests(wiring, machine)
     machine.do(machine.driver.remove, [wiring])
-    assert total == 22
+    assert total == 24
     original = NetlinkSocket._attempt
     for failing in range(1, total + 1):
         seen = 0

@@ -501,3 +501,31 @@ async def test_a_node_that_leaves_gives_up_its_own_addresses(agent: Agent) -> No
     agent.leaving = True
     agent.fabric.addresses_changed()
     await agent.until(lambda: agent.fabric.carried == () and agent.states() == {})
+
+
+async def test_an_add_on_a_network_that_is_new_waits_until_it_is_carried_and_no_other_add_does(
+    agent: Agent,
+) -> None:
+    await join(agent.store, "n2", OF_N2, "192.0.2.2")
+    await agent.until(lambda: "10.64.2.0/26" in agent.holds())
+    known = await agent.catalogue.network("web")
+    await asyncio.wait_for(agent.fabric.carry(known), 0.01)
+
+    await set_network(agent.store, "web", NetworkChange(fabric="hostgw"))
+    await agent.until(lambda: [n.fabric for n in agent.catalogue.networks()] == ["hostgw"])
+    changed = await agent.catalogue.network("web")
+    await agent.fabric.carry(changed)
+    assert "via 192.0.2.2" in agent.holds()
+
+
+async def test_an_add_does_not_wait_for_long_where_the_fabric_stands_still(agent: Agent) -> None:
+    await agent.until(lambda: agent.fabric.status()["device"])
+    unheard = (await agent.catalogue.network("web")).with_(fabric="hostgw")
+    begun = asyncio.get_running_loop().time()
+    await agent.fabric.carry(unheard)
+    assert asyncio.get_running_loop().time() - begun >= fabric.CARRY_PATIENCE
+
+
+async def test_an_add_does_not_wait_for_nodes_that_nobody_has_named_yet(idle: Agent) -> None:
+    await network(idle.store, "10.64.0.0/20", name="web", fabric="vxlan", warm=0)
+    await asyncio.wait_for(idle.fabric.carry(await idle.catalogue.network("web")), 0.5)

@@ -7,7 +7,8 @@ from ipaddress import ip_address
 import pytest
 
 from isolator.netlink import Node
-from isolator.netlink.lookup import Lookup, look_up, neighbour_state
+from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
+from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import Room
 
 pytestmark = pytest.mark.kernel
@@ -30,15 +31,31 @@ def ask(room: Room, *question: object) -> Lookup:
 
 
 def test_on_the_link_and_behind_a_gateway(node: Room) -> None:
-    assert ask(node, NEXT, None, "") == Lookup("up0")
+    assert ask(node, NEXT, None, "") == Lookup("up0", source=HERE)
     node.sh(f"ip route add default via {NEXT}")
-    assert ask(node, FAR, None, "") == Lookup("up0", NEXT)
+    assert ask(node, FAR, None, "") == Lookup("up0", NEXT, source=HERE)
     assert str(ask(node, FAR, None, "")) == f"via {NEXT} on up0"
 
 
 def test_an_ipv4_route_may_have_an_ipv6_next_hop(node: Room) -> None:
     node.sh(f"ip route add {FAR}/32 via inet6 fe80::7 dev up0 onlink")
-    assert ask(node, FAR, None, "") == Lookup("up0", ip_address("fe80::7"))
+    assert ask(node, FAR, None, "") == Lookup("up0", ip_address("fe80::7"), source=HERE)
+
+
+def test_inside_a_container_it_is_asked_of_that_ones_kernel_in_both_families(
+    make_container: MakeRoom, node: Room
+) -> None:
+    inside = make_container()
+    inside.sh(
+        "ip link add eth0 type veth peer name p0; ip link set p0 up; ip link set eth0 up; "
+        "ip address add 10.0.0.5/24 dev eth0; ip address add fd00::5/64 dev eth0 nodad"
+    )
+    inside.delivers("fd00::5")
+    with node.do(Node) as own:
+        for target, source in (("10.0.0.9", "10.0.0.5"), ("fd00::9", "fd00::5")):
+            found = node.do(look_up_inside, own, inside.path, ip_address(target))
+            assert found == Lookup("eth0", source=ip_address(source))
+        assert node.do(look_up_inside, own, inside.path, FAR).why == "there is no route"
 
 
 @pytest.mark.parametrize(

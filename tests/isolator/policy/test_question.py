@@ -9,7 +9,14 @@ import pytest
 
 from ipam.keys import IPAddress
 from ipam.records import NODE_ENGINE, Address, AddressState, Network, Node
-from isolator.policy.question import Known, addresses_of_nodes, callers_of, cure, may_call
+from isolator.policy.question import (
+    Known,
+    addresses_of_nodes,
+    callers_of,
+    cure,
+    may_call,
+    unbound_source,
+)
 from isolator.policy.sending import Packet
 
 
@@ -166,3 +173,31 @@ def test_link_local_and_unreadable_addresses_are_no_nodes() -> None:
         "192.0.2.1": "n1",
         "192.0.2.2": "n2",
     }
+
+
+def test_what_nobody_bound_comes_from_the_network_of_the_one_who_is_called() -> None:
+    def own(ifname: str, network: str, container: str = "both") -> Address:
+        return assigned("n1", network).with_(container_id=container, ifname=ifname)
+
+    addresses = {
+        ip_address("10.0.0.10"): own("eth0", "web"),
+        ip_address("10.1.0.10"): own("eth1", "db"),
+        ip_address("10.1.0.11"): own("eth0", "db", "member"),
+        ip_address("fd00::10"): own("eth0", "web"),
+    }
+    pools = {"web": [ip_network("10.0.0.0/24"), ip_network("fd00::/64")], "db": [ip_network("10.1.0.0/24")]}
+    known = replace(KNOWN, addresses=addresses, pools_of=pools)
+
+    def leaves_by(source: str, target: str, default: str = "eth0") -> tuple[str, str] | None:
+        found = unbound_source(
+            known, ip_address(source), ip_address(target), lambda record: record.ifname == default
+        )
+        return None if found is None else (found.ifname, str(found.source))
+
+    assert leaves_by("10.0.0.10", "10.1.0.11") == ("eth1", "10.1.0.10")
+    assert leaves_by("10.1.0.10", "10.1.0.11") == ("eth1", "10.1.0.10")
+    assert leaves_by("10.0.0.10", "192.0.2.9") == ("eth0", "10.0.0.10")
+    assert leaves_by("10.0.0.10", "192.0.2.9", default="eth1") == ("eth1", "10.1.0.10")
+    assert leaves_by("fd00::10", "2001:db8::1", default="eth1") == ("eth0", "fd00::10")
+    assert leaves_by("10.0.0.10", "10.1.0.10") is None, "its own address"
+    assert leaves_by("192.0.2.9", "10.1.0.11") is None, "no container's"

@@ -2,14 +2,14 @@
 
 import json
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 
 from isolator.model import Endpoint, EndpointKey, EndpointState
 from netmodules.cni.config import SUPPORTED_VERSIONS, PreviousResult, parse_config
-from netmodules.cni.results import Gateways, differences, render_result
+from netmodules.cni.results import differences, render_result
 from tests.netmodules.fakes import ASKED, MAC
 
 ENDPOINT = Endpoint(
@@ -27,22 +27,22 @@ ENDPOINT = Endpoint(
     mtu=1450,
     nameservers=("10.9.9.9",),
     search=("net.internal",),
+    next_hop=17,
+    pools=(ip_network("10.2.0.0/16"), ip_network("fd00::/64")),
 )
-GATEWAYS = Gateways("169.254.1.1", "fe80::1")
-ROUTE4 = {"dst": "0.0.0.0/0", "gw": "169.254.1.1"}
-ROUTE6 = {"dst": "::/0", "gw": "fe80::1"}
+ROUTES4 = [{"dst": "0.0.0.0/0", "gw": "169.254.1.17"}, {"dst": "10.2.0.0/16", "gw": "169.254.1.17"}]
+ROUTES6 = [{"dst": "::/0", "gw": "fe80::11"}, {"dst": "fd00::/64", "gw": "fe80::11"}]
+ROUTES = [ROUTES4[0], ROUTES6[0], ROUTES4[1], ROUTES6[1]]
 DNS = {"nameservers": ["10.9.9.9"], "search": ["net.internal"]}
 OLD = {
-    "ip4": {"ip": "10.2.0.9/32", "gateway": "169.254.1.1", "routes": [ROUTE4]},
-    "ip6": {"ip": "fd00::9/128", "gateway": "fe80::1", "routes": [ROUTE6]},
+    "ip4": {"ip": "10.2.0.9/32", "gateway": "169.254.1.17", "routes": ROUTES4},
+    "ip6": {"ip": "fd00::9/128", "gateway": "fe80::11", "routes": ROUTES6},
 }
 
 
 def result(version: str | None = None, endpoint: Endpoint = ENDPOINT, **fields: Any) -> dict[str, Any]:
     config = {"name": "dual", **({"cniVersion": version} if version else {}), **fields}
-    parsed: dict[str, Any] = json.loads(
-        render_result(endpoint, parse_config(json.dumps(config).encode()), GATEWAYS)
-    )
+    parsed: dict[str, Any] = json.loads(render_result(endpoint, parse_config(json.dumps(config).encode())))
     return parsed
 
 
@@ -60,10 +60,10 @@ def test_the_shape_with_interfaces(version: str) -> None:
             {"name": "eth0", "mac": MAC, "sandbox": "/run/netns/c0ffee"},
         ],
         "ips": [
-            {"version": "4", "address": "10.2.0.9/32", "gateway": "169.254.1.1", "interface": 1},
-            {"version": "6", "address": "fd00::9/128", "gateway": "fe80::1", "interface": 1},
+            {"version": "4", "address": "10.2.0.9/32", "gateway": "169.254.1.17", "interface": 1},
+            {"version": "6", "address": "fd00::9/128", "gateway": "fe80::11", "interface": 1},
         ],
-        "routes": [ROUTE4, ROUTE6],
+        "routes": ROUTES,
         "dns": DNS,
     }
 
@@ -71,7 +71,7 @@ def test_the_shape_with_interfaces(version: str) -> None:
 def test_1_0_0_has_no_family() -> None:
     assert result("1.0.0")["ips"][0] == {
         "address": "10.2.0.9/32",
-        "gateway": "169.254.1.1",
+        "gateway": "169.254.1.17",
         "interface": 1,
     }
 
@@ -111,7 +111,7 @@ def test_a_chained_call_passes_the_previous_result_through() -> None:
     chained = result("1.0.0", prevResult=before)
     assert chained["interfaces"][0] == before["interfaces"][0]
     assert [ip["interface"] for ip in chained["ips"]] == [0, 2, 2]
-    assert chained["routes"] == [*before["routes"], ROUTE4, ROUTE6]
+    assert chained["routes"] == [*before["routes"], *ROUTES]
 
 
 BEFORE: dict[str, Any] = {
