@@ -94,8 +94,12 @@ class Policy:
         self._book = book
         self._is_adopted = self._is_first = False
         self._fingerprints = None
+        before = kernel.generation(self._netfilter)
         self._write(ruleset.table(book), "restore all rules")
         self._trust()
+        if kernel.generation(self._netfilter) != before + 1:
+            # What somebody took meanwhile may be missing from what is trusted now.
+            self._fingerprints = None
 
     def adopt(self) -> None:
         """Leave the table as an earlier agent left it, and take it for right until it is restored."""
