@@ -44,6 +44,7 @@ from isolator.endpoints import Endpoints
 from isolator.errors import KernelRefused
 from isolator.every import Every
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
+from isolator.foreign_firewalls import ForeignFirewalls
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
@@ -98,7 +99,8 @@ class Settings:
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
     store_endpoints: (name or IP, TCP port) of the store's servers. cooldown: seconds. unused_for: seconds that
-    allocated addresses may stay without a container.
+    allocated addresses may stay without a container. manage_docker_user: whether Docker's chain of that name may be
+    opened for containers.
     """
 
     node: str
@@ -110,6 +112,7 @@ class Settings:
     store_endpoints: tuple[tuple[str, int], ...] = ()
     cooldown: float = COOLDOWN
     unused_for: float = UNUSED_FOR
+    manage_docker_user: bool = True
 
 
 class Isolator:
@@ -184,6 +187,12 @@ class Isolator:
             self._tell,
         )
         self._mending = Mending(self._kernel, self._endpoints)
+        self._firewalls = ForeignFirewalls(
+            self._kernel,
+            lambda: bool(self._endpoints.all()),
+            # A gateway has none of the interfaces that are let pass.
+            manages=settings.manage_docker_user and not settings.gateway,
+        )
         self._connections = Connections(self._kernel, self._endpoints, self._neighbours.on_catalogue)
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
@@ -264,6 +273,7 @@ class Isolator:
                     ("conflicts", self._cut_off),
                     ("allocated", self.allocated.run),
                     ("firewall", self._heal),
+                    ("firewalls", self._firewalls.run),
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
@@ -293,7 +303,9 @@ class Isolator:
     async def attach(self, spec: AttachSpec) -> Endpoint:
         """See Endpoints.attach. Raises InvalidInput on a gateway."""
         self._refuse_on_gateway()
-        return await self._endpoints.attach(spec)
+        endpoint = await self._endpoints.attach(spec)
+        self._firewalls.containers_came()
+        return endpoint
 
     def _refuse_on_gateway(self) -> None:
         if self._settings.gateway:
@@ -378,6 +390,7 @@ class Isolator:
             "connections": self._connections.status(),
             "collisions": self._collisions(),
             "damage": self._damaged(),
+            **self._firewalls.status(),
         }
 
     def _damaged(self) -> list[str]:

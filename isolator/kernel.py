@@ -37,6 +37,7 @@ from isolator.netlink import (
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.policy.adopted import let_go
+from isolator.policy.look import Look, look
 from isolator.policy.sending import Packet, at_limit
 from isolator.steps import reached
 from isolator.surrounds import Found, surroundings
@@ -387,6 +388,17 @@ class Kernel:
 
     async def policy_is_intact(self) -> bool:
         return await self._wiring.run(self._policy.is_intact)
+
+    async def changes_of_others(self) -> int:
+        """Another number as soon as somebody else changed any table; see Policy.changes_of_others."""
+        return await self._wiring.run(self._policy.changes_of_others)
+
+    async def look_at_firewalls(self, *, wants_accepts: bool) -> Look:
+        """What other firewalls do to containers' traffic, once Docker's chain is as it should be; see policy/look.py.
+
+        On the reaping thread: it takes as long as there are rules that forwarding passes.
+        """
+        return await self._reaping.run(look, wants_accepts=wants_accepts)
 
     async def wrong_sets(self) -> dict[str, set[str]]:
         """The policy's sets that do not hold what they should; see Policy.wrong_sets."""

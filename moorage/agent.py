@@ -89,6 +89,7 @@ async def _serve(config: AgentConfig) -> None:
                     underlay=config.underlay,
                     vxlan_port=config.vxlan_port,
                     gateway=config.gateway,
+                    manage_docker_user=config.manage_docker_user,
                     store_endpoints=endpoints(config.store),
                 ),
                 store,

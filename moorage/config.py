@@ -54,6 +54,7 @@ class AgentConfig:
 
     underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
     default route. vxlan_port: UDP.
+    manage_docker_user: whether the agent may open Docker's chain DOCKER-USER for containers.
     default_network: what calls of net-modules mean that name no network, None for none.
     mesos_agent_url: of the Mesos agent on this node, None if it is not asked. mesos_credentials: a file with its login,
     mesos_ca: of its certificate's authority, None for none.
@@ -68,6 +69,7 @@ class AgentConfig:
     underlay: str | None
     vxlan_port: int
     gateway: bool
+    manage_docker_user: bool
     default_network: str | None
     mesos_agent_url: str | None
     mesos_credentials: Path | None
@@ -190,6 +192,7 @@ SETTINGS = (
     Setting("underlay", _underlay, lambda: None),
     Setting("vxlan_port", _port, lambda: "4789", int),
     Setting("gateway", _switch, lambda: "false", bool),
+    Setting("manage_docker_user", _switch, lambda: "true", bool),
     Setting("default_network", _network, lambda: None),
     Setting("mesos_agent_url", _http, lambda: None),
     Setting("mesos_credentials", _file, lambda: None),

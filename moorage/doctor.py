@@ -5,16 +5,12 @@ Every check looks at the machine it runs on and says nothing if all is well; non
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from shlex import quote
-from typing import Any, Protocol, cast
-
-import nftables
+from typing import Any
 
 from ipam.errors import MoorageError
 from ipam.isolation import STORE
@@ -24,9 +20,13 @@ from ipam.store.etcd_url import parse
 from isolator import sysctl
 from isolator.connections import LEVELS
 from isolator.endpoints import ADMITTED
+from isolator.errors import KernelRefused
 from isolator.hostports import collisions, has_host_ip, who_listens
 from isolator.netlink import Node
+from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy.foreign import blocked
+from isolator.policy.look import has_iptables, waiting
+from isolator.policy.others import Ruleset, read
 from moorage.cli.network import resolver_warning
 from moorage.cli.session import Session, as_port_mapping
 
@@ -109,10 +109,14 @@ def forwarding(_: Session) -> Iterator[Finding]:
             yield Finding("forwarding", problem, (f"sysctl -w {setting}=1",))
 
 
-def firewalls(_: Session) -> Iterator[Finding]:
+def firewalls(session: Session) -> Iterator[Finding]:
     """Does another firewall drop what containers send?"""
-    for found in blocked(_ruleset(), has_iptables=shutil.which("iptables-nft") is not None):
-        yield Finding("firewall", f"{found.chain} drops containers' traffic: {found.why}", found.commands)
+    ruleset = _other_firewalls()
+    found = blocked(ruleset, has_iptables=has_iptables())
+    left_to_agent = waiting(ruleset, found) if found and _opens_docker_user(session) else frozenset()
+    for one in found:
+        if one.chain not in left_to_agent:
+            yield Finding("firewall", f"{one.chain} drops containers' traffic: {one.why}", one.commands)
     if _legacy_tables():
         yield Finding(
             "firewall",
@@ -215,22 +219,23 @@ def examine(session: Session) -> list[Finding]:
     return [finding for check in CHECKS.values() for finding in check(session)]
 
 
-class _Library(Protocol):
-    """What we use of the binding, which has no types."""
+def _other_firewalls() -> Ruleset:
+    """What hooks into forwarding in this namespace. Raises MoorageError."""
+    try:
+        with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+            return read(netfilter)
+    except KernelRefused as error:
+        raise MoorageError(f"the firewall's rules cannot be read: {error}; use sudo") from error
 
-    def set_json_output(self, on: bool) -> bool: ...
 
-    def cmd(self, cmdline: str) -> tuple[int, str, str]: ...
-
-
-def _ruleset() -> dict[str, Any]:
-    """All nft rules of this namespace. Raises MoorageError."""
-    library = cast("_Library", nftables.Nftables())
-    library.set_json_output(True)
-    code, output, words = library.cmd("list ruleset")
-    if code:
-        raise MoorageError(f"the firewall's rules cannot be read: {words.strip()}; use sudo")
-    return dict(json.loads(output)) if output else {}
+def _opens_docker_user(session: Session) -> bool:
+    """Whether an agent will see to Docker's policy as soon as it has a container."""
+    try:
+        status = session.ask_agent("status")
+    except MoorageError:
+        return False
+    # An agent of an earlier version leaves that chain alone.
+    return bool(status.get("docker_user", {}).get("managed")) and not status["endpoints"]
 
 
 def _legacy_tables() -> bool:

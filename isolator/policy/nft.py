@@ -29,14 +29,14 @@ class Nft:
     def __init__(self) -> None:
         self._library = cast("_Library", nftables.Nftables())
 
-    def run(self, commands: str, doing: str) -> str:
+    def run(self, commands: str, doing: str, where: str = "table inet moorage") -> str:
         """Carry out commands, one a line, in one transaction; what they print.
 
-        doing: for the error: ``"admit mrgabc"``. Raises KernelRefused, and then nothing was changed.
+        doing, where: for the error: ``"admit mrgabc"``. Raises KernelRefused, and then nothing was changed.
         """
         code, output, words = self._library.cmd(commands)
         if code:
             reason = words.partition("\n")[0].removeprefix("Error: ")
             number = _ERRNO_BY_TEXT.get(reason.rpartition(": ")[2], 0)
-            raise KernelRefused(f"could not {doing} in table inet moorage: {reason}", errno=number)
+            raise KernelRefused(f"could not {doing} in {where}: {reason}", errno=number)
         return output

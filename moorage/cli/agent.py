@@ -46,6 +46,12 @@ from moorage.cli.session import Session
     "[env: MOORAGE_GATEWAY; default: false]",
 )
 @click.option(
+    "--manage-docker-user",
+    metavar="true|false",
+    help="Let containers pass where Docker's own policy would drop their traffic, by rules in its chain DOCKER-USER.  "
+    "[env: MOORAGE_MANAGE_DOCKER_USER; default: true]",
+)
+@click.option(
     "--default-network",
     metavar="NAME",
     help="The network that moorage-netmodules means without --network.  [env: MOORAGE_DEFAULT_NETWORK; default: none]",

@@ -132,6 +132,7 @@ def test_the_agent_runs_with_all_layers_and_its_exit_code_is_ours(
             underlay="eth9",
             vxlan_port=4789,
             gateway=False,
+            manage_docker_user=True,
             default_network=None,
             mesos_agent_url=None,
             mesos_credentials=None,

@@ -50,3 +50,16 @@ def test_an_agent_with_the_rights_of_its_unit_attaches_mends_and_detaches(confin
         assert container.delete("web").exit == 0
     eventually(lambda: confined.ask("endpoint", "list") == [])
     assert "failed" not in confined.log.read_text()
+
+
+def test_an_agent_with_the_rights_of_its_unit_opens_dockers_chain(confined: LabNode) -> None:
+    confined.namespace.run(
+        "sh",
+        "-ec",
+        "iptables-nft -N DOCKER-USER; iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -j DOCKER-USER",
+    )
+    with confined.container() as container:
+        container.add("web")
+        eventually(lambda: confined.ask("status")["docker_user"]["chains"])
+        container.delete("web")
+    eventually(lambda: not confined.ask("status")["docker_user"]["chains"])

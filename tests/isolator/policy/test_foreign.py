@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
+from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy.foreign import Blocked, blocked
+from isolator.policy.others import read
 from tests.isolator.rooms import Room
 
 pytestmark = pytest.mark.kernel
@@ -39,7 +39,8 @@ HARMFUL = {
 
 
 def found(room: Room, *, has_iptables: bool = True) -> list[Blocked]:
-    return blocked(json.loads(room.sh("nft -j list ruleset")), has_iptables=has_iptables)
+    with room.do(NetlinkSocket, NETLINK_NETFILTER) as netfilter:
+        return blocked(read(netfilter), has_iptables=has_iptables)
 
 
 @pytest.mark.parametrize("what", HARMLESS)

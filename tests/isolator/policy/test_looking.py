@@ -151,3 +151,15 @@ def test_an_address_that_is_to_be_in_no_such_network_is_noticed(container: Room,
     container.sh("nft 'add element inet moorage open4 { 10.0.0.0/24 }'")
     with pytest.raises(KernelRefused, match="open4"):
         container.do(policy.verify, ONE.host_ifname)
+
+
+def test_changes_of_others_are_told_from_our_own(container: Room, policy: Policy) -> None:
+    """Or every container that comes and goes would have all firewalls of the node read."""
+    before = container.do(policy.changes_of_others)
+    container.do(policy.admit, endpoint(3, "db"))
+    container.do(policy.set_others, [(ip_address("10.0.9.8"), ("web",))])
+    container.do(policy.revoke, [endpoint(3).host_ifname])
+    container.do(policy.restore, [ONE, OTHER], AROUND)
+    assert container.do(policy.changes_of_others) == before
+    container.sh("nft add table inet other")
+    assert container.do(policy.changes_of_others) != before

@@ -16,7 +16,8 @@ from isolator.errors import KernelRefused
 from isolator.model import IPAddress, PortMapping
 from isolator.netlink import Connection
 from isolator.netlink.codec import Request
-from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, ruleset
+from isolator.netlink.socket import NetlinkSocket
+from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, kernel, ruleset
 from isolator.policy.book import Book
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import (
@@ -31,6 +32,7 @@ from tests.isolator.rooms import (
     Room,
     admission,
     heard,
+    sh,
     wire,
 )
 from tests.patience import PATIENCE
@@ -235,7 +237,8 @@ def test_a_late_revoke_leaves_the_new_owner_of_an_address_alone(container: Room,
     assert "netgroup4_web" not in table
 
 
-def test_other_tables_are_never_touched(container: Room, policy: Policy) -> None:
+def test_keeping_our_table_touches_no_other(container: Room, policy: Policy) -> None:
+    """DOCKER-USER is another matter: test_docker_user.py."""
     container.sh(
         "nft 'table inet other { set s { type ipv4_addr; elements = { 10.0.0.1 }; }; chain c { drop; }; }'"
     )
@@ -462,3 +465,25 @@ def test_who_may_use_the_tunnel_is_taken_over_by_the_next_agent(container: Room,
     assert policy.hosts == known
     assert "2001:db8::2" in container.sh("nft list set inet moorage underlays6")
     container.do(policy.close)
+
+
+def test_what_is_taken_while_the_table_is_restored_is_noticed(
+    container: Room, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever goes from chain to chain does not stop for a restore."""
+    read, taken = kernel.fingerprints, []
+
+    def late(netfilter: NetlinkSocket) -> dict[str, bytes] | None:
+        if not taken:
+            taken.append("sources")
+            sh("nft flush chain inet moorage sources")  # on the room's own thread already
+        return read(netfilter)
+
+    monkeypatch.setattr(kernel, "fingerprints", late)
+    container.do(policy.restore, [endpoint(1)], AROUND)
+    monkeypatch.undo()
+    assert taken
+    if not container.do(policy.is_intact):
+        container.do(policy.restore, [endpoint(1)], AROUND)
+    assert "drop" in container.sh("nft list chain inet moorage sources")
+    assert container.do(policy.is_intact)
