@@ -23,7 +23,7 @@ import errno
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -63,7 +63,7 @@ from isolator.model import (
     Work,
 )
 from isolator.neighbours import surroundings
-from isolator.policy import NETGROUPS, Isolation, isolation_of
+from isolator.policy import NETGROUPS, Isolation, Surroundings, isolation_of
 from isolator.removal import Removal
 from isolator.steps import reached
 from isolator.vacancy import may_be_vacant
@@ -75,6 +75,9 @@ TOMBSTONE_TTL = 120 * 10**9
 
 KNOWN_WITHIN = 1.0
 """Seconds from an ADD in which other nodes have usually heard of it; what they have not is told then."""
+
+TRY_AGAIN_AFTER = 60.0
+"""Seconds before what could not be put back is tried again, as long as nothing else is different."""
 
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
@@ -89,6 +92,14 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """left: sentences about what could not be put back. tried_at: the loop's seconds when it was tried last."""
+
+    left: tuple[str, ...]
+    tried_at: float
+
+
 async def _nothing_to_prepare(_: str) -> None:
     pass
 
@@ -97,7 +108,8 @@ class Endpoints:
     """See the module's docstring.
 
     mtu_of: bytes, of networks that do not set their own. tunnel_port: UDP, of this node; no container gets it.
-    prepare: has the kernel told of a network, by its name, if it was not told yet.
+    prepare: has the kernel told of a network, by its name, if it was not told yet. around: what the policy has to know
+    of networks, and of other nodes' containers in what nodes use; without, of this node's alone.
     """
 
     def __init__(
@@ -110,6 +122,7 @@ class Endpoints:
         mtu_of: Callable[[Network], int],
         tunnel_port: int = VXLAN_PORT,
         prepare: Callable[[str], Awaitable[None]] = _nothing_to_prepare,
+        around: Callable[[], Surroundings] | None = None,
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
@@ -119,11 +132,12 @@ class Endpoints:
         self._mtu_of = mtu_of
         self._tunnel_port = tunnel_port
         self._prepare = prepare
+        self._around = around or (lambda: surroundings(catalogue, holder.assigned()))
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
         self._attached_at: dict[EndpointKey, int] = {}
-        self._damaged: dict[EndpointKey, tuple[str, ...]] = {}
+        self._damaged: dict[EndpointKey, Damage] = {}
         self._removal = Removal(
             kernel, journal, holder, self._endpoints, lambda key: self._attached_at.pop(key, None)
         )
@@ -370,6 +384,9 @@ class Endpoints:
                     raise
                 # Somebody flushed the ruleset, or a set, a moment ago.
                 await self.restore_policy()
+                log.warning(
+                    "firewall table inet moorage was missing or changed; restored", met_by=str(endpoint.key)
+                )
             else:
                 return
 
@@ -378,7 +395,7 @@ class Endpoints:
 
     async def restore_policy(self, *, keep_endpoints: bool = False, keep_others: bool = False) -> None:
         """Put the firewall's table in place for what is attached; see Policy.restore for what may be kept."""
-        around = surroundings(self._catalogue, self._holder.assigned())
+        around = self._around()
         admitted = [
             admission(endpoint, around.isolation.get(endpoint.network, NETGROUPS))
             for endpoint in self._endpoints.values()
@@ -590,8 +607,11 @@ class Endpoints:
         What cannot be put back is logged once, and told by ``damaged`` until it is.
         """
         try:
-            if not await self._kernel.damage(endpoint):
+            damage = await self._kernel.damage(endpoint)
+            if not damage:
                 self._damaged.pop(endpoint.key, None)
+                return
+            if self._is_hopeless(endpoint, damage):
                 return
             async with self._locks.of(endpoint.key):
                 # What is on its way in or out only looks like damage.
@@ -605,17 +625,25 @@ class Endpoints:
             log.warning("endpoint repaired", endpoint=str(endpoint.key), missing="; ".join(repair.mended))
         self._note_damage(endpoint, repair.after)
 
+    def _is_hopeless(self, endpoint: Endpoint, damage: Sequence[str]) -> bool:
+        """Whether nothing is different from what could not be put back a moment ago: it is tried again, but not each
+        time that it is looked at."""
+        known = self._damaged.get(endpoint.key)
+        if known is None or not set(damage) <= set(known.left):
+            return False
+        return asyncio.get_running_loop().time() < known.tried_at + TRY_AGAIN_AFTER
+
     def _note_damage(self, endpoint: Endpoint, left: tuple[str, ...]) -> None:
-        before = self._damaged.pop(endpoint.key, ())
+        before = self._damaged.pop(endpoint.key, None)
         if not left or self._endpoints.get(endpoint.key) is not endpoint:
             return
-        self._damaged[endpoint.key] = left
-        if left != before:
+        self._damaged[endpoint.key] = Damage(left, asyncio.get_running_loop().time())
+        if before is None or left != before.left:
             log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why="; ".join(left))
 
     def damaged(self) -> dict[EndpointKey, tuple[str, ...]]:
         """What is not as it should be of endpoints and could not be put back, as sentences."""
-        return {key: left for key, left in self._damaged.items() if key in self._endpoints}
+        return {key: damage.left for key, damage in self._damaged.items() if key in self._endpoints}
 
     def misrouted(self) -> list[Endpoint]:
         """Attached endpoints whose containers do not have routes to the pools that their networks have now.

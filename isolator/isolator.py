@@ -166,6 +166,7 @@ class Isolator:
             self._fabric.mtu,
             settings.vxlan_port,
             self._prepare,
+            lambda: self._neighbours.around(self._cluster),
         )
         self._pool_routes = PoolRoutes(self._endpoints)
         self.allocated = Allocated(
@@ -398,6 +399,7 @@ class Isolator:
         endpoints = self._endpoints.damaged()
         return [
             *self._damage.values(),
+            *filter(None, [self._mending.behind()]),
             *(f"{key} is not as it should be: {'; '.join(left)}" for key, left in endpoints.items()),
         ]
 
@@ -582,7 +584,6 @@ class Isolator:
 
     async def _restore_policy(self) -> None:
         await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
-        self._neighbours.on_catalogue()  # other nodes' containers are known there alone
 
     async def _heal(self) -> None:
         """Keeps firewall and settings as they should be, and catches up on recovery when the store came back."""
@@ -614,6 +615,17 @@ class Isolator:
             self._damage["forwarding"] = str(error)
             return
         self._damage.pop("forwarding", None)
+        silent = [
+            link
+            for link in self._underlay.links
+            if await self._kernel.setting(f"net/ipv4/conf/{link}/forwarding") == "0"
+        ]
+        self._damage.pop("underlay", None)
+        if silent:
+            self._damage["underlay"] = (
+                f"net.ipv4.conf.{silent[0]}.forwarding is 0, so containers hear nothing that comes by that link; "
+                "find what sets it, such as IPv4Forwarding= of systemd-networkd"
+            )
         if off:
             log.warning("the node did not forward; it does again", settings=off)
 

@@ -35,10 +35,12 @@ from isolator.netlink import (
     sources,
 )
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
+from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.policy.adopted import let_go
 from isolator.policy.look import Look, look
 from isolator.policy.sending import Packet, at_limit
+from isolator.policy.table import wrong_in
 from isolator.steps import reached
 from isolator.surrounds import Found, surroundings
 from isolator.sysctl import enable_forwarding
@@ -77,20 +79,20 @@ def admission(endpoint: Endpoint, isolation: Isolation) -> Admission:
     )
 
 
-_NOT_MAPPED_HERE = "the node does not reach its mapped ports by 127.0.0.1"
+def _settings(endpoint: Endpoint) -> dict[str, str]:
+    """Settings that have to be 1 -> what is wrong where they are not."""
+    conf, found = f"net/ipv4/conf/{endpoint.host_ifname}", {}
+    if any(ip.version == 4 for ip in endpoint.ips):
+        # Of each link its own; that of all, and of links to come, is ip_forward.
+        found[f"{conf}/forwarding"] = f"the node does not forward IPv4 from {endpoint.host_ifname}"
+        if endpoint.port_mappings:
+            # The policy keeps the container from 127/8.
+            found[f"{conf}/route_localnet"] = "the node does not reach its mapped ports by 127.0.0.1"
+    return found
 
 
-def _is_mapped(endpoint: Endpoint) -> bool:
-    """Whether 127.0.0.1 of the node has to reach it; the policy keeps it from 127/8."""
-    return bool(endpoint.port_mappings) and any(ip.version == 4 for ip in endpoint.ips)
-
-
-def _lacks_localnet(endpoint: Endpoint) -> bool:
-    return _is_mapped(endpoint) and sysctl.read(_localnet(endpoint)) == "0"
-
-
-def _localnet(endpoint: Endpoint) -> str:
-    return f"net/ipv4/conf/{endpoint.host_ifname}/route_localnet"
+def _wrong_settings(endpoint: Endpoint) -> list[str]:
+    return [says for name, says in _settings(endpoint).items() if sysctl.read(name) == "0"]
 
 
 class _DriverThread(KernelThread):
@@ -114,9 +116,11 @@ class Kernel:
         self._wiring = _DriverThread("moorage-wiring")
         self._reaping = _DriverThread("moorage-reaping")
         self._policy = self._wiring.call(Policy)
+        self._reaping_netfilter = self._reaping.call(lambda: NetlinkSocket(NETLINK_NETFILTER))
 
     def close(self) -> None:
         self._wiring.call(self._policy.close)
+        self._reaping.call(self._reaping_netfilter.close)
         self._wiring.close()
         self._reaping.close()
 
@@ -154,8 +158,8 @@ class Kernel:
         try:
             self._policy.verify(endpoint.host_ifname)
             self._wiring.driver(endpoint.driver).setup(wiring(endpoint))
-            if _is_mapped(endpoint):
-                sysctl.ensure(_localnet(endpoint), "1")
+            for name in _settings(endpoint):
+                sysctl.ensure(name, "1")
         except BaseException:
             self._policy.revoke([endpoint.host_ifname])
             raise
@@ -193,7 +197,10 @@ class Kernel:
 
     async def look_up_inside(self, endpoint: Endpoint, dst: IPAddress) -> Lookup:
         """Where the kernel would send what nobody has bound in an endpoint's container; see netlink/lookup.py."""
-        return await self._wiring.run(look_up_inside, self._wiring.node, endpoint.netns, dst)
+        mine = wiring(endpoint)
+        return await self._reaping.run(
+            look_up_inside, self._reaping.node, endpoint.netns, mine.host_ifname, mine.ifname, dst
+        )
 
     async def neighbour_state(self, ip: IPAddress, device: str) -> str:
         """What the kernel knows of a neighbour; see netlink/lookup.py."""
@@ -205,13 +212,12 @@ class Kernel:
 
     async def differences(self, endpoint: Endpoint) -> list[str]:
         """Sentences, one per difference between an endpoint and the kernel."""
-        return await self._wiring.run(self._differences, endpoint)
+        found = await self._reaping.run(self._check, endpoint)
+        wrong = await self.wrong_sets()
+        return found + await self._wiring.run(self._policy.differences, endpoint.host_ifname, wrong)
 
-    def _differences(self, endpoint: Endpoint) -> list[str]:
-        found = self._wiring.driver(endpoint.driver).check(wiring(endpoint))
-        if _lacks_localnet(endpoint):
-            found.append(_NOT_MAPPED_HERE)
-        return found + self._policy.differences(endpoint.host_ifname)
+    def _check(self, endpoint: Endpoint) -> list[str]:
+        return self._reaping.driver(endpoint.driver).check(wiring(endpoint)) + _wrong_settings(endpoint)
 
     async def damage(self, endpoint: Endpoint) -> list[str]:
         """What somebody took of its wiring, as sentences.
@@ -221,21 +227,21 @@ class Kernel:
         return await self._reaping.run(self._damage, endpoint)
 
     def _damage(self, endpoint: Endpoint) -> list[str]:
-        found = self._reaping.driver(endpoint.driver).damage(wiring(endpoint))
-        if _lacks_localnet(endpoint):
-            found.append(_NOT_MAPPED_HERE)
-        return found
+        return self._reaping.driver(endpoint.driver).damage(wiring(endpoint)) + _wrong_settings(endpoint)
 
     async def repair(self, endpoint: Endpoint) -> Repair:
         """Put back what somebody took of its wiring. Raises KernelRefused."""
-        return await self._wiring.run(self._repair, endpoint)
+        before = await self.damage(endpoint)
+        refused = await self._wiring.run(self._repair, endpoint) if before else []
+        after = await self.damage(endpoint) if before else []
+        return Repair(tuple(before), (*after, *refused))
 
-    def _repair(self, endpoint: Endpoint) -> Repair:
-        repair = self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
-        if _lacks_localnet(endpoint):
-            sysctl.ensure(_localnet(endpoint), "1")
-            repair = replace(repair, before=(*repair.before, _NOT_MAPPED_HERE))
-        return repair
+    def _repair(self, endpoint: Endpoint) -> list[str]:
+        refused = self._wiring.driver(endpoint.driver).repair(wiring(endpoint))
+        for name in _settings(endpoint):
+            if sysctl.read(name) == "0":
+                sysctl.ensure(name, "1")
+        return refused
 
     async def reroute(self, endpoint: Endpoint, pools: tuple[IPNetwork, ...]) -> bool:
         """Have its container's routes follow its network's pools; see Driver.reroute. On the thread that ADDs do not
@@ -401,8 +407,30 @@ class Kernel:
         return await self._reaping.run(look, wants_accepts=wants_accepts)
 
     async def wrong_sets(self) -> dict[str, set[str]]:
-        """The policy's sets that do not hold what they should; see Policy.wrong_sets."""
-        return await self._wiring.run(self._policy.wrong_sets)
+        """The policy's sets that do not hold what they should; see Policy.wrong_sets.
+
+        They are read on the reaping thread, since that takes as long as they are large. What differs may be a change
+        of our own that came in between; what is so in two looks is not.
+        """
+        wrong: dict[str, set[str]] = {}
+        for is_second in (False, True):
+            snapshot = await self._wiring.run(self._policy.snapshot)
+            if snapshot is None:
+                return {}
+            found = await self._reaping.run(wrong_in, self._reaping_netfilter, snapshot)
+            if is_second:
+                found = {
+                    name: found[name] & wrong[name]
+                    for name in found.keys() & wrong.keys()
+                    if found[name] & wrong[name] or not found[name]
+                }
+            if not found:
+                await self._wiring.run(self._policy.trust_sets, snapshot)
+                return {}
+            if await self._wiring.run(self._policy.is_still, snapshot):
+                return found
+            wrong = found
+        return wrong
 
     # -- connections
 

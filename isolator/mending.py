@@ -1,14 +1,16 @@
 """Endpoints' routes, rules, addresses and neighbours, put back when somebody took them away.
 
 What is wanted is compared with what is there, again and again, whatever is told: each endpoint comes up within
-``ROUND``, and all of them at once when the agent starts, since nobody knows what was done meanwhile. What the kernel
+``ROUND``, and all of them first when the agent starts, since nobody knows what was done meanwhile. What the kernel
 tells (netlink/witness.py) only says where to look first. A look takes some 0.8 ms of processor time, on a thread that
-no ADD waits for. A container that keeps undoing its own wiring is mended, but never so often that others would feel it.
+no ADD waits for; only what is put back is written on that of ADDs. A container that keeps undoing its own wiring is
+mended every few seconds, no more often.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from isolator.endpoints import Endpoints
@@ -20,10 +22,11 @@ LOOK_EVERY = 1.0
 """Seconds between looks at what the kernel told."""
 
 AGAIN_AFTER = 3.0
-"""Seconds between two looks at one endpoint; together with the above, less than the 5 s that mending may take."""
+"""Seconds between two looks at one endpoint for a cause."""
 
-MOST_AT_ONCE = 50
-"""Endpoints that are looked at before the next second for a cause: some 40 ms of processor time."""
+MOST_AT_ONCE = 100
+"""Endpoints that are looked at before the next second for a cause: some 80 ms of processor time, several times as much
+if all of them have to be mended."""
 
 ROUND = 8.0
 """Seconds after which an endpoint is looked at without a cause."""
@@ -64,16 +67,28 @@ class Turns:
         there = set(attached)
         self._looked_at = {key: at for key, at in self._looked_at.items() if key in there}
         self._waiting = {key: None for key in self._waiting if key in there}
+
+        def last(key: EndpointKey) -> float:
+            return self._looked_at.get(key, -math.inf)
+
         # One that was never looked at counts as suspected: nobody knows what was done to it before.
         never = [key for key in attached if key not in self._looked_at]
-        first = [key for key in self._waiting if self._looked_at.get(key, 0.0) <= now - AGAIN_AFTER]
-        chosen = [*dict.fromkeys([*first, *never])][:MOST_AT_ONCE]
-        overdue = [key for key, at in self._looked_at.items() if at <= now - ROUND and key not in chosen]
-        chosen += sorted(overdue, key=self._looked_at.__getitem__)[:MOST_IN_ROUND]
+        first = [key for key in self._waiting if last(key) <= now - AGAIN_AFTER]
+        chosen = dict.fromkeys([*dict.fromkeys([*first, *never])][:MOST_AT_ONCE])
+        # Suspects without end take nobody's turn.
+        overdue = sorted(
+            (key for key in attached if last(key) <= now - ROUND and key not in chosen), key=last
+        )
+        chosen |= dict.fromkeys(overdue[:MOST_IN_ROUND])
         for key in chosen:
             self._waiting.pop(key, None)
             self._looked_at[key] = now
-        return chosen
+        return list(chosen)
+
+    @property
+    def waiting(self) -> int:
+        """How many there is cause to look at and that were not looked at yet."""
+        return len(self._waiting)
 
 
 class Mending:
@@ -97,6 +112,13 @@ class Mending:
                 await self._look()
         finally:
             witness.close()
+
+    def behind(self) -> str:
+        """A sentence if more is to be looked at than the next seconds are enough for; else ""."""
+        waiting = self._turns.waiting
+        if waiting <= MOST_AT_ONCE:
+            return ""
+        return f"something may be missing of {waiting} endpoints; they are looked at, {MOST_AT_ONCE} a second"
 
     async def _suspect(self, seen: Seen) -> None:
         found = suspects(seen, self._endpoints.all(), await self._kernel.links())

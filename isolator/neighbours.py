@@ -164,11 +164,14 @@ class Neighbours:
         self._nodes_changed = True  # the tunnel may come into use, or go out of it
         self._changed.set()
         try:
-            around = surroundings(self._catalogue, self._inside(cluster))
-            self.left(await self._kernel.set_surroundings(around))
+            self.left(await self._kernel.set_surroundings(self.around(cluster)))
         except BaseException:
             self._networks_changed = True
             raise
+
+    def around(self, cluster: Cluster) -> Surroundings:
+        """What the policy has to know of pools and networks."""
+        return surroundings(self._catalogue, self._inside(cluster))
 
     def _inside(self, cluster: Cluster) -> set[IPAddress]:
         """Assigned addresses in what nodes' own networks use. All are looked at only if there can be any."""

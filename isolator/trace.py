@@ -17,6 +17,7 @@ from shlex import quote
 from typing import Any
 
 from ipam.errors import InvalidInput, MoorageError
+from isolator.drivers.base import CONTAINER_SIDE, UNSEEN
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, Fabric
 from isolator.fabric.plan import Route
@@ -25,9 +26,6 @@ from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.netlink.lookup import Lookup
 from isolator.policy.sending import ICMP_ERROR, Drop, Packet
 from isolator.unbound import Interface, unbound
-
-CONTAINER_SIDE = "the container"
-"""Begins what a driver's check says about the container's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +291,9 @@ class Tracer:
         inside = [text for text in found if text.startswith(CONTAINER_SIDE)]
         outside = [text for text in found if text not in inside]
         cure = "restart the container, or find out what in it changes its network"
+        holds = None if any(text.startswith(UNSEEN) for text in inside) else not inside
         container = self._hop(
-            "container", not inside, "; ".join(inside) or f"{endpoint.key} has its addresses and routes", cure
+            "container", holds, "; ".join(inside) or f"{endpoint.key} has its addresses and routes", cure
         )
         cure = "the agent restores it within seconds; if it does not, see its log"
         says = "; ".join(outside) or f"{endpoint.host_ifname} is up"

@@ -43,6 +43,13 @@ class Wiring:
     pools: tuple[IPNetwork, ...] = ()
 
 
+CONTAINER_SIDE = "the container"
+"""What sentences about the container's end begin with."""
+
+UNSEEN = f"{CONTAINER_SIDE}'s side is not seen: "
+"""What a sentence begins with that says why nobody knows what is there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Repair:
     """What came of a repair, as sentences: of each difference that was there before, and that is there after."""
@@ -84,8 +91,9 @@ class Driver(Protocol):
         """Those of its differences that ``repair`` is for. Raises KernelRefused."""
         ...
 
-    def repair(self, wiring: Wiring) -> Repair:
-        """Put back what somebody took of its links' state, addresses, routes, rules and neighbours.
+    def repair(self, wiring: Wiring) -> list[str]:
+        """Put back what somebody took of its links' state, addresses, routes, rules and neighbours; what the kernel
+        refused of that, as sentences.
 
         What is there stays untouched, and so does all of it where its interface is gone. Neither end waits for the
         other: the node's is mended also where the container's cannot be. Raises KernelRefused.

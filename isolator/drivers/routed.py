@@ -18,7 +18,7 @@ import structlog
 
 from isolator import sysctl
 from isolator.drivers import shaping
-from isolator.drivers.base import Repair, Wiring
+from isolator.drivers.base import Wiring
 from isolator.drivers.naming import route_table, shaper_ifname
 from isolator.drivers.routed_check import IPV6_MTU, damage, differences, smallest_mtu
 from isolator.drivers.routed_layout import (
@@ -115,16 +115,15 @@ class Routed:
         """See Driver.damage."""
         return damage(self._node, wiring)
 
-    def repair(self, wiring: Wiring) -> Repair:
+    def repair(self, wiring: Wiring) -> list[str]:
         """See Driver.repair: the batches of ``setup`` may be repeated."""
-        before = damage(self._node, wiring)
         link = link_by_name(self._node.route, wiring.host_ifname)
-        if not before or link is None:
-            return Repair(tuple(before), tuple(before))
+        if link is None:
+            return []
         refused = self._repair_host(wiring, link)
         if wiring.netns is not None:
             refused += self._repair_container(wiring, link)
-        return Repair(tuple(before), (*damage(self._node, wiring), *refused))
+        return refused
 
     def _repair_host(self, wiring: Wiring, link: HostLink) -> list[str]:
         """What the kernel refused, as sentences."""

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 from ipam.keys import IPNetwork
-from isolator.drivers.base import Wiring
+from isolator.drivers.base import UNSEEN, Wiring
 from isolator.drivers.naming import route_table
 from isolator.drivers.routed_layout import HOST_MAC, RULE_PRIORITY, gateway_for, metric_of, pool_sources
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.inventory import HostLink, link_by_name, parse_route, parse_rule
-from isolator.netlink.messages import TABLE_MAIN
+from isolator.netlink.messages import ROUTE_PROTOCOL, TABLE_LOCAL, TABLE_MAIN
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
 
@@ -43,7 +43,7 @@ def _differences(node: Node, wiring: Wiring, *, smaller_mtu: bool) -> list[str]:
     ours = link_by_name(node.route, wiring.host_ifname)
     found = list(_host_differences(node.route, wiring, ours))
     if wiring.netns is None:
-        return [*found, "the container's network namespace is not known"]
+        return [*found, f"{UNSEEN}the path of its network namespace is not known"]
     try:
         with node.open_namespace(wiring.netns) as container, container.inside(), NetlinkSocket() as route:
             inner = link_by_name(route, wiring.ifname)
@@ -51,13 +51,18 @@ def _differences(node: Node, wiring: Wiring, *, smaller_mtu: bool) -> list[str]:
                 return [*found, stranger(wiring)]
             smallest = smallest_mtu(wiring) if smaller_mtu else wiring.mtu
             return found + list(_container_differences(route, wiring, inner, smallest))
-    except (NamespaceGone, NotANamespace, KernelRefused) as error:
-        return [*found, str(error)]
+    except NamespaceGone:
+        return [*found, f"{UNSEEN}the path of its network namespace, {wiring.netns}, leads nowhere any more"]
+    except (NotANamespace, KernelRefused) as error:
+        return [*found, f"{UNSEEN}{error}"]
 
 
 def stranger(wiring: Wiring) -> str:
     """That the path leads to somebody else's namespace, whose link happens to have the name."""
-    return f"{wiring.netns} leads to another container: its {wiring.ifname} is not the peer of {wiring.host_ifname}"
+    return (
+        f"{UNSEEN}{wiring.netns} leads to another container by now, whose {wiring.ifname} is not the peer of "
+        f"{wiring.host_ifname}"
+    )
 
 
 def smallest_mtu(wiring: Wiring) -> int:
@@ -127,11 +132,16 @@ def _container_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> se
             rule = parse_rule(message)
             if rule is not None and rule.source is not None and rule.priority == RULE_PRIORITY:
                 facts.add(_rule(rule.source.network_address, rule.table))
-        for message in route.dump(messages.dump_routes(family, index=link.index)):
-            found = parse_route(message)
+        # Table by table, and ours alone: a container may have as many of its own as it likes.
+        dumps = [messages.dump_routes(family, table=TABLE_LOCAL, index=link.index)]
+        dumps += [
+            messages.dump_routes(family, protocol=ROUTE_PROTOCOL, table=table, index=link.index)
+            for table in (TABLE_MAIN, route_table(link.name))
+        ]
+        for found in (parse_route(message) for dump in dumps for message in route.dump(dump)):
             if found.index != link.index:
                 continue
-            if (found.table, found.kind) == (messages.TABLE_LOCAL, messages.RTN_LOCAL):
+            if (found.table, found.kind) == (TABLE_LOCAL, messages.RTN_LOCAL):
                 facts.add(_local(found.destination.network_address, link.name))
             if found.gateway is None:
                 continue

@@ -85,6 +85,7 @@ def ensure_device(node: Node, spec: DeviceSpec) -> Made:
     try:
         # Hosts turn IPv6 off for new links; here next hops are IPv6 ones in both families.
         sysctl.ensure(f"net/ipv6/conf/{spec.name}/disable_ipv6", "0")
+        sysctl.ensure(f"net/ipv4/conf/{spec.name}/forwarding", "1")
     except KernelRefused as error:
         refused.append(error)
     addresses, refused_addresses = _ensure_addresses(node, found.index, spec)

@@ -148,6 +148,16 @@ class Book:
 
     # -- looking in
 
+    def copy(self) -> Book:
+        """One that later changes of this leave as it is. As cheap as copying a few dictionaries."""
+        copy = Book()
+        copy.surroundings, copy.intervals, copy.hosts = self.surroundings, self.intervals, self.hosts
+        copy.admissions, copy._limits, copy.halted = self.admissions.copy(), self._limits.copy(), self.halted
+        copy._others = self._others.copy()
+        copy._here = {ip: groups.copy() for ip, groups in self._here.items()}
+        copy._endpoints_with, copy._chains_with = self._endpoints_with.copy(), self._chains_with.copy()
+        return copy
+
     def netgroups(self, ip: IPAddress) -> tuple[str, ...]:
         """What an address is a member of; own endpoints say it themselves, others the store."""
         here = self._here.get(ip)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from ipam.netgroups import PUBLIC
@@ -272,22 +274,29 @@ class Policy:
     def wrong_sets(self) -> dict[str, set[str]]:
         """Sets and maps that do not hold what they should, as far as somebody else changed any rule of the node, and
         which of their elements differ; of an interval set none is named."""
+        snapshot = self.snapshot()
+        if snapshot is None:
+            return {}
+        wrong = wrong_in(self._netfilter, snapshot)
+        if not wrong:
+            self.trust_sets(snapshot)
+        return wrong
+
+    def snapshot(self) -> Snapshot | None:
+        """What the sets should hold now, to be compared on another thread; None if there is nothing to compare."""
         generation = kernel.generation(self._netfilter)
         if generation == self._complete_at or self._is_adopted:
-            return {}
-        everything = self._book.everything()
-        wrong = {}
-        for name in sorted({*self._set_names(), *everything.elements}):
-            wanted = set(everything.elements.get(name, ()))
-            if differing := kernel.elements(self._netfilter, name) ^ wanted:
-                wrong[name] = differing
-        for base in INTERVALS:
-            for name in (f"{base}4", f"{base}6"):
-                if not kernel.covers(self._netfilter, name, everything.intervals.get(name, ())):
-                    wrong[name] = set()
-        if not wrong:
-            self._complete_at = generation
-        return wrong
+            return None
+        return Snapshot(generation, self._book.copy())
+
+    def trust_sets(self, snapshot: Snapshot) -> None:
+        """The sets were as the snapshot says."""
+        if self.is_still(snapshot):
+            self._complete_at = snapshot.generation
+
+    def is_still(self, snapshot: Snapshot) -> bool:
+        """Whether nobody changed any rule of the node since."""
+        return kernel.generation(self._netfilter) == snapshot.generation
 
     def wrong_chains(self) -> list[str]:
         """Chains that are not as they should be; "" stands for the table itself."""
@@ -302,9 +311,10 @@ class Policy:
             if found.get(name) != self._fingerprints.get(name)
         )
 
-    def differences(self, host_ifname: str) -> list[str]:
+    def differences(self, host_ifname: str, wrong_sets: Mapping[str, set[str]]) -> list[str]:
         """Sentences about everything that is not as it should be and that an endpoint's packets are judged by.
 
+        wrong_sets: as of that name.
         What concerns only others is left out: their own elements, netgroups that the endpoint is not in, families that
         it has no address of.
         """
@@ -320,13 +330,14 @@ class Policy:
             return [*found, f"the firewall admits nothing on {host_ifname}"]
         own = set(self._book.elements_of(admission))
         shared = _shared_by(admission)
-        for name, differing in self.wrong_sets().items():
+        keys = {f'"{host_ifname}"', *map(str, admission.ips)}
+        for name, differing in sorted(wrong_sets.items()):
             if name.rstrip("46") in _OF_ENDPOINTS:
-                found += [
-                    f"the firewall's set {name} lacks {element}"
-                    for element in sorted(differing)
-                    if (name, element) in own
-                ]
+                for element in sorted(differing):
+                    if (name, element) in own:
+                        found.append(f"the firewall's set {name} lacks {element}")
+                    elif not keys.isdisjoint(re.split(r" \. | : | ct ", element)):
+                        found.append(f"the firewall's set {name} holds {element}, which it should not")
             elif name in shared:
                 found.append(f"the firewall's set {name} does not hold what it should")
         return found
@@ -355,17 +366,10 @@ class Policy:
             self._complete_at = -1
             what = f"set {missing[0]}" if missing else "table inet moorage"
             raise KernelRefused(
-                f"the firewall's {what} is not what it was made: somebody changed it this moment; it is restored "
-                "within a second",
+                f"the firewall's {what} is not what it was made: somebody changes it right now; find who does, "
+                "then try again",
                 errno=errno.ENOENT,
             )
-
-    def _set_names(self) -> list[str]:
-        return [
-            *_SETS,
-            *(f"{base}{family}" for base in _SETS_OF_A_FAMILY for family in _FAMILIES),
-            *(_set_of(netgroup, family) for netgroup in self._book.netgroups_used() for family in _FAMILIES),
-        ]
 
     def may_call(self, source: IPAddress, host_ifname: str) -> Verdict | None:
         """Whether an address may call an endpoint, as the table is now; None if that one may not communicate at all."""
@@ -408,6 +412,35 @@ class Policy:
     def elements(self) -> set[tuple[str, IPAddress]]:
         """Every (host_ifname, ip) that may communicate now; empty if the table is gone."""
         return set(kernel.pairs(self._netfilter))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the table's sets should hold at one moment. generation: of the node's rules then."""
+
+    generation: int
+    book: Book
+
+
+def wrong_in(netfilter: NetlinkSocket, snapshot: Snapshot) -> dict[str, set[str]]:
+    """See Policy.wrong_sets. On any thread; as long as the sets are large: some 7 ms per 1,000 elements."""
+    everything = snapshot.book.everything()
+    names = {
+        *_SETS,
+        *(f"{base}{family}" for base in _SETS_OF_A_FAMILY for family in _FAMILIES),
+        *(_set_of(group, family) for group in snapshot.book.netgroups_used() for family in _FAMILIES),
+        *everything.elements,
+    }
+    wrong = {}
+    for name in sorted(names):
+        wanted = set(everything.elements.get(name, ()))
+        if differing := kernel.elements(netfilter, name) ^ wanted:
+            wrong[name] = differing
+    for base in INTERVALS:
+        for name in (f"{base}4", f"{base}6"):
+            if not kernel.covers(netfilter, name, everything.intervals.get(name, ())):
+                wrong[name] = set()
+    return wrong
 
 
 def _shared_by(admission: Admission) -> set[str]:

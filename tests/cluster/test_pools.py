@@ -224,3 +224,32 @@ def test_a_node_that_comes_later_with_such_a_lan_keeps_it(lab: Lab) -> None:
         late.stop()
         no_lan(late)
         first.cli("node", "remove", late.name, "--force", check=False)
+
+
+@pytest.mark.parametrize("taken", ["flush set inet moorage pools4", "flush ruleset"])
+def test_a_table_that_an_add_restores_knows_other_nodes_containers_inside_own_networks(
+    lab: Lab, taken: str
+) -> None:
+    """They were there before the network was; whoever restores the table has to know of them."""
+    here, there = lab.nodes[:2]
+    with guest(here, "kept") as one, guest(there, "kept") as other:
+        ip = other.ips["kept", 4]
+        eventually(lambda: one.container.namespace.pings(ip, wait=1))
+        here.namespace.run("ip", "link", "add", "own0", "type", "veth", "peer", "name", "own1")
+        try:
+            own = f"{ip.rpartition('.')[0]}.250/24"
+            here.namespace.run(
+                "sh", "-ec", f"ip link set own1 up; ip link set own0 up; ip addr add {own} dev own0"
+            )
+            known = ("nft", "get", "element", "inet", "moorage", "pools4", f"{{ {ip} }}")
+            unknown = ("nft", "get", "element", "inet", "moorage", "pools4", f"{{ {own.partition('/')[0]} }}")
+            eventually(lambda: here.namespace.run(*unknown, check=False).returncode)
+            assert one.container.namespace.pings(ip)
+            here.namespace.run("nft", *taken.split())
+            with here.container() as third:
+                assert third.add("kept").exit == 0
+                assert here.namespace.run(*known, check=False).returncode == 0
+                eventually(lambda: one.container.namespace.pings(ip, wait=1))
+                third.delete("kept")
+        finally:
+            here.namespace.run("ip", "link", "delete", "own0")

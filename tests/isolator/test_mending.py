@@ -85,3 +85,18 @@ def test_who_has_ended_is_forgotten(turns: Turns) -> None:
     assert turns.take(everybody[:1]) == everybody[:1]
     assert turns.take([]) == []
     assert turns.take(everybody[1:]) == everybody[1:]
+
+
+def test_one_that_came_while_others_are_suspected_without_end_has_its_turn(
+    turns: Turns, clock: Clock
+) -> None:
+    noisy, new = keys(MOST_AT_ONCE * 4), [EndpointKey("new", "eth0")]
+    for _ in range(10):
+        clock.now += 1
+        turns.take(noisy)
+    looked = 0
+    for _ in range(int(ROUND)):
+        clock.now += 1
+        turns.suspect(iter(noisy))
+        looked += turns.take(noisy + new).count(new[0])
+    assert looked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ DAMAGE = {
     "all addresses": (inside("ip", "addr", "flush", "dev", "eth0"), "the address IP6"),
     "the rule": (inside("ip", "rule", "del", "from", "IP4"), "the rule that packets from IP4"),
     "the default route": (inside("ip", "route", "del", "default"), "the default route via 169.254.1.1"),
+    "the link's own forwarding": (
+        on_node("sysctl", "-qw", "net.ipv4.conf.LINK.forwarding=0"),
+        "does not forward IPv4 from LINK",
+    ),
     "the inner link's state": (inside("ip", "link", "set", "eth0", "down"), "eth0 is down"),
 }
 
@@ -104,3 +109,30 @@ def test_what_cannot_be_put_back_stands_in_status_until_it_could(pair: Pair) -> 
     assert pair.node.log.read_text().count("endpoint is not as it should be") == 1, "it is said once"
     pair.one.namespace.run("ip", "link", "set", "inner", "name", "eth0")
     eventually(lambda: pair.node.ask("status")["damage"] == [])
+
+
+def test_a_container_whose_path_leads_to_another_is_mended_outside_and_looked_at_nowhere_else(
+    pair: Pair,
+) -> None:
+    living = pair.one.namespace.start("sleep", "600")
+    try:
+        subprocess.run(["ip", "netns", "delete", pair.one.namespace.name], check=True)
+        pair.one.namespace.create()
+        stranger = Container(pair.node.socket, id="stranger", namespace=pair.one.namespace)
+        assert stranger.add("web").exit == 0
+        shows = ("sh", "-c", "ip link show eth0; ip addr; ip rule; ip route show table all; ip neigh")
+        before = stranger.namespace.run(*shows).stdout
+        pair.node.namespace.run("ip", "route", "del", pair.ips[4])
+        eventually(lambda: "leads to another container by now" in str(pair.node.ask("status")["damage"]))
+        eventually(pair.talk)
+        assert stranger.namespace.run(*shows).stdout == before
+
+        ends = (f"{pair.one.id}/eth0", f"{pair.other.id}/eth0")
+        (way, *_) = pair.node.ask("endpoint", "trace", *ends, check=False)["ways"]
+        hops = {hop["at"]: hop for hop in reversed(way["hops"])}
+        assert hops["veth"]["holds"] is True
+        assert hops["container"]["holds"] is None
+        assert hops["source"]["holds"] is None
+    finally:
+        living.kill()
+        living.wait()

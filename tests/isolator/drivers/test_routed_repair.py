@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from isolator.drivers import Wiring
+from isolator.drivers import Repair, Wiring, routed_check
+from isolator.netlink import HostRoute
+from isolator.netlink.codec import Message
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import WORLD4, WORLD6, Machine, Room, heard
 
@@ -23,6 +25,13 @@ def talks(machine: Machine, container: Room, wiring: Wiring) -> bool:
     return all(heard(container, ip, machine.world, worlds[ip.version], within=2) for ip in wiring.ips)
 
 
+def mended(machine: Machine, wiring: Wiring) -> Repair:
+    """A repair as isolator/kernel.py makes one of it."""
+    before = machine.do(machine.driver.damage, wiring)
+    refused = machine.do(machine.driver.repair, wiring)
+    return Repair(tuple(before), (*machine.do(machine.driver.damage, wiring), *refused))
+
+
 @pytest.mark.parametrize("path", [None, "/run/netns/mrg-not-there", "another"])
 def test_the_nodes_side_is_mended_whatever_became_of_the_containers_path(
     machine: Machine, container: Room, make_container: MakeRoom, path: str | None
@@ -32,7 +41,7 @@ def test_the_nodes_side_is_mended_whatever_became_of_the_containers_path(
     machine.sh(f"ip route del {A4}; ip -6 route del {A6}; ip -6 neigh del {A6} dev {wiring.host_ifname}")
     assert not talks(machine, container, wiring)
 
-    repair = machine.do(machine.driver.repair, known)
+    repair = mended(machine, known)
     assert talks(machine, container, wiring)
     assert set(repair.mended) == {
         f"the node lacks the route to {A4} via {wiring.host_ifname}",
@@ -51,10 +60,13 @@ def test_a_stranger_at_the_recorded_path_is_left_alone(
     before = other.sh("ip link show eth0; ip address; ip rule; ip route show table all; ip neigh")
 
     mistaken = replace(wiring, netns=other.path)
-    repair = machine.do(machine.driver.repair, mistaken)
+    repair = mended(machine, mistaken)
     assert other.sh("ip link show eth0; ip address; ip rule; ip route show table all; ip neigh") == before
     assert talks(machine, other, stranger)
-    says = f"{other.path} leads to another container: its eth0 is not the peer of {wiring.host_ifname}"
+    says = (
+        f"the container's side is not seen: {other.path} leads to another container by now, whose eth0 is not the peer "
+        f"of {wiring.host_ifname}"
+    )
     assert repair.after == (says,)
     assert machine.do(machine.driver.check, mistaken) == [says]
 
@@ -71,6 +83,9 @@ DAMAGE: dict[str, Callable[[Machine, Room, Wiring], object]] = {
     "every route and rule inside": lambda _, c, w: c.sh(
         "ip route flush table all; ip -6 route flush table all; ip rule flush; ip rule add pref 32766 table main"
     ),
+    "the default route, by another's": lambda _, c, w: c.sh(
+        "ip route del default; ip route add default via 169.254.1.1 dev eth0 onlink"
+    ),
     "every neighbour inside": lambda _, c, w: c.sh("ip neigh flush all nud permanent"),
     "the link's state": lambda m, _, w: m.sh(f"ip link set {w.host_ifname} down"),
     "silence of ARP": lambda m, _, w: m.sh(f"ip link set {w.host_ifname} arp on"),
@@ -83,12 +98,12 @@ def test_one_repair_puts_everything_back(machine: Machine, container: Room, what
     DAMAGE[what](machine, container, wiring)
     assert machine.do(machine.driver.damage, wiring), "it counts as damage"
 
-    repair = machine.do(machine.driver.repair, wiring)
+    repair = mended(machine, wiring)
     assert repair.mended == repair.before
     assert repair.after == ()
     assert machine.do(machine.driver.check, wiring) == []
     assert talks(machine, container, wiring)
-    assert machine.do(machine.driver.repair, wiring).before == (), "and nothing is left to do"
+    assert mended(machine, wiring).before == (), "and nothing is left to do"
 
 
 def test_a_container_may_send_smaller_packets_than_it_has_to(machine: Machine, container: Room) -> None:
@@ -106,6 +121,25 @@ def test_what_cannot_be_mended_holds_nothing_else_up(machine: Machine, container
     wiring = machine.attach(container, "eth0", A4, A6)
     machine.sh(f"ip route del {A4}")
     container.sh("ip link set eth0 name inner")
-    repair = machine.do(machine.driver.repair, wiring)
+    repair = mended(machine, wiring)
     assert repair.mended == (f"the node lacks the route to {A4} via {wiring.host_ifname}",)
     assert repair.after == ("the container has no link eth0",)
+
+
+def test_a_container_with_thousands_of_routes_of_its_own_costs_no_look_at_them(
+    machine: Machine, container: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wiring = machine.attach(container, "eth0", A4, A6)
+    routes = "\n".join(f"route add 198.18.{n // 250}.{n % 250} dev eth0 table 77" for n in range(2000))
+    container.sh(f"printf '%s\n' '{routes}' | ip -batch -")
+    parsed = 0
+    read = routed_check.parse_route
+
+    def counted(message: Message) -> HostRoute:
+        nonlocal parsed
+        parsed += 1
+        return read(message)
+
+    monkeypatch.setattr(routed_check, "parse_route", counted)
+    assert machine.do(machine.driver.damage, wiring) == []
+    assert parsed < 50

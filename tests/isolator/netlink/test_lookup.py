@@ -6,6 +6,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from isolator.errors import NamespaceGone
 from isolator.netlink import Node
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
 from tests.isolator.conftest import MakeRoom
@@ -47,15 +48,20 @@ def test_inside_a_container_it_is_asked_of_that_ones_kernel_in_both_families(
 ) -> None:
     inside = make_container()
     inside.sh(
-        "ip link add eth0 type veth peer name p0; ip link set p0 up; ip link set eth0 up; "
+        f"ip link add eth0 type veth peer name mrgpeer netns {node.name}; ip link set eth0 up; "
         "ip address add 10.0.0.5/24 dev eth0; ip address add fd00::5/64 dev eth0 nodad"
     )
+    node.sh("ip link set mrgpeer up")
     inside.delivers("fd00::5")
     with node.do(Node) as own:
         for target, source in (("10.0.0.9", "10.0.0.5"), ("fd00::9", "fd00::5")):
-            found = node.do(look_up_inside, own, inside.path, ip_address(target))
+            found = node.do(look_up_inside, own, inside.path, "mrgpeer", "eth0", ip_address(target))
             assert found == Lookup("eth0", source=ip_address(source))
-        assert node.do(look_up_inside, own, inside.path, FAR).why == "there is no route"
+        assert node.do(look_up_inside, own, inside.path, "mrgpeer", "eth0", FAR).why == "there is no route"
+        stranger = make_container()
+        stranger.sh("ip link add eth0 type bridge")
+        with pytest.raises(NamespaceGone, match="does not lead to the container"):
+            node.do(look_up_inside, own, stranger.path, "mrgpeer", "eth0", FAR)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import pytest
 from isolator.drivers.naming import mac_for
 from isolator.errors import KernelRefused
 from isolator.model import PortMapping
+from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import Admission, Hosts, Policy, Surroundings
 from isolator.policy.names import set_of_netgroup
+from isolator.policy.table import wrong_in
 from tests.isolator.rooms import POOLS, Room
 
 pytestmark = pytest.mark.kernel
@@ -64,6 +66,11 @@ def policy(container: Room) -> Iterator[Policy]:
     container.do(policy.close)
 
 
+def differences(container: Room, policy: Policy, endpoint: Admission) -> list[str]:
+    wrong = container.do(policy.wrong_sets)
+    return container.do(policy.differences, endpoint.host_ifname, wrong)
+
+
 def listed(container: Room, kind: str) -> list[str]:
     """Names of all chains, sets or maps of the table."""
     table = json.loads(container.sh("nft -j list table inet moorage"))["nftables"]
@@ -75,11 +82,9 @@ def test_every_chain_that_was_emptied_is_named(container: Room, policy: Policy) 
     assert len(chains) > 20
     for chain in chains:
         container.sh(f"nft flush chain inet moorage {chain}")
-        assert container.do(policy.differences, ONE.host_ifname) == [
-            f"the firewall's chain {chain} is gone or was changed"
-        ]
+        assert differences(container, policy, ONE) == [f"the firewall's chain {chain} is gone or was changed"]
         container.do(policy.restore, [ONE, OTHER], AROUND)
-        assert container.do(policy.differences, ONE.host_ifname) == []
+        assert differences(container, policy, ONE) == []
 
 
 def test_every_set_that_was_emptied_is_named(container: Room, policy: Policy) -> None:
@@ -90,12 +95,12 @@ def test_every_set_that_was_emptied_is_named(container: Room, policy: Policy) ->
                 continue  # its elements go by themselves; another endpoint's; empty as it should be
             assert "elements" in container.sh(f"nft list {kind} inet moorage {name}"), name
             container.sh(f"nft flush {kind} inet moorage {name}")
-            found = container.do(policy.differences, ONE.host_ifname)
+            found = differences(container, policy, ONE)
             assert found, name
             assert all(f"set {name} " in sentence for sentence in found)
             emptied += 1
             container.do(policy.restore, [ONE, OTHER], AROUND)
-            assert container.do(policy.differences, ONE.host_ifname) == []
+            assert differences(container, policy, ONE) == []
     assert emptied > 30
 
 
@@ -104,18 +109,48 @@ def test_what_concerns_another_endpoint_alone_is_not_held_against_this_one(
 ) -> None:
     container.sh(f"nft flush set inet moorage {DB4}")
     container.sh(f"nft 'delete element inet moorage endpoints4 {{ \"{OTHER.host_ifname}\" . 10.0.0.2 }}'")
-    assert container.do(policy.differences, ONE.host_ifname) == []
-    assert container.do(policy.differences, OTHER.host_ifname) == [
+    assert differences(container, policy, ONE) == []
+    assert differences(container, policy, OTHER) == [
         f'the firewall\'s set endpoints4 lacks "{OTHER.host_ifname}" . 10.0.0.2',
         f"the firewall's set {DB4} does not hold what it should",
     ]
 
 
 def test_an_endpoint_that_nobody_admitted_is_named(container: Room, policy: Policy) -> None:
-    assert container.do(policy.differences, "mrgstranger") == ["the firewall admits nothing on mrgstranger"]
+    assert container.do(policy.differences, "mrgstranger", {}) == [
+        "the firewall admits nothing on mrgstranger"
+    ]
     container.sh("nft delete table inet moorage")
     gone = ["the firewall's table inet moorage is gone or was made by somebody else"]
-    assert container.do(policy.differences, ONE.host_ifname) == gone
+    assert differences(container, policy, ONE) == gone
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [("halted", f'"{ONE.host_ifname}"'), ("endpoints4", f'"{ONE.host_ifname}" . 10.0.0.9'),
+     ("hairpin6", "fd00::1 . fd00::9")],
+)  # fmt: skip
+def test_what_somebody_added_for_the_endpoint_is_named(
+    container: Room, policy: Policy, name: str, element: str
+) -> None:
+    container.sh(f"nft 'add element inet moorage {name} {{ {element} }}'")
+    assert differences(container, policy, ONE) == [
+        f"the firewall's set {name} holds {element}, which it should not"
+    ]
+    assert differences(container, policy, OTHER) == []
+
+
+def test_a_snapshot_is_not_held_against_what_came_after_it(container: Room, policy: Policy) -> None:
+    container.sh("nft add table inet other")
+    snapshot = container.do(policy.snapshot)
+    assert snapshot is not None
+    container.do(policy.admit, endpoint(3))
+    assert not container.do(policy.is_still, snapshot)
+    netfilter = container.do(NetlinkSocket, NETLINK_NETFILTER)
+    assert wrong_in(netfilter, snapshot), "ours that came in between looks like somebody's"
+    netfilter.close()
+    container.do(policy.trust_sets, snapshot)
+    assert container.do(policy.snapshot) is not None, "and nothing was trusted that was not looked at"
 
 
 OWN_SETS = (
