@@ -103,7 +103,7 @@ async def _look(store: Store, *, repair: bool) -> _Look:
         if node not in alive:
             look.silent.append(node)
             look.notes.append(
-                f"node {node} holds {count} addresses and its agent is not running: they are kept, not verified"
+                f"node {node} holds {count} addresses and its agent gives no sign of life: they are kept, not verified"
             )
     await asyncio.gather(*(_ask(store, node, look, repair=repair) for node in sorted(alive)))
     look.findings.extend(_carried_findings(look))

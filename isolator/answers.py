@@ -6,7 +6,7 @@ is so.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address
 from typing import Any
 
@@ -19,6 +19,7 @@ from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, Fabric
 from isolator.kernel import Kernel
 from isolator.neighbours import Neighbours
+from isolator.policy.foreign import Blocked
 from isolator.trace import Tracer
 
 DRAIN_WITHIN = 2.0
@@ -37,6 +38,7 @@ class Answers:
         fabric: Fabric,
         neighbours: Neighbours,
         tell: Callable[[], Awaitable[None]],
+        obstacles: Callable[[], Iterable[Blocked]],
     ) -> None:
         self._node = node
         self._kernel = kernel
@@ -45,7 +47,7 @@ class Answers:
         self._fabric = fabric
         self._neighbours = neighbours
         self._tell = tell
-        self._tracer = Tracer(node, kernel, endpoints, fabric)
+        self._tracer = Tracer(node, kernel, endpoints, fabric, obstacles)
 
     async def answer(self, intent: Intent) -> dict[str, Any]:
         """What the asker is told. Raises MoorageError, which is an answer too."""

@@ -83,7 +83,10 @@ async def _look(kernel: Kernel, endpoints: Endpoints, holder: Holder) -> _Seen:
         ]
         if endpoints.get(endpoint.key) is not endpoint:
             continue  # it came or went while it was looked at
-        findings += [_finding(3, endpoint, text, repair="put back, if it can be") for text in damage]
+        findings += [
+            _finding(3, endpoint, text, repair="the agent puts it back, or `moorage status` says why not")
+            for text in damage
+        ]
         if damage:
             damaged.append(endpoint)
     orphans = _orphans(endpoints, holder)

@@ -578,7 +578,10 @@ class Endpoints:
             assigned = self._holder.assigned()
             wrong.extend(f"{ip} is not assigned to it" for ip in endpoint.ips if ip not in assigned)
             if wrong:
-                raise NotAttached(f"{key} is not as it was attached: {'; '.join(wrong)}; send DEL and ADD")
+                raise NotAttached(
+                    f"{key} is not as it was attached: {'; '.join(wrong)}; the agent puts back what it can, "
+                    "so send DEL and ADD if a CHECK says the same after 10 s"
+                )
             return endpoint
 
     async def collect(self, names: Sequence[str] | None = None) -> None:
@@ -598,7 +601,11 @@ class Endpoints:
                     unchanged = self._endpoints.get(endpoint.key) is endpoint
                     # Looked at again: it may have been wired after the first look.
                     if unchanged and endpoint.host_ifname not in await self._kernel.links():
-                        log.info("endpoint collected: its namespace is gone", endpoint=str(endpoint.key))
+                        log.info(
+                            "endpoint collected: its interface is gone, with its namespace or by itself",
+                            endpoint=str(endpoint.key),
+                            interface=endpoint.host_ifname,
+                        )
                         await self._removal.begin(endpoint)
 
     async def mend(self, endpoint: Endpoint) -> None:
@@ -622,7 +629,7 @@ class Endpoints:
             self._note_damage(endpoint, (str(error),))
             return
         if repair.mended:
-            log.warning("endpoint repaired", endpoint=str(endpoint.key), missing="; ".join(repair.mended))
+            log.warning("endpoint repaired", endpoint=str(endpoint.key), was="; ".join(repair.mended))
         self._note_damage(endpoint, repair.after)
 
     def _is_hopeless(self, endpoint: Endpoint, damage: Sequence[str]) -> bool:

@@ -53,6 +53,11 @@ class ForeignFirewalls:
         if self._seen is not None and not self._seen[1]:
             self._woken.set()
 
+    @property
+    def obstacles(self) -> list[Blocked]:
+        """Chains that drop containers' traffic."""
+        return list(self._told.values())
+
     def status(self) -> dict[str, Any]:
         """firewalls: chains that drop containers' traffic. docker_user: whether that chain is left to the agent, and
         which chains hold rules of its own now."""
@@ -119,10 +124,15 @@ class ForeignFirewalls:
                     rules=[f"{line.direction} {line.name} {line.verdict}" for line in edit.lines],
                 )
             else:
-                why = "Docker's policy is not, or not alone, what would drop containers' traffic"
+                why = (
+                    "Docker's policy does not drop any more, or somebody else has rules in FORWARD, so that the policy "
+                    "may be theirs"
+                )
                 if not wants:
                     why = "the node has no containers" if self._manages else "manage_docker_user is false"
-                log.info("rules taken out of DOCKER-USER", chain=str(edit.chain), why=why)
+                (log.warning if wants else log.info)(
+                    "rules taken out of DOCKER-USER", chain=str(edit.chain), why=why
+                )
 
     def _tell(self, now: dict[Chain, Blocked]) -> None:
         before, self._told = self._told, now

@@ -186,6 +186,7 @@ class Isolator:
             self._fabric,
             self._neighbours,
             self._tell,
+            lambda: self._firewalls.obstacles,
         )
         self._mending = Mending(self._kernel, self._endpoints)
         self._firewalls = ForeignFirewalls(

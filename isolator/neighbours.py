@@ -224,8 +224,7 @@ class Neighbours:
             self._registered.inherit(await self._kernel.hosts())
         self._registered.hear(cluster.nodes())
         self._end_removed(cluster)
-        tunnelled = any(network.fabric == TUNNEL for network in self._catalogue.networks())
-        self._hosts = self._registered.hosts(self._own_of_nodes, tunnelled=tunnelled)
+        self._hosts = self._registered.hosts(self._own_of_nodes, tunnelled=self._is_tunnelled())
         await self._kernel.set_hosts(self._hosts)
 
     def _end_removed(self, cluster: Cluster) -> None:
@@ -245,11 +244,14 @@ class Neighbours:
         if waiting:
             self._look_again = loop.call_later(REMOVED_AFTER, self.on_topology, set(waiting))
 
+    def _is_tunnelled(self) -> bool:
+        return any(network.fabric == TUNNEL for network in self._catalogue.networks())
+
     def tunnel_status(self) -> dict[str, object]:
         """Who may send to this node's tunnel, for `moorage status`."""
         hosts = self._hosts
         return {
-            "open": hosts is None or not hosts.tunnel,
+            "open": self._is_tunnelled() and (hosts is None or not hosts.tunnel),
             "addresses": len(hosts.underlays) if hosts is not None else 0,
             "unnamed": [str(ip) for ip in self._registered.unnamed],
         }

@@ -1,8 +1,8 @@
 """One node's part in `moorage endpoint trace`: would a packet pass here, and if not, where does it end?
 
-    out    container -> source -> veth -> (store ->) sending -> forwarding -> route -> fabric -> underlay   of the
-           sender's node
-    in     fabric -> forwarding -> route -> policy -> veth -> container   of the receiver's node
+    out    container -> source -> veth -> (store ->) sending -> forwarding -> (firewall ->) route -> fabric -> underlay
+           of the sender's node
+    in     fabric -> forwarding -> (firewall ->) route -> policy -> veth -> container   of the receiver's node
 
 The packet traced is one from a given address; ``source`` says what the container's kernel takes where nobody bound one.
 Each hop is what the journal and the store say there should be, held against what the kernel has now. Nothing is sent
@@ -11,6 +11,7 @@ and nothing changed. Between two containers of one node the fabric's hops are le
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from shlex import quote
@@ -24,6 +25,7 @@ from isolator.fabric.plan import Route
 from isolator.kernel import Kernel
 from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.netlink.lookup import Lookup
+from isolator.policy.foreign import Blocked
 from isolator.policy.sending import ICMP_ERROR, Drop, Packet
 from isolator.unbound import Interface, unbound
 
@@ -52,13 +54,21 @@ def interface(endpoint: Endpoint) -> Interface:
 
 
 class Tracer:
-    """See the module's docstring."""
+    """See the module's docstring. obstacles: chains of other firewalls that drop containers' traffic."""
 
-    def __init__(self, node: str, kernel: Kernel, endpoints: Endpoints, fabric: Fabric) -> None:
+    def __init__(
+        self,
+        node: str,
+        kernel: Kernel,
+        endpoints: Endpoints,
+        fabric: Fabric,
+        obstacles: Callable[[], Iterable[Blocked]] = lambda: (),
+    ) -> None:
         self._node = node
         self._kernel = kernel
         self._endpoints = endpoints
         self._fabric = fabric
+        self._obstacles = obstacles
 
     async def answer(self, evidence: dict[str, Any]) -> dict[str, Any]:
         """The answer to an intent of kind ``trace``: {"done": True, "hops": [...], "tunnel": what it was sent by,
@@ -111,7 +121,8 @@ class Tracer:
             hops += [container, veth, *self._known(sender, dst)]
             if packet is not None:
                 hops.append(await self._sending(sender, src, dst, packet))
-            hops.append(await self._forwarding(dst))
+            hops.append(await self._forwarding(dst, sender.host_ifname))
+            hops += self._firewall(dst)
         elif src is not None and src not in self._fabric.carried:
             hops.append(self._hop("container", False, f"no endpoint of this node has {src}", _LOOK_AT_IP))
         if self._endpoints.of_ip(dst) is not None or dst in self._fabric.carried:
@@ -239,7 +250,9 @@ class Tracer:
         if receiver is None:
             return [*hops, self._hop("container", False, f"no endpoint of this node has {dst}", _LOOK_AT_IP)]
         if src is not None or tunnel:
-            hops.append(await self._forwarding(dst))
+            by, _ = self._fabric.receives(str(tunnel.get("mac")), str(tunnel.get("remote")))
+            hops.append(await self._forwarding(dst, by if tunnel else ""))
+            hops += self._firewall(dst)
         found = await self._kernel.look_up(dst, None, "")
         if found.device == receiver.host_ifname:
             hops.append(self._hop("route", True, f"{dst} is reached on {found.device}"))
@@ -299,17 +312,34 @@ class Tracer:
         says = "; ".join(outside) or f"{endpoint.host_ifname} is up"
         return container, self._hop("veth", not outside, says, cure)
 
-    async def _forwarding(self, dst: IPAddress) -> Hop:
-        name = "net/ipv4/ip_forward" if dst.version == 4 else "net/ipv6/conf/all/forwarding"
-        if await self._kernel.setting(name) == "1":
-            return self._hop("forwarding", True, f"the node forwards IPv{dst.version}")
-        dotted = name.replace("/", ".")
-        return self._hop(
-            "forwarding",
-            False,
-            f"the node does not forward IPv{dst.version}: {dotted} is not 1",
-            f"find what switched it off; the agent does `sysctl -w {dotted}=1` within seconds",
-        )
+    async def _forwarding(self, dst: IPAddress, device: str) -> Hop:
+        """device: what the packet comes in by, as far as that is known."""
+        names = ["net/ipv4/ip_forward" if dst.version == 4 else "net/ipv6/conf/all/forwarding"]
+        if device and dst.version == 4:
+            names.append(f"net/ipv4/conf/{device}/forwarding")
+        for name in names:
+            if await self._kernel.setting(name) == "0":
+                dotted = name.replace("/", ".")
+                return self._hop(
+                    "forwarding",
+                    False,
+                    f"the node does not forward IPv{dst.version}: {dotted} is not 1",
+                    f"find what switched it off; the agent does `sysctl -w {dotted}=1` within seconds",
+                )
+        return self._hop("forwarding", True, f"the node forwards IPv{dst.version}")
+
+    def _firewall(self, dst: IPAddress) -> list[Hop]:
+        """What other firewalls of the node drop."""
+        return [
+            self._hop(
+                "firewall",
+                False,
+                f"{one.chain} drops containers' traffic: {one.why}",
+                "; ".join(f"`{command}`" for command in one.commands),
+            )
+            for one in self._obstacles()
+            if one.chain.family in ("inet", "ip" if dst.version == 4 else "ip6")
+        ]
 
     def _hop(self, at: str, holds: bool | None, says: str, cure: str = "") -> Hop:
         return Hop(self._node, at, holds, says, "" if holds else cure)

@@ -58,6 +58,8 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("agent", f'{sentence}; see docs/runbook.md, "Something cannot be put back"')
     for name in status["conflicts"]:
         yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
+    for sentence in status["fabric"].get("problems", []):
+        yield Finding("fabric", sentence)
     # An agent of an earlier version knows neither.
     yield from _tunnel(status["fabric"].get("device", ""), status["fabric"].get("tunnel", {}))
     yield from _connections(status.get("connections", {}))

@@ -158,7 +158,8 @@ async def _resolve(store: Store, text: str) -> list[End]:
             "processes"
         )
     if len(names) > 1:
-        raise NotFound(f"{text} is the beginning of {', '.join(names[:5])}; write more of it, or an address")
+        listed = ", ".join(names[:5])
+        raise NotFound(f"{text} is the beginning of {listed}; write one of these, or an address")
     return found
 
 

@@ -499,10 +499,18 @@ class Fabric:
             after.add(new)
             if new.routes:
                 self._plans[name] = new
-            self._problems.pop(name, None)
-            if problems:
-                self._problems[name] = problems
+            self._note_node(name, problems)
         return before, after.over(before) if self._keeps() else after
+
+    def _note_node(self, name: str, problems: list[str]) -> None:
+        """What keeps this node from another one's containers now; it is logged when it is news."""
+        before = self._problems.pop(name, [])
+        if problems:
+            self._problems[name] = problems
+        if problems and problems != before:
+            log.warning("node is not reached", other=name, count=len(problems), first=problems[0])
+        elif before and not problems:
+            log.info("node is reached again", other=name)
 
     def _fabrics_of_pools(self) -> dict[str, str]:
         return {pool: network.fabric for network in self._catalogue.networks() for pool in network.pools}

@@ -47,7 +47,7 @@ async def test_a_store_as_it_should_be_has_no_finding(store: Store, node: Node) 
     assert report.findings == []
     assert report.addresses == 10
     assert report.nodes_silent == ["n1"]
-    assert "n1 holds 10 addresses and its agent is not running" in report.notes[0]
+    assert "n1 holds 10 addresses and its agent gives no sign of life" in report.notes[0]
 
 
 IP = keys.address_key(ip_address("10.64.0.9"))
