@@ -38,6 +38,7 @@ from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
 from isolator.authorise import authorise, authorise_netgroups, netgroups_of
+from isolator.drivers.base import UNSEEN
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.errors import (
     EndpointExists,
@@ -624,6 +625,8 @@ class Endpoints:
                 # What is on its way in or out only looks like damage.
                 if self._endpoints.get(endpoint.key) is not endpoint:
                     return
+                if any(text.startswith(UNSEEN) for text in damage):
+                    endpoint = await self._found_again(endpoint)
                 repair = await self._kernel.repair(endpoint)
         except KernelRefused as error:
             self._note_damage(endpoint, (str(error),))
@@ -631,6 +634,20 @@ class Endpoints:
         if repair.mended:
             log.warning("endpoint repaired", endpoint=str(endpoint.key), was="; ".join(repair.mended))
         self._note_damage(endpoint, repair.after)
+
+    async def _found_again(self, endpoint: Endpoint) -> Endpoint:
+        """The endpoint with the path that leads to its namespace now, if there is one."""
+        path = await self._kernel.find_namespace(endpoint)
+        if path is None:
+            return endpoint
+        log.info("endpoint's namespace found", endpoint=str(endpoint.key), was=endpoint.netns, path=path)
+        found = replace(endpoint, netns=path)
+        self._endpoints[endpoint.key] = found
+        try:
+            self._journal.save_endpoint(found)
+        except JournalUnwritable as error:
+            log.warning("path is not journalled; it is looked for again after a restart", why=str(error))
+        return found
 
     def _is_hopeless(self, endpoint: Endpoint, damage: Sequence[str]) -> bool:
         """Whether nothing is different from what could not be put back a moment ago: it is tried again, but not each

@@ -36,6 +36,7 @@ from isolator.netlink import (
 )
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
+from isolator.netlink.whereabouts import find_namespace
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.policy.adopted import let_go
 from isolator.policy.look import Look, look
@@ -228,6 +229,11 @@ class Kernel:
 
     def _damage(self, endpoint: Endpoint) -> list[str]:
         return self._reaping.driver(endpoint.driver).damage(wiring(endpoint)) + _wrong_settings(endpoint)
+
+    async def find_namespace(self, endpoint: Endpoint) -> str | None:
+        """Where its namespace is, if the path to it is lost; see netlink/whereabouts.py."""
+        mine = wiring(endpoint)
+        return await self._reaping.run(find_namespace, self._reaping.node, mine.host_ifname, mine.ifname)
 
     async def repair(self, endpoint: Endpoint) -> Repair:
         """Put back what somebody took of its wiring. Raises KernelRefused."""

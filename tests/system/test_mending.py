@@ -111,7 +111,7 @@ def test_what_cannot_be_put_back_stands_in_status_until_it_could(pair: Pair) -> 
     eventually(lambda: pair.node.ask("status")["damage"] == [])
 
 
-def test_a_container_whose_path_leads_to_another_is_mended_outside_and_looked_at_nowhere_else(
+def test_a_container_whose_path_leads_to_another_is_found_again_and_the_other_left_alone(
     pair: Pair,
 ) -> None:
     living = pair.one.namespace.start("sleep", "600")
@@ -122,10 +122,26 @@ def test_a_container_whose_path_leads_to_another_is_mended_outside_and_looked_at
         assert stranger.add("web").exit == 0
         shows = ("sh", "-c", "ip link show eth0; ip addr; ip rule; ip route show table all; ip neigh")
         before = stranger.namespace.run(*shows).stdout
+        inside = ["nsenter", f"--net=/proc/{living.pid}/ns/net", "ip", "route", "del", "default"]
+        subprocess.run(inside, check=True)
         pair.node.namespace.run("ip", "route", "del", pair.ips[4])
-        eventually(lambda: "leads to another container by now" in str(pair.node.ask("status")["damage"]))
+        eventually(lambda: "endpoint's namespace found" in pair.node.log.read_text())
         eventually(pair.talk)
+        eventually(lambda: pair.node.ask("status")["damage"] == [])
         assert stranger.namespace.run(*shows).stdout == before
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_where_nothing_leads_to_a_container_only_the_nodes_side_is_mended(pair: Pair) -> None:
+    """An engine holds a namespace open that no path and no process leads to."""
+    held = open(pair.one.namespace.path, "rb")  # noqa: SIM115
+    try:
+        subprocess.run(["ip", "netns", "delete", pair.one.namespace.name], check=True)
+        eventually(lambda: "leads nowhere any more" in str(pair.node.ask("status")["damage"]))
+        pair.node.namespace.run("ip", "route", "del", pair.ips[4])
+        eventually(pair.talk)
 
         ends = (f"{pair.one.id}/eth0", f"{pair.other.id}/eth0")
         (way, *_) = pair.node.ask("endpoint", "trace", *ends, check=False)["ways"]
@@ -134,5 +150,15 @@ def test_a_container_whose_path_leads_to_another_is_mended_outside_and_looked_at
         assert hops["container"]["holds"] is None
         assert hops["source"]["holds"] is None
     finally:
-        living.kill()
-        living.wait()
+        held.close()
+
+
+def test_after_a_lost_journal_the_agent_finds_its_containers_by_itself(pair: Pair) -> None:
+    pair.node.kill()
+    for file in pair.node.state_dir.glob("journal.db*"):
+        file.unlink()
+    pair.node.start()
+    eventually(lambda: pair.node.log.read_text().count("endpoint's namespace found") == 2)
+    eventually(lambda: pair.node.ask("status")["damage"] == [])
+    pair.one.namespace.run("ip", "route", "del", "default")
+    eventually(pair.talk)
