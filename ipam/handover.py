@@ -70,6 +70,10 @@ async def _changes(store: Store, taken: HeldElsewhere, deadline: float) -> bool:
 
 
 def _refusal(taken: HeldElsewhere) -> TryAgain | AddressTaken:
+    if taken.holder.is_withdrawn:
+        return TryAgain(
+            f"{taken.ip} is being given back to its pool by node {taken.holder.node}; try again in two seconds"
+        )
     if taken.holder.state is AddressState.COOLING:
         return TryAgain(
             f"{taken.ip} was released on node {taken.holder.node} and cools down there; try again in half a "
