@@ -220,6 +220,25 @@ class Holdings:
             and self.catalogue.reserved(held.ip) is None
         )
 
+    def why_not_renounced(self, held: Held) -> str:
+        """Why an announced address that somebody names cannot be made a member of nothing first; "" if it can.
+
+        Who chooses an address chooses what a node that is cut off takes it for.
+        """
+        known = f"{held.ip} is known to other nodes as an address of netgroup {', '.join(netgroups_told(held.record))}"
+        if self.hopeless:
+            return (
+                f"{known}, and the store does not answer ({self.hopeless}), so they cannot be told that it is not any "
+                "more; try again when it does"
+            )
+        if self.others_away():
+            return (
+                f"{known}, and a node is away that may be cut off from the store and would not hear that it is not any "
+                "more; ask for another address, or try again when all nodes are there (`moorage node list`; "
+                "`moorage node remove` for one that is gone for good)"
+            )
+        return ""
+
     def hold_back(self, pool: str) -> None:
         """The pool is under pressure: for a while its addresses are only taken for who waits."""
         self._held_back[pool] = asyncio.get_running_loop().time() + GIVE_BACK_HOLD

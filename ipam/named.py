@@ -190,23 +190,7 @@ class Named:
         """A lent address; one that was announced as what its container is not in becomes plain, see ``heard``."""
         if held.fits(request.members_of):
             return held
-        assert held.record is not None, "what is warm has a record"
-        known = (
-            f"{held.ip} is known to other nodes as an address of netgroup {', '.join(held.record.netgroups)}"
-        )
-        problem = ""
-        if self._holdings.hopeless:
-            problem = (
-                f"{known}, and the store does not answer ({self._holdings.hopeless}), so they cannot be told that it "
-                "is not any more; try again when it does"
-            )
-        elif self._holdings.others_away():
-            problem = (
-                f"{known}, and a node is away that may be cut off from the store and would not hear that it is not any "
-                "more; ask for another address, or try again when all nodes are there (`moorage node list`; "
-                "`moorage node remove` for one that is gone for good)"
-            )
-        if problem:
+        if problem := self._holdings.why_not_renounced(held):
             self._shelf.put_back(held)
             raise TryAgain(problem)
         self._shelf.renounce(held)

@@ -241,6 +241,8 @@ class Generosity:
         cooled_for_it = record.state is AddressState.COOLING and held.ready_at is not None and same_key
         if record.state is not AddressState.WARM and not cooled_for_it:
             return {"done": False, "why": f"{ip} is {record.state.value} on node {self._holdings.node}"}
+        if held.is_announced and (why := self._holdings.why_not_renounced(held)):
+            return {"done": False, "why": why}
         self._shelf.withdraw(held)
         self._holdings.wake.set()
         await self._until(lambda: self._shelf.held.get(ip) is not held, CONFIRMED_WITHIN)

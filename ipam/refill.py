@@ -89,9 +89,8 @@ class Refill:
             keeps_warm = self._holdings.keeps_warm(network)
             warm = self._holdings.stock.wanted(network.name, network.warm) if keeps_warm else 0
             for family in _FAMILIES:
-                if (keeps_warm or tally.waiters(network.name, family)) and (
-                    pools := self._holdings.catalogue.pools_of(network, family)
-                ):
+                pools = self._holdings.catalogue.pools_of(network, family)
+                if (keeps_warm and pools) or tally.waiters(network.name, family):
                     claims += await self._refill(network, family, pools, room, warm, tally)
         return claims
 

@@ -43,7 +43,7 @@ def lab() -> Iterator[Lab]:
             )
             lab.nodes.append(stack.enter_context(node))
             node.start()
-        create_networks(lab.nodes[0], "vx", vx=("--warm", "1"))
+        create_networks(lab.nodes[0], "vx", vx=("--warm", "1", "--allow-static", "all"))
         yield lab
         lab.nodes.clear()
 
@@ -91,6 +91,32 @@ def test_a_released_address_does_not_reach_whom_its_last_owner_could_on_a_node_t
         assert not {ip for peer in front for ip in peer.ips.values()} & set(friend.ips.values())
     finally:
         lab.heal()
+
+
+def test_nobody_of_other_netgroups_chooses_an_address_that_such_a_node_takes_for_a_member(
+    lab: Lab, join: Join
+) -> None:
+    n1, n2 = lab.nodes
+    eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
+    victim, member = join(n2, "vx"), join(n1, "vx")
+    ips = eventually(lambda: announced(n1, "vx"))
+    eventually(lambda: delivered(victim, member) == set(member.ips.values()))
+    lab.partition(n2, *lab.etcd.members)
+    try:
+        eventually(lambda: not alive(lab, "n2"))
+        named = {"moorage.ip": ips[4], "moorage.ip6": ips[6]}
+        with pytest.raises(Exception, match="ask for another address"):
+            join(n1, "vx", "front", labels=named)
+        assert delivered(victim, join(n1, "vx", labels=named)) == set(ips.values())
+    finally:
+        lab.heal()
+
+
+def announced(node: LabNode, name: str) -> dict[int, str]:
+    """Warm addresses of both families that are announced; {} while one is missing."""
+    rows = node.ask("ip", "list", "--node", node.name, "--state", "warm", "--network", name)
+    found = {6 if ":" in row["address"] else 4: row["address"] for row in rows if row["netgroups"] == [name]}
+    return found if len(found) == 2 else {}
 
 
 def test_a_container_that_starts_on_such_a_node_is_said_to_be_unknown_to_others_until_the_cut_is_over(

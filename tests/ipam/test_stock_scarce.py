@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from ipam import holdings
-from ipam.errors import Exhausted, MoorageError, TryAgain
+from ipam.errors import AddressTaken, Exhausted, MoorageError, TryAgain
 from ipam.holdings import warm
 from ipam.keys import IPAddress
 from ipam.networks import delete_network, set_pools_disabled
@@ -141,6 +141,24 @@ async def test_while_a_node_is_away_nobody_of_other_netgroups_names_an_announced
     assert [held.ip for held in await node.take(net, str(ip))] == [ip]
     free = ip_address("10.64.0.200")
     assert [held.ip for held in await node.take(net, str(free), netgroups=OTHERS)] == [free]
+
+
+async def test_while_a_node_is_away_no_other_node_talks_an_announced_address_out_of_its_holder(
+    store: Store, new_node: NewNode
+) -> None:
+    net = await network(store, "10.64.0.0/24", warm=4)
+    holder, asker = new_node("n1", cooldown=30), new_node("n2", cooldown=30)
+    for node in (holder, asker):
+        await node.start()
+        await node.join()
+    await holder.add(net, "c1")
+    await warm_now(holder, 4)
+    ip = (await announced(store))[0]
+    holder.others_away = asker.others_away = True
+    with pytest.raises(AddressTaken, match=r"a node is away .*ask for another address"):
+        await asker.take(net, str(ip), netgroups=OTHERS)
+    holder.others_away = asker.others_away = False
+    assert [held.ip for held in await asker.take(net, str(ip), netgroups=OTHERS)] == [ip]
 
 
 @pytest.mark.usefixtures("never_heard")
