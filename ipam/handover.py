@@ -4,7 +4,7 @@ there it is                what happens
 warm, node alive           the node is asked to give it up; it is never robbed
 warm, node not alive       refused: nobody else can say that it is unused
 cooling, same reservation  the node is asked too: interface and connections are gone, the store confirmed
-cooling                    refused for now
+cooling                    refused for now; for a second or two if nobody had it
 assigned                   refused; a reservation waits for its last holder to be gone
 """
 
