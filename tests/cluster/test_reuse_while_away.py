@@ -93,13 +93,34 @@ def test_a_released_address_does_not_reach_whom_its_last_owner_could_on_a_node_t
         lab.heal()
 
 
+def test_a_container_that_starts_on_such_a_node_is_said_to_be_unknown_to_others_until_the_cut_is_over(
+    lab: Lab, join: Join
+) -> None:
+    n1, n2 = lab.nodes
+    eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
+    here, _ = join(n1, "vx", "blue"), join(n2, "vx", "front")
+    eventually(lambda: ready(n2))
+    lab.partition(n2, *lab.etcd.members)
+    try:
+        eventually(lambda: not alive(lab, "n2"))
+        late = join(n2, "vx", "front")
+        (said,) = n2.ask("status")["not_known_to_other_nodes_yet"]
+        assert all(part in said for part in (late.id, *late.ips.values()))
+        traced = n1.cli("endpoint", "trace", late.ips[4], here.id, check=False).stdout
+        assert "may be not known to other nodes yet" in traced
+    finally:
+        lab.heal()
+    eventually(lambda: n2.ask("status")["not_known_to_other_nodes_yet"] == [])
+
+
 def test_nobody_of_other_netgroups_chooses_an_address_that_such_a_node_takes_for_a_member(
     lab: Lab, join: Join
 ) -> None:
     n1, n2 = lab.nodes
     eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
     victim, member = join(n2, "vx"), join(n1, "vx")
-    ips = eventually(lambda: announced(n1, "vx"))
+    eventually(lambda: ready(n1, "vx"))
+    ips = ready(n1, "vx")
     eventually(lambda: delivered(victim, member) == set(member.ips.values()))
     lab.partition(n2, *lab.etcd.members)
     try:
@@ -112,27 +133,10 @@ def test_nobody_of_other_netgroups_chooses_an_address_that_such_a_node_takes_for
         lab.heal()
 
 
-def announced(node: LabNode, name: str) -> dict[int, str]:
-    """Warm addresses of both families that are announced; {} while one is missing."""
-    rows = node.ask("ip", "list", "--node", node.name, "--state", "warm", "--network", name)
-    found = {6 if ":" in row["address"] else 4: row["address"] for row in rows if row["netgroups"] == [name]}
+def ready(node: LabNode, *netgroups: str) -> dict[int, str]:
+    """Warm addresses of both families that are announced as these, or plain ones; {} while one is missing."""
+    rows = node.ask("ip", "list", "--node", node.name, "--state", "warm", "--network", "vx")
+    found = {
+        6 if ":" in row["address"] else 4: row["address"] for row in rows if row["netgroups"] == [*netgroups]
+    }
     return found if len(found) == 2 else {}
-
-
-def test_a_container_that_starts_on_such_a_node_is_said_to_be_unknown_to_others_until_the_cut_is_over(
-    lab: Lab, join: Join
-) -> None:
-    n1, n2 = lab.nodes
-    here = join(n1, "vx", "blue")
-    eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
-    lab.partition(n2, *lab.etcd.members)
-    try:
-        eventually(lambda: not alive(lab, "n2"))
-        late = join(n2, "vx", "front")
-        (said,) = n2.ask("status")["not_known_to_other_nodes_yet"]
-        assert all(part in said for part in (late.id, *late.ips.values()))
-        traced = n1.cli("endpoint", "trace", late.ips[4], here.id, check=False).stdout
-        assert "may be not known to other nodes yet" in traced
-    finally:
-        lab.heal()
-    eventually(lambda: n2.ask("status")["not_known_to_other_nodes_yet"] == [])
