@@ -106,6 +106,8 @@ class Refill:
         needs = tally.needs(network.name, family, warm)
         unserved, kinds = needs.unserved, needs.kinds()
         claims: list[BlockRow] = []
+        if not (unserved or kinds):
+            return claims
         dry = {p.name for p in pools if p.disabled}
         for pool in (p for p in pools if not p.disabled and (unserved or kinds)):
             theirs = [w for w in unserved if w.pool in (None, pool.name)]

@@ -51,8 +51,10 @@ class Needs:
 
     def kinds(self) -> list[bool]:
         """What to ask for so that enough lie ready, one by one, most missing first: whether it is announced."""
-        left = {kind: count for kind, count in self.ready.items() if count > 0}
         found: list[bool] = []
+        if self.ready[_ANNOUNCED] <= 0 and self.ready[_PLAIN] <= 0:
+            return found
+        left = {kind: count for kind, count in self.ready.items() if count > 0}
         while left:
             kind = max(left, key=lambda kind: (left[kind], kind))
             found.append(kind)
@@ -85,16 +87,18 @@ class Tally:
 
     def needs(self, network: str, family: Family, warm: int, times: int = 1) -> Needs:
         """What is missing for who waits, and so that ``times`` the shares of ``warm`` lie ready."""
-        coming = self._coming.get((network, family))
-        waiters = self._waiters.get((network, family))
-        left = Counter(coming) if coming else Counter[tuple[str, bool]]()
-        unserved = _unserved(waiters, left, network) if waiters else []
         plain = self._stock.share(network, warm, announced=False) if warm else 0
         have = {kind: len(self._shelf.ready(network, family, announced=kind)) for kind in _KINDS}
-        for (_, kind), count in left.items():
-            have[kind] += count
+        waiters = self._waiters.get((network, family))
+        coming = self._coming.get((network, family))
+        unserved: list[Waiter] = []
+        if waiters or coming:
+            left = Counter(coming)
+            unserved = _unserved(waiters or [], left, network)
+            for (_, kind), count in left.items():
+                have[kind] += count
         ready = {_ANNOUNCED: times * (warm - plain) - have[_ANNOUNCED], _PLAIN: times * plain - have[_PLAIN]}
-        return Needs(unserved, ready, sum(have.values()))
+        return Needs(unserved, ready, have[_ANNOUNCED] + have[_PLAIN])
 
     def waiters(self, network: str, family: Family) -> list[Waiter]:
         """Who waits, in the order they came."""
