@@ -103,7 +103,7 @@ class Drain:
             held.lent
             or held.record is None
             or held.state is AddressState.WARM
-            or held.withdrawn
+            or held.is_withdrawn
             or (held.dirty and held.record.state.is_taken)
             for held in self._holdings.shelf.held.values()
         )

@@ -4,7 +4,7 @@ there it is                what happens
 warm, node alive           the node is asked to give it up; it is never robbed
 warm, node not alive       refused: nobody else can say that it is unused
 cooling, same reservation  the node is asked too: interface and connections are gone, the store confirmed
-cooling                    refused for now
+cooling                    refused for now; for a second or two if nobody had it
 assigned                   refused; a reservation waits for its last holder to be gone
 """
 
@@ -70,6 +70,10 @@ async def _changes(store: Store, taken: HeldElsewhere, deadline: float) -> bool:
 
 
 def _refusal(taken: HeldElsewhere) -> TryAgain | AddressTaken:
+    if taken.holder.is_withdrawn:
+        return TryAgain(
+            f"{taken.ip} is being given back to its pool by node {taken.holder.node}; try again in two seconds"
+        )
     if taken.holder.state is AddressState.COOLING:
         return TryAgain(
             f"{taken.ip} was released on node {taken.holder.node} and cools down there; try again in half a "

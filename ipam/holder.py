@@ -159,6 +159,9 @@ class Holder:
         self._shelf.fail_waiters(error)
         for ip in list(self._holdings.asking):
             self._holdings.refuse(ip, error)
+        for held in self._shelf.dirty():
+            if held.lent:
+                self._shelf.announce(held.ip)
 
     def _nothing_warm(self, problem: str) -> TryAgain:
         return TryAgain(
@@ -214,6 +217,7 @@ class Holder:
                     waiters.append(Waiter(network.name, family, pool, netgroups))
             if waiters:
                 lent.extend(await self._wait_for(waiters, network))
+            await self._named.heard(lent)
             self._check_still_held(lent)
         except BaseException:
             for waiter in waiters:
@@ -370,7 +374,7 @@ class Holder:
     def _is_stocked(self, network: str | None) -> bool:
         """Whether an ADD on ``network``, or on any, needs nothing from the store now."""
         if network is None:
-            return any(queue for _, queue in self._shelf.queues())
+            return bool(self._shelf.all_ready())
         families = {pool.family for pool in self._catalogue.pools() if pool.network == network}
         return all(self._shelf.warm_count(network, family) for family in families)
 

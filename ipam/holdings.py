@@ -171,8 +171,9 @@ class Holdings:
         self.blocks = {row.block: row for row in self.journal.load_blocks() if row.revision}
         for row in self.journal.load_addresses():
             held = Held(row.ip, row.record, row.revision, row.dirty, journalled=True)
-            # Of one that is dirty nobody remembers what the store had before.
-            held.told = () if held.dirty else netgroups_told(held.record)
+            # Of one that is dirty nobody remembers what the store had before; a warm one may have been announced.
+            unknown = (row.record.network,) if held.state is AddressState.WARM else ()
+            held.told = unknown if held.dirty else netgroups_told(held.record)
             self.shelf.add(held)
             self.note_use(row.record)
             if held.state is AddressState.WARM and not held.dirty and self.serving:
@@ -218,6 +219,25 @@ class Holdings:
             and pool.dynamic(held.ip)
             and self.catalogue.reserved(held.ip) is None
         )
+
+    def why_not_renounced(self, held: Held) -> str:
+        """Why an announced address that somebody names cannot be made a member of nothing first; "" if it can.
+
+        Who chooses an address chooses what a node that is cut off takes it for.
+        """
+        known = f"{held.ip} is known to other nodes as an address of netgroup {', '.join(netgroups_told(held.record))}"
+        if self.hopeless:
+            return (
+                f"{known}, and the store does not answer ({self.hopeless}), so they cannot be told that it is not any "
+                "more; try again when it does"
+            )
+        if self.others_away():
+            return (
+                f"{known}, and a node is away that may be cut off from the store and would not hear that it is not any "
+                "more; ask for another address, or try again when all nodes are there (`moorage node list`; "
+                "`moorage node remove` for one that is gone for good)"
+            )
+        return ""
 
     def hold_back(self, pool: str) -> None:
         """The pool is under pressure: for a while its addresses are only taken for who waits."""
@@ -286,15 +306,17 @@ class Holdings:
     def settle(self, held: Held) -> None:
         """The store has confirmed what should be there: start what follows from it."""
         if held.state is AddressState.COOLING:
-            seconds = min(self.cooldown, HEARD_WITHIN) if held.withdrawn else self.cooldown
+            seconds = min(self.cooldown, HEARD_WITHIN) if held.is_withdrawn else self.cooldown
             self.shelf.cool(held, asyncio.get_running_loop().time() + seconds)
         elif held.state is AddressState.WARM:
             assert held.record is not None, "what is warm has a record"
             self._exhausted.pop((held.record.network, held.ip.version), None)
+            if held.unheard:
+                self.shelf.cool(held, asyncio.get_running_loop().time() + HEARD_WITHIN)
             asked = self.asking.pop(held.ip, None)
             if asked is not None and not asked.done():
                 asked.set_result(held)
-            else:
+            elif not held.unheard:
                 self.shelf.offer(held)
         self.shelf.announce(held.ip)
 
@@ -398,8 +420,9 @@ class Holdings:
             if held.record is not None and self.shelf.held.get(held.ip) is held:
                 self._unsaved[held.ip] = held
         self._unsaved = {ip: held for ip, held in self._unsaved.items() if held.record is not None}
+        # Of a warm one that others may take for a member yet, a start is to know that it is not for everybody now.
         rows = [
-            AddressRow(held.ip, held.record, held.revision, held.dirty)
+            AddressRow(held.ip, held.record, held.revision, held.dirty or held.is_silent)
             for held in self._unsaved.values()
             if held.record is not None
         ]

@@ -1,6 +1,7 @@
 """Addresses asked for by name: static ones, and those of a reservation.
 
-warm here                     lent at once; announced to others than those: once other nodes have heard that it is not
+warm here                     lent at once; announced to others than those: once other nodes have heard that it is
+                              not, and refused while one of them is away
 free                          asked for from the store, for this ADD alone
 cooling here, reserved        taken without a cooldown under the key it was released under
 in use here, reserved         waited for until its container is gone
@@ -11,6 +12,7 @@ anything else                 refused, naming the holder
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,6 @@ from ipam.pools import Geometry
 from ipam.records import AddressState, Network
 from ipam.refill import REFILL_PATIENCE
 from ipam.shelf import Held
-from ipam.stock import HEARD_WITHIN
 from ipam.store.base import Store
 
 HANDOVER_PATIENCE = 20.0
@@ -151,6 +152,7 @@ class Named:
         return 2 if held.lent or (held.state is not None and held.state.is_taken) else 1
 
     async def take(self, ip: IPAddress, request: AddressRequest) -> Held:
+        """Lend it. Before it is used ``heard`` has to return."""
         kept = self._holdings.catalogue.reserved(ip)
         reserved = kept is not None and kept.reservation.key == request.reservation
         now = asyncio.get_running_loop().time()
@@ -160,7 +162,7 @@ class Named:
             held = self._shelf.held.get(ip)
             if held is None or (held.is_asked_for and not held.lent):
                 try:
-                    return await self._ask_for(ip, held, request)
+                    return self._fitting(await self._ask_for(ip, held, request), request)
                 except HeldElsewhere as taken:
                     await hand_over(
                         self._store, taken, request.reservation if reserved else None, handed_over_by
@@ -168,8 +170,7 @@ class Named:
                     continue
             ready = not held.dirty and not held.lent
             if ready and held.state is AddressState.WARM:
-                lent = self._shelf.lend_this(held)
-                return lent if lent.fits(request.members_of) else await self._renounced(lent, deadline)
+                return self._fitting(self._shelf.lend_this(held), request)
             record = held.record
             if ready and reserved and record is not None and record.reservation == request.reservation:
                 if held.state is AddressState.COOLING:
@@ -185,32 +186,40 @@ class Named:
             except TimeoutError:
                 raise self._taken(held) from None
 
-    async def _renounced(self, held: Held, deadline: float) -> Held:
-        """A lent address that was announced, once other nodes have heard that it is a member of nothing."""
-        assert held.record is not None, "what is warm has a record"
-        try:
-            if self._holdings.hopeless:
-                raise TryAgain(
-                    f"{held.ip} is known to other nodes as {', '.join(held.record.netgroups)}'s, and the store does "
-                    f"not answer ({self._holdings.hopeless}), so they cannot be told; try again when it does"
-                )
-            self._shelf.want(held, held.record.with_(netgroups=[]))
-            self._holdings.wake.set()
-            async with asyncio.timeout_at(deadline):
-                while held.dirty:
-                    await self._shelf.change_of(held.ip).wait()
-                await asyncio.sleep(HEARD_WITHIN)
-        except BaseException as error:
+    def _fitting(self, held: Held, request: AddressRequest) -> Held:
+        """A lent address; one that was announced as what its container is not in becomes plain, see ``heard``."""
+        if held.fits(request.members_of):
+            return held
+        if problem := self._holdings.why_not_renounced(held):
             self._shelf.put_back(held)
-            if isinstance(error, TimeoutError):
-                raise TryAgain(f"the store did not answer for {held.ip} in time; try again") from error
-            raise
+            raise TryAgain(problem)
+        self._shelf.renounce(held)
+        self._holdings.wake.set()
         return held
+
+    async def heard(self, lent: Sequence[Held]) -> None:
+        """Returns when other nodes have heard of lent addresses that they are announced no more. Raises TryAgain."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + REFILL_PATIENCE
+        for held in lent:
+            while self._shelf.held.get(held.ip) is held and (
+                held.is_silent or (held.dirty and held.state is AddressState.WARM)
+            ):
+                if now() >= deadline or (held.dirty and self._holdings.hopeless):
+                    raise TryAgain(f"the store did not answer for {held.ip} in time; try again")
+                if held.ready_at is not None and held.ready_at <= now():
+                    self._shelf.note_heard(held)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(held.ready_at or deadline, deadline)):
+                        await self._shelf.change_of(held.ip).wait()
 
     def _taken(self, held: Held) -> MoorageError:
         record = held.record
         if record is None:
             return TryAgain(f"{held.ip} is being given back to its pool; try again")
+        if held.is_withdrawn:
+            return TryAgain(f"{held.ip} is being given back to its pool; try again in two seconds")
         if held.state is AddressState.COOLING:
             now = asyncio.get_running_loop().time()
             ready_at = held.ready_at if held.ready_at is not None else now + self._holdings.cooldown

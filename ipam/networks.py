@@ -67,7 +67,7 @@ class PoolUsage:
     """How a pool is used, in addresses. own: the nodes' own ones, counted as state ``own``.
 
     usable: that may be given out; without what nodes' own networks use. outside: of those that are held, how many are
-    not usable (any more).
+    not usable (any more). withdrawn: of the cooling ones, those that nobody had.
 
     by_node: node -> state -> count; a record that cannot be read is counted as ``unreadable`` of node ``?``.
     """
@@ -79,6 +79,7 @@ class PoolUsage:
     warm: int
     cooling: int
     outside: int = 0
+    withdrawn: int = 0
     by_node: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
@@ -228,12 +229,13 @@ async def pool_usage(store: Store, pool: Pool, around: NodesNetworks | None = No
     """
     shape = (around or await read_nodes_networks(store)).effective(geometry(pool))
     counts: Counter[tuple[str, str]] = Counter()
-    outside = 0
+    outside = withdrawn = 0
     async for kv in scan(store, *keys.address_range(shape.cidr)):
         try:
             outside += not shape.usable(keys.ip_of(kv.key))
             address = Address.decode(kv.key, kv.value)
             counts[address.node, address.use] += 1
+            withdrawn += address.is_withdrawn
         except StoreError:
             counts["?", UNREADABLE] += 1
     by_node: dict[str, dict[str, int]] = {}
@@ -251,6 +253,7 @@ async def pool_usage(store: Store, pool: Pool, around: NodesNetworks | None = No
         warm=total(AddressState.WARM),
         cooling=total(AddressState.COOLING),
         outside=outside,
+        withdrawn=withdrawn,
         by_node=by_node,
     )
 
@@ -402,14 +405,14 @@ async def set_pools_disabled(store: Store, names: Sequence[str], disabled: bool)
 async def delete_network(store: Store, name: str, *, patience: float = 5.0) -> None:
     """Delete a network with its pools and reservations.
 
-    Refuses while an address is allocated, assigned or cooling. Otherwise the pools are disabled, so that agents give
-    back what they keep warm, for which it waits ``patience`` seconds; if they do not, the pools are
-    enabled again. Raises NotFound, TryAgain saying who still holds what.
+    Refuses while an address is allocated, assigned or cooling after somebody had it. Otherwise the pools are
+    disabled, so that agents give back what they keep warm, for which it waits ``patience`` seconds; if they do not,
+    the pools are enabled again. Raises NotFound, TryAgain saying who still holds what.
     """
     _, pools = await get_network(store, name)
     around = await read_nodes_networks(store)
     uses = {pool.cidr: await pool_usage(store, pool, around) for pool in pools}
-    if any(use.allocated or use.assigned or use.cooling for use in uses.values()):
+    if any(use.allocated or use.assigned or use.cooling > use.withdrawn for use in uses.values()):
         raise TryAgain(_in_use(name, uses))
     enabled = [pool.name for pool in pools if not pool.disabled]
     await set_pools_disabled(store, enabled, True)

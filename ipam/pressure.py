@@ -148,7 +148,8 @@ class Pressure:
         return freed if isinstance(freed, int) else 0
 
     async def _holders(self, pool: Geometry) -> tuple[Counter[str], Counter[str], set[str]]:
-        """Warm addresses, and blocks without any address in them, by node; and every node that has any address."""
+        """Warm addresses with those on their way back, and blocks without any address in them, by node; and every node
+        that has any address."""
         warm: Counter[str] = Counter()
         nodes: set[str] = set()
         busy: set[IPNetwork] = set()
@@ -163,7 +164,7 @@ class Pressure:
                 except StoreError:
                     continue  # nobody can be asked for it; `moorage ip check` reports it
                 nodes.add(record.node)
-                if record.state is AddressState.WARM:
+                if record.state is AddressState.WARM or record.is_withdrawn:
                     warm[record.node] += 1
             cursor = page.next_key
         return warm, await self._idle_blocks(pool, busy), nodes
@@ -193,15 +194,14 @@ class Generosity:
         self._shelf = holdings.shelf
 
     async def give_back_pool(self, pool: str) -> dict[str, object]:
-        """Free the warm addresses of ``pool`` that nobody waits for, and return its empty blocks."""
-        leaving = [
-            held
-            for _, queue in self._shelf.queues()
-            for held in queue
-            if held.record is not None and held.record.pool == pool
-        ]
-        for held in leaving:
-            self._shelf.withdraw(held)
+        """Free the warm addresses of ``pool`` that nobody waits for, and return its empty blocks.
+
+        What is on its way back already counts as well: another node may have asked a moment before.
+        """
+        for held in self._shelf.all_ready():
+            if held.is_of(pool):
+                self._shelf.withdraw(held)
+        leaving = self._shelf.leaving(pool)
         blocks = self._holdings.blocks_of(pool)
         self._holdings.hold_back(pool)
         self._holdings.wake.set()
@@ -209,13 +209,16 @@ class Generosity:
         def freed() -> int:
             return sum(self._shelf.held.get(held.ip) is not held for held in leaving)
 
+        def stays() -> int:
+            return sum(held.record is not None and not held.is_withdrawn for held in leaving)
+
         def returned() -> int:
             return len(blocks - self._holdings.blocks_of(pool))
 
         def idle() -> bool:
             return any(space.untouched for b, space in self._shelf.spaces.items() if b in blocks)
 
-        await self._until(lambda: freed() == len(leaving), CONFIRMED_WITHIN)
+        await self._until(lambda: freed() + stays() >= len(leaving), CONFIRMED_WITHIN)
         await self._until(lambda: not idle(), BLOCKS_WITHIN)
         return {"done": freed() == len(leaving), "freed": freed() + returned()}
 
@@ -238,6 +241,8 @@ class Generosity:
         cooled_for_it = record.state is AddressState.COOLING and held.ready_at is not None and same_key
         if record.state is not AddressState.WARM and not cooled_for_it:
             return {"done": False, "why": f"{ip} is {record.state.value} on node {self._holdings.node}"}
+        if held.is_announced and (why := self._holdings.why_not_renounced(held)):
+            return {"done": False, "why": why}
         self._shelf.withdraw(held)
         self._holdings.wake.set()
         await self._until(lambda: self._shelf.held.get(ip) is not held, CONFIRMED_WITHIN)

@@ -187,6 +187,11 @@ class Address(Record, frozen=True, kw_only=True):
         return self.state is AddressState.ASSIGNED and self.engine == NODE_ENGINE
 
     @property
+    def is_withdrawn(self) -> bool:
+        """Whether it cools although nobody had it: it was warm, and goes back to its pool."""
+        return self.state is AddressState.COOLING and not (self.id or self.container_id)
+
+    @property
     def use(self) -> str:
         """What it is counted as: its state, or OWN."""
         return OWN if self.is_nodes_own else self.state.value

@@ -4,7 +4,7 @@ For those who wait, and up to what each network keeps warm, in this order:
 
     free addresses of own blocks
     a block that nobody has, to be claimed first
-    own ones that lie ready for members of other netgroups, once others have heard of that
+    own ones that lie ready for members of the network's netgroup, once others have heard that they are plain
     single addresses of other nodes' blocks, for who waits only       ipam/borrowing.py
     what other nodes give back when they are asked                    ipam/pressure.py
     none: who waits is told, and who holds what
@@ -30,6 +30,7 @@ from ipam.pools import Geometry
 from ipam.pressure import Pressure, Relief
 from ipam.records import Network, Pool
 from ipam.shelf import Waiter
+from ipam.stock import Tally
 from ipam.store.base import Store, read_range
 
 REFILL_PATIENCE = 10.0
@@ -83,89 +84,127 @@ class Refill:
         if self._reservation_unknown:
             self._reservation_unknown = False
             await self._holdings.catalogue.refresh(OPERATORS)
+        tally = self._holdings.stock.tally()
         for network in self._holdings.catalogue.networks():
             keeps_warm = self._holdings.keeps_warm(network)
+            warm = self._holdings.stock.wanted(network.name, network.warm) if keeps_warm else 0
             for family in _FAMILIES:
-                if keeps_warm or self._shelf.waiters(network.name, family):
-                    pools = self._holdings.catalogue.pools_of(network, family)
-                    warm = self._holdings.stock.wanted(network.name, network.warm) if keeps_warm else 0
-                    claims += await self._refill(network, family, pools, room, warm)
+                pools = self._holdings.catalogue.pools_of(network, family)
+                if (keeps_warm and pools) or tally.waiters(network.name, family):
+                    claims += await self._refill(network, family, pools, room, warm, tally)
         return claims
 
     async def _refill(
-        self, network: Network, family: Family, pools: Sequence[Geometry], room: int, warm: int
+        self,
+        network: Network,
+        family: Family,
+        pools: Sequence[Geometry],
+        room: int,
+        warm: int,
+        tally: Tally,
     ) -> list[BlockRow]:
-        waiters = self._shelf.waiters(network.name, family)
-        need, waiting = (
-            min(count, max(room, 0)) for count in self._holdings.stock.missing(network.name, family, warm)
-        )
-        picky = {w.pool for w in waiters if w.pool is not None}
+        needs = tally.needs(network.name, family, warm)
+        unserved, kinds = needs.unserved, needs.kinds()
         claims: list[BlockRow] = []
-        dry: set[str] = set()
-        for pool in (p for p in pools if not p.disabled):
-            for_them = sum(1 for w in waiters if w.pool == pool.name) if pool.name in picky else 0
-            wanted = max(waiting if self._holdings.is_held_back(pool.name) else need, for_them, 0)
-            missing = self._take(network, pool, wanted, warm)
-            if missing and await self._look_again(pool):
-                missing = self._take(network, pool, missing, warm)
-            got = wanted - missing
-            need, waiting = need - got, waiting - got
-            if missing:
+        if not (unserved or kinds):
+            return claims
+        dry = {p.name for p in pools if p.disabled}
+        for pool in (p for p in pools if not p.disabled and (unserved or kinds)):
+            theirs = [w for w in unserved if w.pool in (None, pool.name)]
+            wanted = [w.is_member_of(network.name) for w in theirs]
+            wanted += [] if self._holdings.is_held_back(pool.name) else kinds
+            wanted = wanted[: max(room, 0)]
+            got = self._take(network, pool, wanted, tally)
+            if got < len(wanted) and await self._look_again(pool):
+                got += self._take(network, pool, wanted[got:], tally)
+            kinds = kinds[max(got - len(theirs), 0) :]
+            served, starving = theirs[:got], theirs[got : len(wanted)]
+            if got < len(wanted):
                 block = await self._unclaimed(pool)
                 if block is not None:
                     claims.append(BlockRow(block, pool.name, 0))
-                    need = waiting = 0
-                elif (starving := min(missing, max(waiting, for_them - got))) > 0:
-                    starving -= self._withdraw(network, pool, starving)
-                    got, is_dry = await self._borrow(network, pool, starving) if starving else (0, False)
-                    need, waiting = need - got, waiting - got
+                    served, kinds = theirs, []
+                elif starving:
+                    served += self._renounce(network, pool, starving, tally)
+                    starving = [w for w in starving if w not in served]
+                    borrowed, is_dry = (
+                        await self._borrow(network, pool, starving, tally) if starving else (0, False)
+                    )
+                    served += starving[:borrowed]
                     if is_dry:
                         dry.add(pool.name)
-        dry |= {p.name for p in pools if p.disabled}
-        hopeless = [
-            w for w in waiters if w.pool in dry or (w.pool is None and dry >= {p.name for p in pools})
-        ]
-        if hopeless and not self._shelf.coming(network.name, family):
+            unserved = [w for w in unserved if w not in served]
+        names = {p.name for p in pools}
+        hopeless = [w for w in unserved if w.pool in dry or (w.pool is None and dry >= names)]
+        if hopeless:
             # All are asked before one answer is waited for.
             reliefs = [self._pressure.relief(p) for p in pools if not p.disabled and p.name in dry]
             if all(relief is not None for relief in reliefs):
-                await self._give_up(hopeless, network, family, pools, [r for r in reliefs if r])
+                too_many = self._too_many(hopeless, tally.waiters(network.name, family), pools)
+                if too_many:
+                    await self._give_up(too_many, network, family, pools, [r for r in reliefs if r])
         return claims
 
-    def _withdraw(self, network: Network, pool: Geometry, count: int) -> int:
-        """Free up to ``count`` addresses that are announced, for those who can have none of these; returns how many
-        are on their way. They are free when other nodes have heard that they are members of nothing."""
-        count = min(count, self._holdings.stock.waits_for_plain(network.name, pool.family))
-        if count <= 0:
-            return 0
-        leaving = [held for held in self._shelf.held.values() if held.withdrawn and held.is_of(pool.name)]
-        ready = [h for h in self._shelf.announced(network.name, pool.family) if h.is_of(pool.name)]
-        for held in ready[: max(count - len(leaving), 0)]:
-            self._shelf.withdraw(held)
-            leaving.append(held)
-        return min(len(leaving), count)
+    def _renounce(
+        self, network: Network, pool: Geometry, starving: Sequence[Waiter], tally: Tally
+    ) -> list[Waiter]:
+        """Of those who can have no announced address, the ones for whom one of the pool becomes plain now. It is
+        offered when other nodes have heard."""
+        others = [w for w in starving if not w.is_member_of(network.name)]
+        ready = self._shelf.ready(network.name, pool.family, announced=True) if others else ()
+        served = []
+        for waiter, held in zip(others, [h for h in ready if h.is_of(pool.name)], strict=False):
+            self._shelf.renounce(held)
+            tally.expect(network.name, pool.family, pool.name, announced=False)
+            served.append(waiter)
+        return served
 
-    async def _borrow(self, network: Network, pool: Geometry, count: int) -> tuple[int, bool]:
-        """Take up to ``count`` addresses of other nodes' blocks for who waits.
+    def _too_many(
+        self, hopeless: Sequence[Waiter], waiters: Sequence[Waiter], pools: Sequence[Geometry]
+    ) -> list[Waiter]:
+        """Of those for whom nothing is left those beyond what is on its way: to them, back to its pool, or cooling for
+        no longer than they would wait. Who came last is one of them first."""
+        until = self._now() + REFILL_PATIENCE
+        enabled = {pool.name for pool in pools if not pool.disabled}
+        hope: dict[str | None, int] = {None: self._shelf.on_their_way(enabled, until)}
+        for name in {w.pool for w in waiters if w.pool is not None}:
+            hope[name] = self._shelf.on_their_way(enabled & {name}, until)
+        waiting = [w for w in waiters if not w.granted.done()]
+        too_many = []
+        for waiter in [w for w in waiting if w not in hopeless] + [w for w in waiting if w in hopeless]:
+            if hope[None] > 0 and hope[waiter.pool] > 0:
+                for pool in {None, waiter.pool}:
+                    hope[pool] -= 1
+            elif waiter in hopeless:
+                too_many.append(waiter)
+        return too_many
+
+    async def _borrow(
+        self, network: Network, pool: Geometry, starving: Sequence[Waiter], tally: Tally
+    ) -> tuple[int, bool]:
+        """Take addresses of other nodes' blocks for those who wait.
 
         Returns how many, and whether the pool has no more.
         """
         if network.strict:
             return 0, True
-        found = await self._borrowing.find(pool, count)
-        self._ask_for(found.ips, network, pool, 0)
+        found = await self._borrowing.find(pool, len(starving))
+        self._ask_for(found.ips, network, pool, [w.is_member_of(network.name) for w in starving], tally)
         if found.scarce:
             self._pressure.note_scarcity(pool)
-        if len(found.ips) < count and not found.all_round:
+        if len(found.ips) < len(starving) and not found.all_round:
             self._holdings.wake.set()  # there is more to look at, once what was found is written
         return len(found.ips), found.all_round and not found.ips
 
-    def _take(self, network: Network, pool: Geometry, count: int, warm: int) -> int:
-        """Take ``count`` free addresses of own blocks of ``pool``; returns how many are missing.
+    def _take(self, network: Network, pool: Geometry, kinds: Sequence[bool], tally: Tally) -> int:
+        """Take a free address of own blocks of ``pool`` for each of ``kinds``, whether it is announced; returns how
+        many there were.
 
         One block after the other, so that the last ones can be given back; while a node is away the longest unused
         of all of them (docs/decisions/reuse-while-a-node-is-away.md).
         """
+        if not kinds:
+            return 0
         reserved = self._holdings.catalogue.reserved_ips()
         spaces = [
             space
@@ -174,18 +213,25 @@ class Refill:
         ]
         found: list[IPAddress] = []
         if self._holdings.others_away():
-            free = [candidate for space in spaces for candidate in space.oldest(max(count, 0), reserved)]
-            found = [ip for _, ip in sorted(free, key=lambda candidate: candidate[0])[: max(count, 0)]]
+            free = [candidate for space in spaces for candidate in space.oldest(len(kinds), reserved)]
+            found = [ip for _, ip in sorted(free, key=lambda candidate: candidate[0])[: len(kinds)]]
         else:
             for space in spaces:
-                found += space.take(count - len(found), reserved)
-        self._ask_for(found, network, pool, warm)
-        return max(count - len(found), 0)
+                found += space.take(len(kinds) - len(found), reserved)
+        self._ask_for(found, network, pool, kinds, tally)
+        return len(found)
 
-    def _ask_for(self, ips: Sequence[IPAddress], network: Network, pool: Geometry, warm: int) -> None:
-        announcements = self._holdings.stock.announcements(network.name, pool.family, warm, len(ips))
-        for ip, netgroups in zip(ips, announcements, strict=True):
-            self._holdings.ask_for(ip, network.name, pool, netgroups)
+    def _ask_for(
+        self,
+        ips: Sequence[IPAddress],
+        network: Network,
+        pool: Geometry,
+        kinds: Sequence[bool],
+        tally: Tally,
+    ) -> None:
+        for ip, announced in zip(ips, kinds, strict=False):
+            self._holdings.ask_for(ip, network.name, pool, (network.name,) if announced else ())
+            tally.expect(network.name, pool.family, pool.name, announced=announced)
 
     async def _look_again(self, pool: Geometry) -> bool:
         """Whether an address in an own block, somebody else's when last heard of, is free now."""
@@ -239,10 +285,7 @@ class Refill:
         pools: Sequence[Geometry],
         reliefs: Sequence[Relief],
     ) -> None:
-        """Nothing is left for those who wait, unless a cooldown is over soon enough."""
-        soonest = self._shelf.soonest(network.name, family)
-        if soonest is not None and soonest < self._now() + REFILL_PATIENCE:
-            return
+        """Nothing is left for those who wait."""
         used = []
         for pool in pools:
             record = await self._store.get(keys.POOLS + pool.name)

@@ -58,7 +58,7 @@ async def return_block(
 
 
 def _in_use(holdings: Holdings, block: IPNetwork) -> list[str]:
-    """What in a block cannot be freed: all but warm addresses that nobody is about to use."""
+    """What in a block cannot be freed: all but warm addresses that nobody is about to use, and those that go back."""
     return [
         f"{ip} is {'being given out' if held.lent or held.record is None else held.record.state.value}"
         + (
@@ -70,5 +70,6 @@ def _in_use(holdings: Holdings, block: IPNetwork) -> list[str]:
         if ip.version == block.version
         and ip in block
         and (held.lent or held.dirty or held.state is not AddressState.WARM)
+        and not held.is_withdrawn
         and not (held.record is not None and held.record.is_nodes_own)
     ]

@@ -2,9 +2,10 @@
 
                  offer()                 lend()              plan/accept
     (store) ---> warm, in a queue ---> lent to one ADD ---> assigned
-                     ^    ^                 | put_back()        | release
-                     |    +-----------------+                   v
-                     +------- cooldown over ---------------- cooling ---> (freed)
+                  ^  ^    ^                 | put_back()        | release
+      others have |  |    +-----------------+                   v
+            heard |  +------- cooldown over ---------------- cooling ---> (freed)
+                warm, announced until now  <--- renounce(), from the queue
 
 An engine that asks for addresses before it has a container makes a stop on the way: lent -> allocated -> lent
 -> assigned, or from allocated straight to cooling (ipam/allocations.py).
@@ -29,10 +30,18 @@ from ipam.errors import MoorageError
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.records import Address, AddressState
 
+UNKNOWN = "unknown"
+"""The id of an assignment of which nobody knows whether there was one."""
+
 
 def cooling(record: Address) -> Address:
     """The record of a released address; it still says who had it, so that a reservation finds its own."""
     return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
+
+
+def doubtful(record: Address) -> Address:
+    """The record of an address that cools because somebody may have had it, whatever its last record says."""
+    return cooling(record).with_(id=record.id or UNKNOWN)
 
 
 def netgroups_told(record: Address | None) -> tuple[str, ...]:
@@ -55,9 +64,9 @@ class Held:
     journalled: the journal has it. One that is not is only being asked for.
     forgotten: the journal has it as an address that nobody may use, because it is being given away.
     lent: an ADD is about to use it.
-    ready_at: for cooling ones, when the cooldown is over (event loop's clock); None until confirmed.
-    withdrawn: it cools although nobody had it, until other nodes have heard that it is a member of nothing.
     told: what other nodes take it for a member of, by what the store has confirmed last.
+    unheard: the store has confirmed that it is no member of something any more, and others may not have heard yet.
+    ready_at: when the cooldown is over, or others have heard (event loop's clock); None until confirmed.
     """
 
     ip: IPAddress
@@ -69,8 +78,8 @@ class Held:
     leaving: Address | None = None
     lent: bool = False
     ready_at: float | None = None
-    withdrawn: bool = False
     told: tuple[str, ...] = ()
+    unheard: bool = False
 
     @property
     def state(self) -> AddressState | None:
@@ -85,6 +94,21 @@ class Held:
     def is_announced(self) -> bool:
         """Whether it is warm for members of certain netgroups only, as which other nodes know it; ipam/stock.py."""
         return self.record is not None and self.state is AddressState.WARM and bool(self.record.netgroups)
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether it cools although nobody had it, until others have heard that it is a member of nothing."""
+        return self.record is not None and self.record.is_withdrawn
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is warm, and nobody may have it before others have heard that it is announced no more."""
+        return self.state is AddressState.WARM and self.unheard
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it will be offered to anybody: the store, or other nodes, have to hear of it first."""
+        return not self.lent and (self.is_silent or (self.dirty and self.state is AddressState.WARM))
 
     def is_of(self, pool: str) -> bool:
         return self.record is not None and self.record.pool == pool
@@ -129,13 +153,14 @@ class Shelf:
         self._may_be_warm = may_be_warm
         self.held: dict[IPAddress, Held] = {}
         self.spaces: dict[IPNetwork, BlockSpace] = {}
-        self._warm: dict[tuple[str, Family], deque[Held]] = defaultdict(deque)
+        self._warm: dict[tuple[str, Family, bool], deque[Held]] = defaultdict(deque)
         self._arrived: set[Held] = set()
         self._waiters: deque[Waiter] = deque()
         self._cooling: list[tuple[float, int, Held]] = []
         self._cools: set[tuple[Held, float]] = set()
         self._tie = count()
         self._dirty: dict[IPAddress, Held] = {}
+        self._silent: dict[IPAddress, Held] = {}
         self._gone: dict[IPAddress, asyncio.Event] = {}
 
     # -- what is held
@@ -153,6 +178,7 @@ class Shelf:
             return
         del self.held[held.ip]
         self._dirty.pop(held.ip, None)
+        self._silent.pop(held.ip, None)
         self._unqueue(held)
         if reusable:
             self.give_back(held.ip)
@@ -176,22 +202,28 @@ class Shelf:
         held.record = record
         held.dirty = True
         held.ready_at = None
-        held.withdrawn = False
+        self._silent.pop(held.ip, None)
         self._dirty.pop(held.ip, None)
         self._dirty[held.ip] = held
 
     def withdraw(self, held: Held) -> None:
-        """A warm address is nobody's any more; one that was announced only when others have heard that it is none."""
-        if held.is_announced and held.record is not None and held.revision:
+        """A warm address goes back to its pool; by way of cooling if others may take it for a member of something."""
+        is_known = held.state is AddressState.WARM and (held.is_announced or held.told or held.unheard)
+        if held.record is not None and is_known:
             self.want(held, cooling(held.record))
-            held.withdrawn = True
         else:
             self.want(held, None)
 
+    def renounce(self, held: Held) -> None:
+        """An announced address is to be for anybody: when the store says so and others have heard, it is offered."""
+        assert held.record is not None, "what is announced has a record"
+        self.want(held, held.record.with_(netgroups=[], since=time.time()))
+
     def confirm(self, held: Held, revision: int, sent: Address | None) -> bool:
         """``sent`` now stands in the store; returns whether that is what should."""
+        told, held.told = held.told, netgroups_told(sent)
         held.revision = revision
-        held.told = netgroups_told(sent)
+        held.unheard = held.unheard or not set(told) <= set(held.told)
         if held.record is not sent:
             return False
         held.dirty = False
@@ -211,42 +243,58 @@ class Shelf:
     # -- warm addresses and those who wait for them
 
     def offer(self, held: Held) -> None:
-        """A warm address: for who waits longest, else into the queue."""
+        """A warm address of which others have heard: for who waits longest, else into the queue."""
         record = held.record
         if record is None or held.lent or self.held.get(held.ip) is not held:
             return
+        self.note_heard(held)
         if not self._may_be_warm(held):
             self.withdraw(held)
             return
-        queue = self._warm[record.network, held.ip.version]
+        queue = self._warm[record.network, held.ip.version, held.is_announced]
         if held in queue:
             return
-        for waiter in self._waiters:
-            if waiter.accepts(record, held.ip.version):
-                self._waiters.remove(waiter)
-                held.lent = True
-                waiter.granted.set_result(held)
-                return
-        queue.append(held)
-        self._arrived.add(held)
+        waiter = self._next_waiter(record, held.ip.version)
+        if waiter is None:
+            queue.append(held)
+            self._arrived.add(held)
+            return
+        self._waiters.remove(waiter)
+        held.lent = True
+        waiter.granted.set_result(held)
+
+    def _next_waiter(self, record: Address, family: Family) -> Waiter | None:
+        """Who waits longest; a member leaves a plain one to others while something announced is on its way."""
+        able = (w for w in self._waiters if w.accepts(record, family))
+        first = next(able, None)
+        if first is None or record.netgroups or not first.is_member_of(record.network):
+            return first
+        other = next((w for w in able if not w.is_member_of(record.network)), None)
+        if other is not None and any(
+            held.is_coming
+            and held.is_announced
+            and held.record
+            and first.accepts(held.record, held.ip.version)
+            for held in self._dirty.values()
+        ):
+            return other
+        return first
+
+    def note_heard(self, held: Held) -> None:
+        """Other nodes know what it is a member of; a warm one may be offered."""
+        held.unheard, held.ready_at = False, None
+        self._silent.pop(held.ip, None)
 
     def lend(
         self, network: str, family: Family, pool: str | None, netgroups: Collection[str] = ()
     ) -> Held | None:
         """A warm address for a container that is in these netgroups: one that other nodes know already if there is
         one. Of those the one that the store confirmed longest ago, since others hear of it a moment later."""
-        plain = None
-        for held in self._warm[network, family]:
-            if (
-                not (pool is None or held.is_of(pool))
-                or not held.fits(netgroups)
-                or not self._may_be_warm(held)
-            ):
-                continue
-            if held.is_announced:
-                return self.lend_this(held)
-            plain = plain or held
-        return None if plain is None else self.lend_this(plain)
+        for announced in (True, False):
+            for held in self._warm[network, family, announced]:
+                if (pool is None or held.is_of(pool)) and held.fits(netgroups) and self._may_be_warm(held):
+                    return self.lend_this(held)
+        return None
 
     def lend_this(self, held: Held) -> Held:
         self._unqueue(held)
@@ -256,10 +304,10 @@ class Shelf:
     def put_back(self, held: Held) -> None:
         """An ADD did not use it after all."""
         held.lent = False
-        if held.state is AddressState.WARM and not held.dirty:
+        if held.ready_at is not None and not held.dirty:
+            self.cool(held, held.ready_at)
+        elif held.state is AddressState.WARM and not held.dirty:
             self.offer(held)
-        elif held.state is AddressState.COOLING and held.ready_at is not None:
-            self._let_cool(held, held.ready_at)
         self.announce(held.ip)
 
     def wait(self, waiter: Waiter) -> None:
@@ -283,31 +331,34 @@ class Shelf:
     def waiters(self, network: str, family: Family) -> list[Waiter]:
         return [w for w in self._waiters if (w.network, w.family) == (network, family)]
 
-    def warm_count(self, network: str, family: Family, announced: bool | None = None) -> int:
-        """announced: only those that are, or that are not."""
-        queue = self._warm[network, family]
-        return len(queue) if announced is None else sum(held.is_announced is announced for held in queue)
+    def all_waiters(self) -> list[Waiter]:
+        """Who came first is first."""
+        return list(self._waiters)
 
-    def announced(self, network: str, family: Family) -> list[Held]:
-        """The announced ones of those that are warm, longest unused first."""
-        return [held for held in self._warm[network, family] if held.is_announced]
+    def ready(self, network: str, family: Family, *, announced: bool) -> Sequence[Held]:
+        """The warm addresses of one kind that nobody has, longest unused first."""
+        return self._warm.get((network, family, announced), ())
 
-    def queues(self) -> list[tuple[str, list[Held]]]:
-        """(network, warm addresses of one family) of every queue, longest unused first."""
-        return [(network, list(queue)) for (network, _), queue in self._warm.items()]
+    def warm_count(self, network: str, family: Family) -> int:
+        return sum(len(self.ready(network, family, announced=kind)) for kind in (True, False))
 
-    def coming(self, network: str, family: Family, announced: bool | None = None) -> int:
-        """How many addresses are on their way from free to warm, for anybody. announced: as in ``warm_count``."""
-        return sum(
-            1
-            for held in self._dirty.values()
-            if held.state is AddressState.WARM
-            and not held.lent
-            and held.ip.version == family
-            and held.record is not None
-            and held.record.network == network
-            and announced in (None, held.is_announced)
-        )
+    def all_ready(self) -> list[Held]:
+        """What of all networks is warm and nobody has."""
+        return [held for queue in self._warm.values() for held in queue]
+
+    def leaving(self, pool: str) -> list[Held]:
+        """What nobody had and goes back to that pool."""
+        return [
+            held
+            for held in self.held.values()
+            if (held.is_of(pool) and held.is_withdrawn)
+            or (held.record is None and held.leaving is not None and held.leaving.pool == pool)
+        ]
+
+    def coming(self) -> list[Held]:
+        """The addresses that will be offered to anybody, of all networks."""
+        unconfirmed = [h for h in self._dirty.values() if h.state is AddressState.WARM and not h.lent]
+        return unconfirmed + [held for held in self._silent.values() if not held.lent]
 
     def arrivals(self) -> set[Held]:
         """The warm addresses that were queued since this was called last."""
@@ -316,7 +367,9 @@ class Shelf:
 
     def _unqueue(self, held: Held) -> None:
         queues = (
-            self._warm.values() if held.record is None else [self._warm[held.record.network, held.ip.version]]
+            self._warm.values()
+            if held.record is None
+            else [self._warm[held.record.network, held.ip.version, held.is_announced]]
         )
         for queue in queues:
             if held in queue:
@@ -325,25 +378,24 @@ class Shelf:
     # -- cooling
 
     def cool(self, held: Held, ready_at: float) -> None:
-        """The store has confirmed the release; the cooldown runs."""
+        """The store has confirmed the release, or that it is announced no more; the time until it may be used runs."""
         held.ready_at = ready_at
-        self._let_cool(held, ready_at)
-
-    def _let_cool(self, held: Held, ready_at: float) -> None:
+        if held.state is AddressState.WARM:
+            self._silent[held.ip] = held
         # One that was lent before its cooldown was over may or may not have left the heap meanwhile.
         if (held, ready_at) not in self._cools:
             self._cools.add((held, ready_at))
             heapq.heappush(self._cooling, (ready_at, next(self._tie), held))
 
     def cooled(self, now: float) -> list[Held]:
-        """Those whose cooldown is over; each is returned once."""
+        """Those whose cooldown is over, or of which others have heard by now; each is returned once."""
         ready = []
         while self._cooling and self._cooling[0][0] <= now:
             at, _, held = heapq.heappop(self._cooling)
             self._cools.discard((held, at))
             # It may have been taken early by its reservation, and released anew, or lost.
             still = self.held.get(held.ip) is held and held.ready_at == at
-            if still and held.state is AddressState.COOLING and not held.lent:
+            if still and held.state in (AddressState.COOLING, AddressState.WARM) and not held.lent:
                 ready.append(held)
         return ready
 
@@ -351,18 +403,17 @@ class Shelf:
         """When the next cooldown is over."""
         return self._cooling[0][0] if self._cooling else None
 
-    def soonest(self, network: str, family: Family) -> float | None:
-        """When the next cooldown of that network and family is over."""
-        times = [
-            at
-            for at, _, held in self._cooling
-            if held.ready_at == at
-            and self.held.get(held.ip) is held
-            and held.ip.version == family
-            and held.record is not None
-            and held.record.network == network
-        ]
-        return min(times, default=None)
+    def on_their_way(self, pools: Collection[str], until: float) -> int:
+        """How many addresses of these pools who waits may have before ``until`` (event loop's clock): those that come,
+        that go back, and whose cooldown is over by then."""
+        count = 0
+        for held in self.held.values():
+            record = held.record or held.leaving
+            if record is None or record.pool not in pools or held.lent or not self._may_be_warm(held):
+                continue
+            cools = held.state is AddressState.COOLING and held.ready_at is not None and held.ready_at < until
+            count += held.record is None or held.is_coming or held.is_withdrawn or cools
+        return count
 
     # -- telling those who wait for one certain address
 

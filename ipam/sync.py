@@ -26,7 +26,7 @@ from ipam.journal import BlockRow
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
-from ipam.shelf import Held, cooling, netgroups_told
+from ipam.shelf import Held, doubtful, netgroups_told
 from ipam.store.base import KeyValue, Store, prefix_end, read_prefix, read_range, scan
 from ipam.writer import Writer
 
@@ -215,7 +215,7 @@ def _is_taken(held: Held) -> bool:
 
 
 def _confirmed(holdings: Holdings, held: Held, revision: int) -> None:
-    cools = held.state is AddressState.COOLING and not held.dirty and held.ready_at is not None
+    cools = not held.dirty and held.ready_at is not None
     holdings.shelf.confirm(held, revision, held.record)
     if not cools:
         holdings.settle(held)
@@ -235,4 +235,4 @@ def _take_over(
     else:
         # Also a warm one: an agent whose journal is lost may have given it to a container just ended.
         report.released.append(ip)
-        holdings.shelf.want(held, cooling(record))
+        holdings.shelf.want(held, doubtful(record))

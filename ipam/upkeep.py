@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,12 +24,12 @@ from ipam import keys
 from ipam.errors import AddressTaken, StoreError, TryAgain
 from ipam.holdings import Holdings, warm
 from ipam.journal import BlockRow
-from ipam.keys import IPNetwork
+from ipam.keys import Family, IPNetwork
 from ipam.pools import Geometry
 from ipam.records import Address, AddressState, Block, Network
 from ipam.refill import Refill
-from ipam.shelf import Held, cooling, netgroups_told
-from ipam.stock import HIGH_WATER
+from ipam.shelf import Held, doubtful, netgroups_told
+from ipam.stock import HIGH_WATER, Tally
 from ipam.store.base import KeyValue, Store, absent, none_between
 from ipam.writer import GROUP, Outcome, Write, Writer
 
@@ -175,17 +174,40 @@ class Upkeep:
         return Change(Write(keys.address_key(held.ip), value, held.revision, guards), held, held.record)
 
     def _end_cooldowns(self) -> None:
-        for held in self._shelf.cooled(self._now()):
+        over = self._shelf.cooled(self._now())
+        if not over:
+            return
+        heard = [held for held in over if held.state is AddressState.WARM]
+        for held in heard:
+            self._shelf.offer(held)
+        self._holdings.save(heard)
+        tally = self._holdings.stock.tally()
+        for held in over:
             record = held.record
-            assert record is not None
-            of = record.network, held.ip.version, self._warm(held)
-            missing, _ = self._holdings.stock.missing(*of, HIGH_WATER)
-            usable = self._holdings.may_be_warm(held) and not held.withdrawn
-            if missing and usable and not self._is_reused_last(held):
-                (netgroups,) = self._holdings.stock.announcements(*of, 1, HIGH_WATER)
-                self._shelf.want(held, warm(self._holdings.node, record.network, record.pool, netgroups))
-            else:
+            if record is None or record.state is not AddressState.COOLING:
+                continue
+            self._shelf.note_heard(held)
+            announced = self._next_kind(held, record, tally)
+            if announced is None:
                 self._shelf.want(held, None)
+                continue
+            netgroups = (record.network,) if announced else ()
+            self._shelf.want(held, warm(self._holdings.node, record.network, record.pool, netgroups))
+            tally.expect(record.network, held.ip.version, record.pool, announced=announced)
+
+    def _next_kind(self, held: Held, record: Address, tally: Tally) -> bool | None:
+        """Whether a cooled address becomes warm as an announced one, or a plain one; None if it goes back to its pool,
+        as one that was withdrawn does unless somebody waits for it."""
+        if not self._holdings.may_be_warm(held) or self._is_reused_last(held):
+            return None
+        most = self._warm(held)
+        needs = tally.needs(record.network, held.ip.version, most, HIGH_WATER)
+        for waiter in needs.unserved:
+            if waiter.pool in (None, record.pool):
+                return waiter.is_member_of(record.network)
+        if held.is_withdrawn or needs.spare >= HIGH_WATER * most:
+            return None
+        return next(iter(needs.kinds()), None)
 
     def _is_reused_last(self, held: Held) -> bool:
         """Whether a cooled address goes back to where the longest unused comes first, and another is taken.
@@ -208,21 +230,20 @@ class Upkeep:
         than anybody will need soon, go back."""
         arrived, all_of_them = self._shelf.arrivals(), self._holdings.reconsider
         self._holdings.reconsider = False
-        for _, queue in self._shelf.queues():
-            before = Counter[bool]()
-            for held in queue:
-                place, before[held.is_announced] = before[held.is_announced], before[held.is_announced] + 1
-                if not (all_of_them or held in arrived):
-                    continue
-                if place >= self._most_warm(held) or not self._holdings.may_be_warm(held):
-                    self._shelf.withdraw(held)
-
-    def _most_warm(self, held: Held) -> int:
-        """How many of its kind may lie ready unasked."""
-        if held.record is None:
-            return 0
-        most = self._holdings.stock.most
-        return most(held.record.network, self._warm(held), announced=held.is_announced)
+        if not (arrived or all_of_them):
+            return
+        most: dict[tuple[str, Family], int] = {}
+        for held in self._shelf.all_ready():
+            if held.record is None or not (all_of_them or held in arrived):
+                continue
+            kept = self._warm(held)
+            if kept and self._holdings.may_be_warm(held):
+                most[held.record.network, held.ip.version] = kept
+            else:
+                self._shelf.withdraw(held)
+        for (network, family), kept in most.items():
+            for held in self._holdings.stock.surplus(network, family, kept):
+                self._shelf.withdraw(held)
 
     def _warm(self, held: Held) -> int:
         """How many of its network and family are kept ready. Of borrowed ones, and of a pool under pressure: none."""
@@ -375,4 +396,4 @@ class Upkeep:
             holdings.refuse(
                 held.ip, TryAgain(f"{held.ip} was in use on this node a moment ago; try again later")
             )
-            self._shelf.want(held, cooling(found))
+            self._shelf.want(held, doubtful(found))

@@ -162,12 +162,23 @@ class Endpoints:
         return next((e for e in self._endpoints.values() if ip in e.ips), None)
 
     def unknown_to_others(self) -> dict[EndpointKey, list[IPAddress]]:
-        """Endpoints' addresses that other nodes do not know by all their netgroups yet; Holder.unknown_to_others."""
+        """Endpoints' addresses that other nodes do not know by all their netgroups yet; Holder.unknown_to_others.
+
+        Not those of open networks: there nobody asks for netgroups.
+        """
         found: dict[EndpointKey, list[IPAddress]] = {}
         for held in self._holder.unknown_to_others():
-            if (endpoint := self.of_ip(held.ip)) is not None and endpoint.state in ADMITTED:
-                found.setdefault(endpoint.key, []).append(held.ip)
+            endpoint = self.of_ip(held.ip)
+            if endpoint is None or endpoint.state not in ADMITTED or self._isolation(endpoint.network).open:
+                continue
+            found.setdefault(endpoint.key, []).append(held.ip)
         return found
+
+    def unknown_where(self, dst: IPAddress, endpoint: Endpoint) -> list[IPAddress]:
+        """The addresses of ``endpoint`` that the node of ``dst`` may not know by netgroups, if it asks for these."""
+        pool = self._catalogue.pool_of(dst)
+        is_open = pool is not None and self._isolation(pool.network).open
+        return [] if is_open or self.of_ip(dst) is not None else self._unknown(endpoint)
 
     # -- ADD
 
@@ -194,7 +205,7 @@ class Endpoints:
             attached = await self._connect(known, without_cooldown=spec.reservation is not None)
         loop = asyncio.get_running_loop()
         loop.call_later(LOG_BEHIND, self._tell, attached, time.monotonic() - begun)
-        if self._unknown(attached):
+        if self._unknown(attached) and not isolation_of(network).open:
             loop.call_later(KNOWN_WITHIN, self._tell_unknown, attached)
         return attached
 

@@ -175,8 +175,8 @@ class Tracer:
 
     def _known(self, sender: Endpoint, dst: IPAddress) -> list[Hop]:
         """Whether other nodes know who sends, where they have to and it is not so."""
-        unknown = self._endpoints.unknown_to_others().get(sender.key, [])
-        if not any(ip.version == dst.version for ip in unknown) or self._endpoints.of_ip(dst) is not None:
+        unknown = self._endpoints.unknown_where(dst, sender)
+        if not any(ip.version == dst.version for ip in unknown):
             return []
         ips = ", ".join(map(str, unknown))
         says = f"{ips} of {sender.key} is not known to other nodes yet: the store has not confirmed that it is assigned"

@@ -56,7 +56,7 @@ def lab() -> Iterator[Lab]:
     """Two nodes that have used both networks."""
     with Lab(nodes=2) as lab:
         lab.start()
-        create_networks(lab.nodes[0], *NETWORKS, BUSY)
+        create_networks(lab.nodes[0], *NETWORKS, BUSY, "op")
         with peers(lab) as join:
             for node in lab.nodes:
                 for name in NETWORKS:
@@ -114,7 +114,8 @@ def test_a_container_started_while_etcd_is_away_reaches_and_is_reached_across_no
 ) -> None:
     here, there = lab.nodes
     old = {name: join(there, name) for name in NETWORKS}
-    old_red = join(there, "vx", "red")
+    old_red, open_old = join(there, "vx", "red"), join(there, "op")
+    join(here, "op", "red")
     lab.etcd.kill()
     try:
         new = [(join(here, name, engine=engine), engine) for name in NETWORKS for engine in ENGINES]
@@ -138,6 +139,10 @@ def test_a_container_started_while_etcd_is_away_reaches_and_is_reached_across_no
         assert all(ip in unknown(here) for ip in red.ips.values())
         assert all(ip not in unknown(here) for peer, _ in new for ip in peer.ips.values())
         eventually(lambda: "not known to other nodes yet" in here.log.read_text())
+
+        # Of an open network nobody asks for netgroups.
+        assert len(arrived(both_ways(open_new := join(here, "op", "red"), open_old))) == 4
+        assert all(ip not in unknown(here) for ip in open_new.ips.values())
     finally:
         lab.etcd.start()
         lab.etcd.wait_ready()

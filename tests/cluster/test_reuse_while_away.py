@@ -43,7 +43,7 @@ def lab() -> Iterator[Lab]:
             )
             lab.nodes.append(stack.enter_context(node))
             node.start()
-        create_networks(lab.nodes[0], "vx", vx=("--warm", "1"))
+        create_networks(lab.nodes[0], "vx", vx=("--warm", "1", "--allow-static", "all"))
         yield lab
         lab.nodes.clear()
 
@@ -97,8 +97,9 @@ def test_a_container_that_starts_on_such_a_node_is_said_to_be_unknown_to_others_
     lab: Lab, join: Join
 ) -> None:
     n1, n2 = lab.nodes
-    here = join(n1, "vx", "blue")
     eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
+    here, _ = join(n1, "vx", "blue"), join(n2, "vx", "front")
+    eventually(lambda: ready(n2))
     lab.partition(n2, *lab.etcd.members)
     try:
         eventually(lambda: not alive(lab, "n2"))
@@ -110,3 +111,32 @@ def test_a_container_that_starts_on_such_a_node_is_said_to_be_unknown_to_others_
     finally:
         lab.heal()
     eventually(lambda: n2.ask("status")["not_known_to_other_nodes_yet"] == [])
+
+
+def test_nobody_of_other_netgroups_chooses_an_address_that_such_a_node_takes_for_a_member(
+    lab: Lab, join: Join
+) -> None:
+    n1, n2 = lab.nodes
+    eventually(lambda: alive(lab, "n2") and n2.ask("status")["problem"] == "")
+    victim, member = join(n2, "vx"), join(n1, "vx")
+    eventually(lambda: ready(n1, "vx"))
+    ips = ready(n1, "vx")
+    eventually(lambda: delivered(victim, member) == set(member.ips.values()))
+    lab.partition(n2, *lab.etcd.members)
+    try:
+        eventually(lambda: not alive(lab, "n2"))
+        named = {"moorage.ip": ips[4], "moorage.ip6": ips[6]}
+        with pytest.raises(Exception, match="ask for another address"):
+            join(n1, "vx", "front", labels=named)
+        assert delivered(victim, join(n1, "vx", labels=named)) == set(ips.values())
+    finally:
+        lab.heal()
+
+
+def ready(node: LabNode, *netgroups: str) -> dict[int, str]:
+    """Warm addresses of both families that are announced as these, or plain ones; {} while one is missing."""
+    rows = node.ask("ip", "list", "--node", node.name, "--state", "warm", "--network", "vx")
+    found = {
+        6 if ":" in row["address"] else 4: row["address"] for row in rows if row["netgroups"] == [*netgroups]
+    }
+    return found if len(found) == 2 else {}

@@ -16,11 +16,9 @@ NEW, OLD = ip_address("10.64.0.5"), ip_address("fd64::5")
 
 
 class StubEndpoints:
-    def unknown_to_others(self) -> dict[EndpointKey, list[Any]]:
-        return {KEY: [NEW]}
-
-    def of_ip(self, ip: Any) -> Any:
-        return SimpleNamespace(key="neighbour") if ip == ip_address("10.64.0.9") else None
+    def unknown_where(self, dst: Any, sender: Any) -> list[Any]:
+        assert sender.key == KEY
+        return [] if dst == ip_address("10.64.0.9") else [NEW]
 
 
 @pytest.mark.parametrize(
