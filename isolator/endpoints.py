@@ -216,7 +216,8 @@ class Endpoints:
         """Only while it is so: usually the store has confirmed by now."""
         if self._endpoints.get(endpoint.key) is endpoint and (unknown := self._unknown(endpoint)):
             log.warning(
-                "endpoint is not known to other nodes yet: containers there neither reach it nor are reached",
+                "endpoint is not known to other nodes yet by all of its netgroups; members there of none but those "
+                "neither reach it nor are reached",
                 endpoint=str(endpoint.key),
                 ips=[str(ip) for ip in unknown],
                 netgroups=endpoint.netgroups,
