@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -645,7 +646,7 @@ class Endpoints:
             return
         if repair.mended:
             log.warning("endpoint repaired", endpoint=str(endpoint.key), was="; ".join(repair.mended))
-        self._note_damage(endpoint, repair.after)
+        self._note_damage(endpoint, repair.after, helped=bool(repair.mended))
 
     async def _found_again(self, endpoint: Endpoint) -> Endpoint:
         """The endpoint with the path that leads to its namespace now, if there is one."""
@@ -669,11 +670,13 @@ class Endpoints:
             return False
         return asyncio.get_running_loop().time() < known.tried_at + TRY_AGAIN_AFTER
 
-    def _note_damage(self, endpoint: Endpoint, left: tuple[str, ...]) -> None:
+    def _note_damage(self, endpoint: Endpoint, left: tuple[str, ...], *, helped: bool = False) -> None:
+        """helped: whether the repair put something back, so that the rest may be possible now."""
         before = self._damaged.pop(endpoint.key, None)
         if not left or self._endpoints.get(endpoint.key) is not endpoint:
             return
-        self._damaged[endpoint.key] = Damage(left, asyncio.get_running_loop().time())
+        tried_at = -math.inf if helped else asyncio.get_running_loop().time()
+        self._damaged[endpoint.key] = Damage(left, tried_at)
         if before is None or left != before.left:
             log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why="; ".join(left))
 

@@ -149,8 +149,11 @@ class Routed:
                         refused += _refusals(_allow_ipv6, "lo", wiring.ifname)
                         refused += _refusals(_expect_no_duplicates, wiring.ifname)
                     requests = container_requests(wiring, inner.index)
-                    requests += [messages.add_local_route(inner.index, inner.name, ip) for ip in wiring.ips]
-                    return refused + [str(error) for error in route.attempt(requests)]
+                    local = [messages.add_local_route(inner.index, inner.name, ip) for ip in wiring.ips]
+                    again = [*route.attempt(requests), *route.attempt(local)]
+                    # A route names a source, which has to be local before.
+                    left = route.attempt(requests) if again else []
+                    return refused + [str(error) for error in left]
         except (NamespaceGone, NotANamespace, KernelRefused):
             return []  # what is different after says so
 

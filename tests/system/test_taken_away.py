@@ -195,6 +195,15 @@ class Scene:
                     return f"{what}: its mapped port is not reached by {address}"
         return ""
 
+    def sends(self, what: str, to: str) -> float:
+        """Mbit/s of datagrams that arrive of all that a container can send for a second."""
+        receives = (sys.executable, "-c", RECEIVE, to)
+        with self.containers["friend"].namespace.start(*receives, stdout=subprocess.PIPE) as receiver:
+            assert receiver.stdout is not None
+            assert receiver.stdout.readline()
+            self.containers[what].namespace.run(sys.executable, "-c", FLOOD, to)
+            return float(receiver.stdout.readline())
+
     def maps(self, what: str, address: str, port: int) -> bool:
         """Whether the mapped port leads into the container."""
         family = "[::]" if ":" in address else "0.0.0.0"
@@ -213,6 +222,30 @@ family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
 with socket.create_server((sys.argv[1], 80), family=family) as server:
     print(flush=True)
     server.accept()[0].close()
+"""
+RECEIVE = """
+import socket, sys, time
+made = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+made.bind((sys.argv[1], 7777))
+made.settimeout(30)
+print(flush=True)
+made.recv(2000)
+first = last = time.monotonic()
+count = 0
+made.settimeout(1)
+try:
+    while True:
+        count += len(made.recv(2000))
+        last = time.monotonic()
+except TimeoutError:
+    print(count * 8 / (last - first) / 1e6, flush=True)
+"""
+FLOOD = """
+import socket, sys, time
+made = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+until = time.monotonic() + 1
+while time.monotonic() < until:
+    made.sendto(bytes(1200), (sys.argv[1], 7777))
 """
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()"
 
@@ -350,6 +383,9 @@ def test_what_is_taken_of_an_endpoint_comes_back(
         print(table(f"taken of endpoints, agent {agent}", taken))
     assert scene.node.ask("status")["damage"] == []
     assert scene.works() == ""
+    for friend in scene.endpoints["friend"]["addresses"]:
+        assert scene.sends("the limit from it", friend) < 2 * 20, "its limit holds again"
+        assert scene.sends("all routes", friend) < 2 * 20, "and that of one whose routes were taken"
 
 
 @pytest.mark.parametrize("agent", ["idle", "busy", "stopped meanwhile"])

@@ -331,6 +331,7 @@ def test_the_routes_of_another_container_that_is_at_its_path_now_stay(
         "ip addr del 10.1.0.5/32 dev eth1",
         "ip addr del fd11::5/128 dev eth1",
         "ip route flush table main",
+        "ip route flush table all dev eth1",
         "ip -6 route flush table main",
         "ip neigh del 169.254.1.2 dev eth1",
     ],
