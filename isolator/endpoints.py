@@ -84,8 +84,11 @@ TRY_AGAIN_AFTER = 60.0
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
 
-WIRE_ATTEMPTS = 3
+WIRE_ATTEMPTS = 5
 """Times that an ADD is tried while somebody else changes the firewall's table."""
+
+WIRE_PAUSE = 0.1
+"""Seconds before it is restored once more."""
 
 ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
 """States whose traffic the firewall lets pass."""
@@ -396,7 +399,9 @@ class Endpoints:
             except KernelRefused as error:
                 if not attempts_left or error.errno != errno.ENOENT or await self._policy_is_whole():
                     raise
-                # Somebody flushed the ruleset, or a set, a moment ago.
+                # Somebody flushed the ruleset, or a set, a moment ago, and may not have come to an end yet.
+                if attempts_left < WIRE_ATTEMPTS - 1:
+                    await asyncio.sleep(WIRE_PAUSE)
                 await self.restore_policy()
                 log.warning(
                     "firewall table inet moorage was missing or changed; restored", met_by=str(endpoint.key)

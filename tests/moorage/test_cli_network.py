@@ -298,6 +298,7 @@ def test_show_counts_addresses_by_node(moorage: CommandLine) -> None:
         "own": 0,
         "warm": 1,
         "cooling": 0,
+        "withdrawn": 0,
         "outside": 0,
         "free": 252,
         "by_node": {"a": {"assigned": 1, "warm": 1}},
