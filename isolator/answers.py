@@ -18,6 +18,7 @@ from isolator.audit import audit
 from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, Fabric
 from isolator.kernel import Kernel
+from isolator.mending import Mending
 from isolator.neighbours import Neighbours
 from isolator.policy.foreign import Blocked
 from isolator.trace import Tracer
@@ -34,6 +35,7 @@ class Answers:
         node: str,
         kernel: Kernel,
         endpoints: Endpoints,
+        mending: Mending,
         holder: Holder,
         fabric: Fabric,
         neighbours: Neighbours,
@@ -43,6 +45,7 @@ class Answers:
         self._node = node
         self._kernel = kernel
         self._endpoints = endpoints
+        self._mending = mending
         self._holder = holder
         self._fabric = fabric
         self._neighbours = neighbours
@@ -56,6 +59,7 @@ class Answers:
                 return await audit(
                     self._kernel,
                     self._endpoints,
+                    self._mending,
                     self._holder,
                     dict.fromkeys(self._fabric.carried, VXLAN_DEVICE),
                     repair=bool(intent.evidence.get("repair")),

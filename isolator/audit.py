@@ -15,13 +15,20 @@ from ipam.holder import Holder
 from isolator.drivers.naming import shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.kernel import Kernel
+from isolator.mending import Mending
 from isolator.model import Endpoint, EndpointState, IPAddress
 from isolator.netlink import HostLink
 from isolator.recovery import remove_strays
 
 
 async def audit(
-    kernel: Kernel, endpoints: Endpoints, holder: Holder, own: Mapping[IPAddress, str], *, repair: bool
+    kernel: Kernel,
+    endpoints: Endpoints,
+    mending: Mending,
+    holder: Holder,
+    own: Mapping[IPAddress, str],
+    *,
+    repair: bool,
 ) -> dict[str, Any]:
     """The answer to an intent of kind ``check``.
 
@@ -33,7 +40,7 @@ async def audit(
     found = await _look(kernel, endpoints, holder)
     repaired: list[Finding] = []
     if repair and found.findings:
-        await _repair(kernel, endpoints, holder, found)
+        await _repair(kernel, endpoints, mending, holder, found)
         # What is said to be repaired is what is so after.
         after = await _look(kernel, endpoints, holder)
         repaired = [finding for finding in found.findings if finding not in after.findings]
@@ -101,13 +108,15 @@ async def _look(kernel: Kernel, endpoints: Endpoints, holder: Holder) -> _Seen:
     return _Seen([*findings, *orphans, *strays, *conflicts], strays, orphans, damaged, links, routed)
 
 
-async def _repair(kernel: Kernel, endpoints: Endpoints, holder: Holder, found: _Seen) -> None:
+async def _repair(
+    kernel: Kernel, endpoints: Endpoints, mending: Mending, holder: Holder, found: _Seen
+) -> None:
     if found.strays and not holder.problem:
         await remove_strays(kernel, endpoints, found.links)
     if (found.strays and not holder.problem) or found.damaged:
         await endpoints.restore_policy(keep_endpoints=bool(holder.problem))
     for endpoint in found.damaged:
-        await endpoints.mend(endpoint)
+        await mending.repair(endpoint)
     # Without an endpoint, an interface and a route nobody can carry the address.
     free = {orphan.subject for orphan in found.orphans if orphan.subject not in found.routed}
     holder.accept(holder.plan_release([ip for ip in holder.assigned() if str(ip) in free]))

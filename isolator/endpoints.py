@@ -20,11 +20,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -39,7 +38,6 @@ from ipam.networks import MTU
 from ipam.records import Network
 from ipam.shelf import Held
 from isolator.authorise import authorise, authorise_netgroups, netgroups_of
-from isolator.drivers.base import UNSEEN
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.errors import (
     EndpointExists,
@@ -64,7 +62,6 @@ from isolator.model import (
     ValidAttachments,
     Work,
 )
-from isolator.neighbours import surroundings
 from isolator.policy import NETGROUPS, Isolation, Surroundings, isolation_of
 from isolator.removal import Removal
 from isolator.steps import reached
@@ -77,9 +74,6 @@ TOMBSTONE_TTL = 120 * 10**9
 
 KNOWN_WITHIN = 1.0
 """Seconds from an ADD in which other nodes have usually heard of it; what they have not is told then."""
-
-TRY_AGAIN_AFTER = 60.0
-"""Seconds before what could not be put back is tried again, as long as nothing else is different."""
 
 LOG_BEHIND = 0.002
 """Seconds by which the line of an ADD that succeeded is put off: formatting it takes longer than its reply."""
@@ -97,24 +91,12 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """left: sentences about what could not be put back. tried_at: the loop's seconds when it was tried last."""
-
-    left: tuple[str, ...]
-    tried_at: float
-
-
-async def _nothing_to_prepare(_: str) -> None:
-    pass
-
-
 class Endpoints:
     """See the module's docstring.
 
     mtu_of: bytes, of networks that do not set their own. tunnel_port: UDP, of this node; no container gets it.
     prepare: has the kernel told of a network, by its name, if it was not told yet. around: what the policy has to know
-    of networks, and of other nodes' containers in what nodes use; without, of this node's alone.
+    of networks, and of containers in what nodes use.
     """
 
     def __init__(
@@ -126,8 +108,9 @@ class Endpoints:
         holder: Holder,
         mtu_of: Callable[[Network], int],
         tunnel_port: int = VXLAN_PORT,
-        prepare: Callable[[str], Awaitable[None]] = _nothing_to_prepare,
-        around: Callable[[], Surroundings] | None = None,
+        *,
+        prepare: Callable[[str], Awaitable[None]],
+        around: Callable[[], Surroundings],
     ) -> None:
         self._boot_id = boot_id
         self._kernel = kernel
@@ -137,12 +120,11 @@ class Endpoints:
         self._mtu_of = mtu_of
         self._tunnel_port = tunnel_port
         self._prepare = prepare
-        self._around = around or (lambda: surroundings(catalogue, holder.assigned()))
+        self._around = around
         self._endpoints: dict[EndpointKey, Endpoint] = {}
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
         self._attached_at: dict[EndpointKey, int] = {}
-        self._damaged: dict[EndpointKey, Damage] = {}
         self._removal = Removal(
             kernel, journal, holder, self._endpoints, lambda key: self._attached_at.pop(key, None)
         )
@@ -410,7 +392,7 @@ class Endpoints:
                 return
 
     async def _policy_is_whole(self) -> bool:
-        return await self._kernel.policy_is_intact() and not await self._kernel.wrong_sets()
+        return not await self._kernel.wrong_chains() and not await self._kernel.wrong_sets()
 
     async def restore_policy(self, *, keep_endpoints: bool = False, keep_others: bool = False) -> None:
         """Put the firewall's table in place for what is attached; see Policy.restore for what may be kept."""
@@ -627,67 +609,25 @@ class Endpoints:
                         )
                         await self._removal.begin(endpoint)
 
-    async def mend(self, endpoint: Endpoint) -> None:
-        """Look at an endpoint's routes, rules, addresses and the like, and put back what somebody took of them.
+    @contextlib.asynccontextmanager
+    async def unchanged(self, endpoint: Endpoint) -> AsyncIterator[bool]:
+        """Whether nothing happened to it since it was looked up; nothing does while the block runs."""
+        async with self._locks.of(endpoint.key):
+            yield self._endpoints.get(endpoint.key) is endpoint
 
-        What cannot be put back is logged once, and told by ``damaged`` until it is.
-        """
+    def moved(self, endpoint: Endpoint, netns: str) -> Endpoint:
+        """Another path leads to its namespace now. For who has it ``unchanged``."""
+        changed = replace(endpoint, netns=netns)
+        self._endpoints[endpoint.key] = changed
         try:
-            damage = await self._kernel.damage(endpoint)
-            if not damage:
-                self._damaged.pop(endpoint.key, None)
-                return
-            if self._is_hopeless(endpoint, damage):
-                return
-            async with self._locks.of(endpoint.key):
-                # What is on its way in or out only looks like damage.
-                if self._endpoints.get(endpoint.key) is not endpoint:
-                    return
-                if any(text.startswith(UNSEEN) for text in damage):
-                    endpoint = await self._found_again(endpoint)
-                repair = await self._kernel.repair(endpoint)
-        except KernelRefused as error:
-            self._note_damage(endpoint, (str(error),))
-            return
-        if repair.mended:
-            log.warning("endpoint repaired", endpoint=str(endpoint.key), was="; ".join(repair.mended))
-        self._note_damage(endpoint, repair.after, helped=bool(repair.mended))
-
-    async def _found_again(self, endpoint: Endpoint) -> Endpoint:
-        """The endpoint with the path that leads to its namespace now, if there is one."""
-        path = await self._kernel.find_namespace(endpoint)
-        if path is None:
-            return endpoint
-        log.info("endpoint's namespace found", endpoint=str(endpoint.key), was=endpoint.netns, path=path)
-        found = replace(endpoint, netns=path)
-        self._endpoints[endpoint.key] = found
-        try:
-            self._journal.save_endpoint(found)
+            self._journal.save_endpoint(changed)
         except JournalUnwritable as error:
-            log.warning("path is not journalled; it is looked for again after a restart", why=str(error))
-        return found
-
-    def _is_hopeless(self, endpoint: Endpoint, damage: Sequence[str]) -> bool:
-        """Whether nothing is different from what could not be put back a moment ago: it is tried again, but not each
-        time that it is looked at."""
-        known = self._damaged.get(endpoint.key)
-        if known is None or not set(damage) <= set(known.left):
-            return False
-        return asyncio.get_running_loop().time() < known.tried_at + TRY_AGAIN_AFTER
-
-    def _note_damage(self, endpoint: Endpoint, left: tuple[str, ...], *, helped: bool = False) -> None:
-        """helped: whether the repair put something back, so that the rest may be possible now."""
-        before = self._damaged.pop(endpoint.key, None)
-        if not left or self._endpoints.get(endpoint.key) is not endpoint:
-            return
-        tried_at = -math.inf if helped else asyncio.get_running_loop().time()
-        self._damaged[endpoint.key] = Damage(left, tried_at)
-        if before is None or left != before.left:
-            log.error("endpoint is not as it should be", endpoint=str(endpoint.key), why="; ".join(left))
-
-    def damaged(self) -> dict[EndpointKey, tuple[str, ...]]:
-        """What is not as it should be of endpoints and could not be put back, as sentences."""
-        return {key: damage.left for key, damage in self._damaged.items() if key in self._endpoints}
+            log.warning(
+                "path is not journalled; it is looked for again after a restart",
+                endpoint=str(endpoint.key),
+                why=str(error),
+            )
+        return changed
 
     def misrouted(self) -> list[Endpoint]:
         """Attached endpoints whose containers do not have routes to the pools that their networks have now.

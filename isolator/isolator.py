@@ -45,6 +45,7 @@ from isolator.errors import KernelRefused
 from isolator.every import Every
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.foreign_firewalls import ForeignFirewalls
+from isolator.forwarding import Forwarding
 from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
@@ -68,7 +69,7 @@ RETURN_WINDOW = 30.0
 """Seconds in which a hook may come back for an ADD that a killed agent had begun (docs/design.md, section 7)."""
 
 HEAL_ELEMENTS_EVERY = 5.0
-"""Seconds between looks at what the firewall's sets hold, which take longer, and at the node's settings."""
+"""Seconds between looks at what the firewall's sets hold, which take longer."""
 
 COLLECT_EVERY = 5.0
 """Seconds between looks for endpoints whose namespace is gone; the link monitor is faster."""
@@ -165,8 +166,8 @@ class Isolator:
             self._holder,
             self._fabric.mtu,
             settings.vxlan_port,
-            self._prepare,
-            lambda: self._neighbours.around(self._cluster),
+            prepare=self._prepare,
+            around=lambda: self._neighbours.around(self._cluster),
         )
         self._pool_routes = PoolRoutes(self._endpoints)
         self.allocated = Allocated(
@@ -178,23 +179,25 @@ class Isolator:
             self._refuse_on_gateway,
             settings.unused_for,
         )
+        self._mending = Mending(self._kernel, self._endpoints)
         self._answers = Answers(
             settings.node,
             self._kernel,
             self._endpoints,
+            self._mending,
             self._holder,
             self._fabric,
             self._neighbours,
             self._tell,
             lambda: self._firewalls.obstacles,
         )
-        self._mending = Mending(self._kernel, self._endpoints)
         self._firewalls = ForeignFirewalls(
             self._kernel,
             lambda: bool(self._endpoints.all()),
             # A gateway has none of the interfaces that are let pass.
             manages=settings.manage_docker_user and not settings.gateway,
         )
+        self._forwarding = Forwarding(self._kernel, lambda: self._underlay.links)
         self._connections = Connections(self._kernel, self._endpoints, self._neighbours.on_catalogue)
         self._membership: Membership | None = None
         self._underlay = Underlay((), DEFAULT_MTU, ())
@@ -205,7 +208,6 @@ class Isolator:
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
         self._mesos_agent = ""
-        self._damage: dict[str, str] = {}
 
     # -- life
 
@@ -276,6 +278,7 @@ class Isolator:
                     ("allocated", self.allocated.run),
                     ("firewall", self._heal),
                     ("firewalls", self._firewalls.run),
+                    ("forwarding", self._forwarding.keep),
                     ("neighbours", lambda: self._neighbours.tell(self._cluster)),
                     ("connections", self._neighbours.forget),
                     ("limits", self._keep_limits),
@@ -305,9 +308,7 @@ class Isolator:
     async def attach(self, spec: AttachSpec) -> Endpoint:
         """See Endpoints.attach. Raises InvalidInput on a gateway."""
         self._refuse_on_gateway()
-        endpoint = await self._endpoints.attach(spec)
-        self._firewalls.containers_came()
-        return endpoint
+        return await self._endpoints.attach(spec)
 
     def _refuse_on_gateway(self) -> None:
         if self._settings.gateway:
@@ -391,18 +392,9 @@ class Isolator:
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
             "connections": self._connections.status(),
             "collisions": self._collisions(),
-            "damage": self._damaged(),
+            "damage": [*self._forwarding.problems(), *self._mending.problems()],
             **self._firewalls.status(),
         }
-
-    def _damaged(self) -> list[str]:
-        """Sentences about what somebody took of what this node needs, and could not be put back."""
-        endpoints = self._endpoints.damaged()
-        return [
-            *self._damage.values(),
-            *filter(None, [self._mending.behind()]),
-            *(f"{key} is not as it should be: {'; '.join(left)}" for key, left in endpoints.items()),
-        ]
 
     def _collisions(self) -> list[str]:
         """Sentences about pools, and addresses assigned here, that nodes' own networks use, too."""
@@ -464,7 +456,9 @@ class Isolator:
         await self._membership.tell()
 
     async def _prepare(self, network: str) -> None:
-        """Have the kernel told of a network that is new or different. Raises KernelRefused."""
+        """Have the kernel told of a network that is new or different, before one of its containers is wired. Raises
+        KernelRefused."""
+        self._firewalls.containers_came()
         await self._neighbours.tell_of_networks(self._cluster)
         for known in self._catalogue.networks():
             if known.name == network:
@@ -587,7 +581,7 @@ class Isolator:
         await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
 
     async def _heal(self) -> None:
-        """Keeps firewall and settings as they should be, and catches up on recovery when the store came back."""
+        """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
         every = Every(HEAL_ELEMENTS_EVERY)
         while True:
             await asyncio.sleep(HEAL_EVERY)
@@ -599,7 +593,6 @@ class Isolator:
                 )
             if every.is_due():
                 await self._restore_elements()
-                await self._keep_forwarding()
             if not self._recovered_in_sync and not self._holder.problem:
                 await self._recover()
 
@@ -608,27 +601,6 @@ class Isolator:
         if wrong := await self._kernel.wrong_sets():
             await self._restore_policy()
             log.warning("firewall sets did not hold what they should; restored", sets=sorted(wrong))
-
-    async def _keep_forwarding(self) -> None:
-        try:
-            off = await self._kernel.enable_forwarding()
-        except KernelRefused as error:
-            self._damage["forwarding"] = str(error)
-            return
-        self._damage.pop("forwarding", None)
-        silent = [
-            link
-            for link in self._underlay.links
-            if await self._kernel.setting(f"net/ipv4/conf/{link}/forwarding") == "0"
-        ]
-        self._damage.pop("underlay", None)
-        if silent:
-            self._damage["underlay"] = (
-                f"net.ipv4.conf.{silent[0]}.forwarding is 0, so containers hear nothing that comes by that link; "
-                "find what sets it, such as IPv4Forwarding= of systemd-networkd"
-            )
-        if off:
-            log.warning("the node did not forward; it does again", settings=off)
 
     async def _keep_limits(self) -> None:
         while True:

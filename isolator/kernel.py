@@ -198,9 +198,8 @@ class Kernel:
 
     async def look_up_inside(self, endpoint: Endpoint, dst: IPAddress) -> Lookup:
         """Where the kernel would send what nobody has bound in an endpoint's container; see netlink/lookup.py."""
-        mine = wiring(endpoint)
         return await self._reaping.run(
-            look_up_inside, self._reaping.node, endpoint.netns, mine.host_ifname, mine.ifname, dst
+            look_up_inside, self._reaping.node, endpoint.netns, endpoint.host_ifname, dst
         )
 
     async def neighbour_state(self, ip: IPAddress, device: str) -> str:
@@ -232,8 +231,7 @@ class Kernel:
 
     async def find_namespace(self, endpoint: Endpoint) -> str | None:
         """Where its namespace is, if the path to it is lost; see netlink/whereabouts.py."""
-        mine = wiring(endpoint)
-        return await self._reaping.run(find_namespace, self._reaping.node, mine.host_ifname, mine.ifname)
+        return await self._reaping.run(find_namespace, self._reaping.node, endpoint.host_ifname)
 
     async def repair(self, endpoint: Endpoint) -> Repair:
         """Put back what somebody took of its wiring. Raises KernelRefused."""
@@ -398,9 +396,6 @@ class Kernel:
         """The policy's chains that are not as they should be; see Policy.wrong_chains."""
         return await self._wiring.run(self._policy.wrong_chains)
 
-    async def policy_is_intact(self) -> bool:
-        return await self._wiring.run(self._policy.is_intact)
-
     async def changes_of_others(self) -> int:
         """Another number as soon as somebody else changed any table; see Policy.changes_of_others."""
         return await self._wiring.run(self._policy.changes_of_others)
@@ -413,7 +408,8 @@ class Kernel:
         return await self._reaping.run(look, wants_accepts=wants_accepts)
 
     async def wrong_sets(self) -> dict[str, set[str]]:
-        """The policy's sets that do not hold what they should; see Policy.wrong_sets.
+        """The policy's sets that do not hold what they should, as far as somebody else changed any rule of the node,
+        and which of their elements differ.
 
         They are read on the reaping thread, since that takes as long as they are large. What differs may be a change
         of our own that came in between; what is so in two looks is not.

@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import structlog
+
+from isolator.drivers.base import UNSEEN, Repair
 from isolator.endpoints import Endpoints
+from isolator.errors import KernelRefused
 from isolator.kernel import Kernel
 from isolator.model import Endpoint, EndpointKey, EndpointState
 from isolator.netlink import HostLink, Seen, Witness
+
+log = structlog.get_logger(__name__)
 
 LOOK_EVERY = 1.0
 """Seconds between looks at what the kernel told."""
@@ -27,6 +34,9 @@ AGAIN_AFTER = 3.0
 MOST_AT_ONCE = 100
 """Endpoints that are looked at before the next second for a cause: some 80 ms of processor time, several times as much
 if all of them have to be mended."""
+
+TRY_AGAIN_AFTER = 60.0
+"""Seconds before what could not be put back is tried again, as long as nothing else is different."""
 
 ROUND = 8.0
 """Seconds after which an endpoint is looked at without a cause."""
@@ -57,7 +67,7 @@ class Turns:
         self._waiting: dict[EndpointKey, None] = {}
         self._looked_at: dict[EndpointKey, float] = {}
 
-    def suspect(self, keys: Iterator[EndpointKey]) -> None:
+    def suspect(self, keys: Iterable[EndpointKey]) -> None:
         """There is cause to look at these."""
         self._waiting |= dict.fromkeys(keys)
 
@@ -91,6 +101,15 @@ class Turns:
         return len(self._waiting)
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What could not be put back, as sentences. not_before: the loop's seconds at which it is tried again, if nothing
+    else is different."""
+
+    sentences: tuple[str, ...]
+    not_before: float
+
+
 class Mending:
     """See the module's docstring. What waits to be looked at outlives a failure of ``run``."""
 
@@ -98,6 +117,7 @@ class Mending:
         self._kernel = kernel
         self._endpoints = endpoints
         self._turns = Turns(lambda: asyncio.get_running_loop().time())
+        self._left: dict[EndpointKey, _Left] = {}
 
     async def run(self) -> None:
         """Mend until cancelled. Raises KernelRefused."""
@@ -113,12 +133,18 @@ class Mending:
         finally:
             witness.close()
 
-    def behind(self) -> str:
-        """A sentence if more is to be looked at than the next seconds are enough for; else ""."""
-        waiting = self._turns.waiting
-        if waiting <= MOST_AT_ONCE:
-            return ""
-        return f"something may be missing of {waiting} endpoints; they are looked at, {MOST_AT_ONCE} a second"
+    def problems(self) -> list[str]:
+        """Sentences about what somebody took of endpoints and is not put back."""
+        found = [
+            f"{key} is not as it should be: {'; '.join(left.sentences)}"
+            for key, left in self._left.items()
+            if self._endpoints.get(key) is not None
+        ]
+        if (waiting := self._turns.waiting) > MOST_AT_ONCE:
+            found.append(
+                f"something may be missing of {waiting} endpoints; they are looked at, {MOST_AT_ONCE} a second"
+            )
+        return found
 
     async def _suspect(self, seen: Seen) -> None:
         found = suspects(seen, self._endpoints.all(), await self._kernel.links())
@@ -129,4 +155,61 @@ class Mending:
         for key in self._turns.take(attached):
             endpoint = self._endpoints.get(key)
             if endpoint is not None and endpoint.state is EndpointState.ATTACHED:
-                await self._endpoints.mend(endpoint)
+                await self.mend(endpoint)
+
+    async def mend(self, endpoint: Endpoint) -> None:
+        """Look at an endpoint, and put back what somebody took of it, unless that was in vain a moment ago."""
+        try:
+            found = await self._kernel.damage(endpoint)
+        except KernelRefused as error:
+            self._note(endpoint, Repair(after=(str(error),)))
+            return
+        if not found:
+            self._left.pop(endpoint.key, None)
+        elif not self._is_hopeless(endpoint, found):
+            await self.repair(endpoint)
+
+    async def repair(self, endpoint: Endpoint) -> None:
+        """Put back what somebody took of it. What cannot be is logged once, and told by ``problems`` until it could."""
+        try:
+            async with self._endpoints.unchanged(endpoint) as unchanged:
+                if not unchanged:
+                    return  # what is on its way in or out only looks like damage
+                repair = await self._kernel.repair(endpoint)
+                if any(text.startswith(UNSEEN) for text in repair.after):
+                    endpoint, repair = await self._find(endpoint, repair)
+        except KernelRefused as error:
+            self._note(endpoint, Repair(after=(str(error),)))
+            return
+        if repair.mended:
+            log.warning("endpoint repaired", endpoint=str(endpoint.key), was="; ".join(repair.mended))
+        self._note(endpoint, repair)
+
+    async def _find(self, endpoint: Endpoint, before: Repair) -> tuple[Endpoint, Repair]:
+        """The endpoint with the path that leads to its namespace now, repaired by that, if there is one."""
+        path = await self._kernel.find_namespace(endpoint)
+        if path is None:
+            return endpoint, before
+        log.info("endpoint's namespace found", endpoint=str(endpoint.key), was=endpoint.netns, path=path)
+        moved = self._endpoints.moved(endpoint, path)
+        after = await self._kernel.repair(moved)
+        return moved, Repair((*before.before, *after.before), after.after)
+
+    def _is_hopeless(self, endpoint: Endpoint, found: Sequence[str]) -> bool:
+        """Whether nothing is different from what could not be put back a moment ago."""
+        known = self._left.get(endpoint.key)
+        if known is None or not set(found) <= set(known.sentences):
+            return False
+        return asyncio.get_running_loop().time() < known.not_before
+
+    def _note(self, endpoint: Endpoint, repair: Repair) -> None:
+        before = self._left.pop(endpoint.key, None)
+        if not repair.after or self._endpoints.get(endpoint.key) is not endpoint:
+            return
+        # Where something was put back, the rest may be possible now.
+        pause = 0.0 if repair.mended else TRY_AGAIN_AFTER
+        self._left[endpoint.key] = _Left(repair.after, asyncio.get_running_loop().time() + pause)
+        if before is None or repair.after != before.sentences:
+            log.error(
+                "endpoint is not as it should be", endpoint=str(endpoint.key), why="; ".join(repair.after)
+            )

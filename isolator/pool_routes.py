@@ -67,7 +67,7 @@ class PoolRoutes:
         waiting = sorted(misrouted, key=lambda endpoint: endpoint.key in self._refused)
         done = 0
         for endpoint in waiting[:MOST_AT_ONCE]:
-            why = "its interface is not there, or down"
+            why = "its interface is down, or the path to its namespace is not known"
             try:
                 if await self._endpoints.reroute(endpoint):
                     done += 1

@@ -18,8 +18,7 @@ from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.identity import boottime
 from isolator.model import Endpoint
 from isolator.netlink import Node, unpinned
-from isolator.netlink.inventory import link_by_name
-from isolator.netlink.socket import NetlinkSocket
+from isolator.netlink.far_end import far_end
 
 STARTS_FIRST = frozenset({MESOS, NET_MODULES})
 """Engines that have a process in the namespace before they ask for an ADD."""
@@ -52,11 +51,8 @@ def is_vacant(node: Node, endpoint: Endpoint) -> bool:
             # Its process may have ended before others; as long as our interface is in it, the number is its own.
             return not _has_process(inode) and not _has_process(inode)
         with node.open_namespace(endpoint.netns) as namespace:
-            ours = link_by_name(node.route, endpoint.host_ifname)
-            with namespace.inside(), NetlinkSocket() as route:
-                link = link_by_name(route, endpoint.key.ifname)
-            if link is None or ours is None or not link.is_peer_of(ours):
-                return False
+            with far_end(node, namespace, endpoint.host_ifname):
+                pass  # it is this container's
             # As long as it is open here no other namespace gets its number.
             inode = os.fstat(namespace.fd).st_ino
             # Twice: one may have been missed that was forked while its parent ended.

@@ -101,7 +101,7 @@ class Driver(Protocol):
         ...
 
     def reroute(self, before: Wiring, now: Wiring) -> bool:
-        """Have the container's routes follow its network's pools; says whether its interface was there, and up.
+        """Have the container's routes follow its network's pools; says whether its interface took them: it may be down.
 
         before, now: what was wired, and the same with the pools it shall have. Raises KernelRefused, NamespaceGone,
         NotANamespace.

@@ -32,6 +32,7 @@ from isolator.drivers.routed_layout import (
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
+from isolator.netlink.far_end import FarEnd, far_end
 from isolator.netlink.inventory import HostLink, delete_links, link_by_name
 from isolator.netlink.node import Namespace, Node
 from isolator.netlink.socket import NetlinkSocket
@@ -122,7 +123,7 @@ class Routed:
             return []
         refused = self._repair_host(wiring, link)
         if wiring.netns is not None:
-            refused += self._repair_container(wiring, link)
+            refused += self._repair_container(wiring)
         return refused
 
     def _repair_host(self, wiring: Wiring, link: HostLink) -> list[str]:
@@ -134,44 +135,29 @@ class Routed:
             refused += _refusals(_allow_ipv6, wiring.host_ifname)
         return refused + [str(error) for error in self._node.route.attempt(host_requests(wiring, link.index))]
 
-    def _repair_container(self, wiring: Wiring, ours: HostLink) -> list[str]:
+    def _repair_container(self, wiring: Wiring) -> list[str]:
         """What the kernel refused, as sentences; nothing is done where the path leads to somebody else."""
         assert wiring.netns is not None
         try:
-            with self._node.open_namespace(wiring.netns) as container:
-                with container.inside(), NetlinkSocket() as route:
-                    inner = link_by_name(route, wiring.ifname)
-                    if inner is None or not inner.is_peer_of(ours):
-                        return []
-                    first = _link_repairs(inner, wiring.mac, smallest_mtu(wiring), wiring.mtu)
-                    refused = [str(error) for error in route.attempt(first)]
-                    if _has_ipv6(wiring):
-                        refused += _refusals(_allow_ipv6, "lo", wiring.ifname)
-                        refused += _refusals(_expect_no_duplicates, wiring.ifname)
-                    requests = container_requests(wiring, inner.index)
-                    local = [messages.add_local_route(inner.index, inner.name, ip) for ip in wiring.ips]
-                    again = [*route.attempt(requests), *route.attempt(local)]
-                    # A route names a source, which has to be local before.
-                    left = route.attempt(requests) if again else []
-                    return refused + [str(error) for error in left]
+            with (
+                self._node.open_namespace(wiring.netns) as container,
+                far_end(self._node, container, wiring.host_ifname) as end,
+            ):
+                return _repair_inside(end, wiring)
         except (NamespaceGone, NotANamespace, KernelRefused):
             return []  # what is different after says so
 
     def reroute(self, before: Wiring, now: Wiring) -> bool:
         """See Driver.reroute."""
-        ours = link_by_name(self._node.route, before.host_ifname)
-        if before.netns is None or ours is None:
+        if before.netns is None:
             return False
         with (
             self._node.open_namespace(before.netns) as container,
-            container.inside(),
-            NetlinkSocket() as route,
+            far_end(self._node, container, before.host_ifname) as end,
         ):
-            inner = link_by_name(route, before.ifname)
-            # The path may lead to another container by now; and a link that is down takes no routes.
-            if inner is None or not inner.up or not inner.is_peer_of(ours):
-                return False
-            route.execute(reroute_requests(before, now, inner.index))
+            if not end.link.up:
+                return False  # it takes no routes
+            end.route.execute(reroute_requests(before, now, end.link.index))
         return True
 
     def limit_differences(self, wirings: Sequence[Wiring]) -> dict[str, list[str]]:
@@ -270,6 +256,23 @@ def _refusals(work: Callable[..., None], *names: str) -> list[str]:
     except KernelRefused as error:
         return [str(error)]
     return []
+
+
+def _repair_inside(end: FarEnd, wiring: Wiring) -> list[str]:
+    """What the kernel refused, as sentences. A link that the container gave another name is its own affair."""
+    if end.link.name != wiring.ifname:
+        return []
+    first = _link_repairs(end.link, wiring.mac, smallest_mtu(wiring), wiring.mtu)
+    refused = [str(error) for error in end.route.attempt(first)]
+    if _has_ipv6(wiring):
+        refused += _refusals(_allow_ipv6, "lo", wiring.ifname)
+        refused += _refusals(_expect_no_duplicates, wiring.ifname)
+    requests = container_requests(wiring, end.link.index)
+    local = [messages.add_local_route(end.link.index, end.link.name, ip) for ip in wiring.ips]
+    again = [*end.route.attempt(requests), *end.route.attempt(local)]
+    # A route names a source, which has to be local before.
+    left = end.route.attempt(requests) if again else []
+    return refused + [str(error) for error in left]
 
 
 def _link_repairs(link: HostLink, mac: str, smallest_mtu: int, mtu: int) -> list[Request]:

@@ -17,6 +17,7 @@ from isolator.drivers.routed_layout import HOST_MAC, RULE_PRIORITY, gateway_for,
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
+from isolator.netlink.far_end import FarEnd, far_end
 from isolator.netlink.inventory import HostLink, link_by_name, parse_route, parse_rule
 from isolator.netlink.messages import ROUTE_PROTOCOL, TABLE_LOCAL, TABLE_MAIN
 from isolator.netlink.node import Node
@@ -42,27 +43,19 @@ def damage(node: Node, wiring: Wiring) -> list[str]:
 def _differences(node: Node, wiring: Wiring, *, smaller_mtu: bool) -> list[str]:
     ours = link_by_name(node.route, wiring.host_ifname)
     found = list(_host_differences(node.route, wiring, ours))
+    if ours is None:
+        return found  # the container's end went with it
     if wiring.netns is None:
         return [*found, f"{UNSEEN}the path of its network namespace is not known"]
+    smallest = smallest_mtu(wiring) if smaller_mtu else wiring.mtu
     try:
-        with node.open_namespace(wiring.netns) as container, container.inside(), NetlinkSocket() as route:
-            inner = link_by_name(route, wiring.ifname)
-            if inner is not None and ours is not None and not inner.is_peer_of(ours):
-                return [*found, stranger(wiring)]
-            smallest = smallest_mtu(wiring) if smaller_mtu else wiring.mtu
-            return found + list(_container_differences(route, wiring, inner, smallest))
-    except NamespaceGone:
-        return [*found, f"{UNSEEN}the path of its network namespace, {wiring.netns}, leads nowhere any more"]
-    except (NotANamespace, KernelRefused) as error:
+        with (
+            node.open_namespace(wiring.netns) as container,
+            far_end(node, container, wiring.host_ifname) as end,
+        ):
+            return found + list(_container_differences(end, wiring, smallest))
+    except (NamespaceGone, NotANamespace, KernelRefused) as error:
         return [*found, f"{UNSEEN}{error}"]
-
-
-def stranger(wiring: Wiring) -> str:
-    """That the path leads to somebody else's namespace, whose link happens to have the name."""
-    return (
-        f"{UNSEEN}{wiring.netns} leads to another container by now, whose {wiring.ifname} is not the peer of "
-        f"{wiring.host_ifname}"
-    )
 
 
 def smallest_mtu(wiring: Wiring) -> int:
@@ -91,13 +84,12 @@ def _host_facts(route: NetlinkSocket, link: HostLink, wiring: Wiring) -> set[str
     return facts | _neighbours(route, link, wiring)
 
 
-def _container_differences(
-    route: NetlinkSocket, wiring: Wiring, link: HostLink | None, smallest_mtu: int
-) -> Iterator[str]:
-    name = wiring.ifname
-    yield from _link_differences("the container", name, link, wiring.mac, range(smallest_mtu, wiring.mtu + 1))
-    if link is None:
+def _container_differences(end: FarEnd, wiring: Wiring, smallest_mtu: int) -> Iterator[str]:
+    name, route, link = wiring.ifname, end.route, end.link
+    if link.name != name:
+        yield f"the container's link {name} is called {link.name}"
         return
+    yield from _link_differences("the container", name, link, wiring.mac, range(smallest_mtu, wiring.mtu + 1))
     loopback = link_by_name(route, "lo")
     if loopback is None or not loopback.up:
         yield "the container's link lo is down"

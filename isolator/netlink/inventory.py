@@ -74,6 +74,12 @@ def link_by_name(route: NetlinkSocket, name: str) -> HostLink | None:
     return parse_link(message) if message is not None else None
 
 
+def link_by_index(route: NetlinkSocket, index: int) -> HostLink | None:
+    """The same, by its index."""
+    message = route.get(messages.get_link_by_index(index))
+    return parse_link(message) if message is not None else None
+
+
 def our_links(node: Node) -> dict[str, HostLink]:
     """All links of ours that endpoints have, by name: the node's ends, and what limits their traffic."""
     links = (parse_link(message) for message in node.route.dump(messages.dump_links()))

@@ -8,11 +8,12 @@ import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from isolator.errors import KernelRefused, NamespaceGone
+from isolator.errors import KernelRefused
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Request
-from isolator.netlink.inventory import link_by_name, parse_route
+from isolator.netlink.far_end import far_end
+from isolator.netlink.inventory import parse_route
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
 
@@ -52,18 +53,13 @@ def look_up(node: Node, dst: IPAddress, src: IPAddress | None, iif: str) -> Look
     return _look_up(node.route, messages.get_route(dst, src if iif else None, index))
 
 
-def look_up_inside(node: Node, netns: str, host_ifname: str, ifname: str, dst: IPAddress) -> Lookup:
+def look_up_inside(node: Node, netns: str, host_ifname: str, dst: IPAddress) -> Lookup:
     """What the kernel does with a packet of an unbound socket inside a container.
 
-    host_ifname, ifname: the node's and the container's end of an interface, by which it is known that the path still
-    leads there. Raises NamespaceGone, NotANamespace, KernelRefused.
+    host_ifname: the node's end of one of its interfaces. Raises NamespaceGone, NotANamespace, KernelRefused.
     """
-    ours = link_by_name(node.route, host_ifname)
-    with node.open_namespace(netns) as container, container.inside(), NetlinkSocket() as route:
-        inner = link_by_name(route, ifname)
-        if ours is None or inner is None or not inner.is_peer_of(ours):
-            raise NamespaceGone(f"{netns} does not lead to the container any more")
-        return _look_up(route, messages.get_route(dst, None, 0))
+    with node.open_namespace(netns) as container, far_end(node, container, host_ifname) as end:
+        return _look_up(end.route, messages.get_route(dst, None, 0))
 
 
 def _look_up(kernel: NetlinkSocket, request: Request) -> Lookup:

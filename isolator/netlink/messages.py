@@ -241,6 +241,11 @@ def get_link(name: str) -> Request:
     return Request(RTM_GETLINK, 0, body, f"read the link {name}", (errno.ENODEV,))
 
 
+def get_link_by_index(index: int) -> Request:
+    """Read a link by its index."""
+    return Request(RTM_GETLINK, 0, LINK.pack(0, 0, index, 0, 0), f"read the link {index}", (errno.ENODEV,))
+
+
 def add_address(index: int, name: str, ip: IPAddress) -> Request:
     """A host address (/32, /128), usable at once: no duplicate address detection."""
     flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE if ip.version == 6 else 0

@@ -94,7 +94,8 @@ class Node:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH, errno.ENOTDIR):
                 raise NamespaceGone(
-                    f"the network namespace {path} does not exist (any more); the container has ended"
+                    f"the network namespace {path} does not exist (any more): the container has ended, or whoever made "
+                    "that path took it away"
                 ) from error
             number = error.errno or 0
             raise KernelRefused(

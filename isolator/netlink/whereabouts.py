@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
-from isolator.netlink.inventory import HostLink, link_by_name
+from isolator.netlink.far_end import far_end
 from isolator.netlink.node import Node, pinned
-from isolator.netlink.socket import NetlinkSocket
 
 _PROC = Path("/proc")
 _MOUNT = re.compile(r"^\d+ \d+ \S+ net:\[(\d+)\] (\S+) ", re.MULTILINE)
@@ -22,17 +21,14 @@ _MOUNT = re.compile(r"^\d+ \d+ \S+ net:\[(\d+)\] (\S+) ", re.MULTILINE)
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
-def find_namespace(node: Node, host_ifname: str, ifname: str) -> str | None:
-    """A path, as ``Node.open_namespace`` takes it, to the namespace in which an endpoint's other end is; None if none
-    leads there. host_ifname, ifname: its ends. Takes some microseconds for each process and mount of the machine."""
-    ours = link_by_name(node.route, host_ifname)
-    if ours is None:
-        return None
+def find_namespace(node: Node, host_ifname: str) -> str | None:
+    """A path, as ``Node.open_namespace`` takes it, to the namespace in which the other end of a link of the node is;
+    None if none leads there. Takes some microseconds for each process and mount of the machine."""
     looked_into: set[int] = set()
     for path, inode in (*_mounts(), *_processes()):
         if inode not in looked_into:
             looked_into.add(inode)
-            if found := _leads_to(node, path, ours, ifname):
+            if found := _leads_to(node, path, host_ifname):
                 return found
     return None
 
@@ -52,13 +48,10 @@ def _processes() -> Iterator[tuple[str, int]]:
                 continue  # it has ended, or may not be looked at
 
 
-def _leads_to(node: Node, path: str, ours: HostLink, ifname: str) -> str:
+def _leads_to(node: Node, path: str, host_ifname: str) -> str:
+    """The path, if it does; else ""."""
     try:
-        with node.open_namespace(path) as namespace:
-            with namespace.inside(), NetlinkSocket() as route:
-                inner = link_by_name(route, ifname)
-            if inner is None or not inner.is_peer_of(ours):
-                return ""
+        with node.open_namespace(path) as namespace, far_end(node, namespace, host_ifname):
             return pinned(namespace) if path.startswith(f"{_PROC}{os.sep}") else path
     except (NamespaceGone, NotANamespace, KernelRefused, OSError):
         return ""

@@ -259,7 +259,7 @@ class Policy:
     def is_intact(self) -> bool:
         """Whether chains and rules are as they should be: the poll of self-healing.
 
-        About 0.02 ms while nobody else changed any rule of the node. Elements are looked at by ``wrong_sets``.
+        About 0.02 ms while nobody else changed any rule of the node. Elements are looked at by ``wrong_in``.
         """
         if self._fingerprints is None:
             return False
@@ -270,17 +270,6 @@ class Policy:
             return False
         self._intact_at = generation
         return True
-
-    def wrong_sets(self) -> dict[str, set[str]]:
-        """Sets and maps that do not hold what they should, as far as somebody else changed any rule of the node, and
-        which of their elements differ; of an interval set none is named."""
-        snapshot = self.snapshot()
-        if snapshot is None:
-            return {}
-        wrong = wrong_in(self._netfilter, snapshot)
-        if not wrong:
-            self.trust_sets(snapshot)
-        return wrong
 
     def snapshot(self) -> Snapshot | None:
         """What the sets should hold now, to be compared on another thread; None if there is nothing to compare."""
@@ -314,7 +303,7 @@ class Policy:
     def differences(self, host_ifname: str, wrong_sets: Mapping[str, set[str]]) -> list[str]:
         """Sentences about everything that is not as it should be and that an endpoint's packets are judged by.
 
-        wrong_sets: as of that name.
+        wrong_sets: of ``wrong_in``.
         What concerns only others is left out: their own elements, netgroups that the endpoint is not in, families that
         it has no address of.
         """
@@ -423,7 +412,8 @@ class Snapshot:
 
 
 def wrong_in(netfilter: NetlinkSocket, snapshot: Snapshot) -> dict[str, set[str]]:
-    """See Policy.wrong_sets. On any thread; as long as the sets are large: some 7 ms per 1,000 elements."""
+    """Sets and maps that do not hold what they should, and which of their elements differ; of an interval set none is
+    named. On any thread; it takes as long as the sets are large, some 7 ms per 1,000 elements."""
     everything = snapshot.book.everything()
     names = {
         *_SETS,

@@ -3,12 +3,9 @@ for both. ``python hasty_agent.py agent --node ...``"""
 
 from __future__ import annotations
 
-import functools
+import runpy
 
-import ipam.membership
-import moorage.agent
-from isolator.isolator import Settings
-from moorage.cli.app import main
+from ipam import holder, membership
 
 COOLDOWN = 3.0
 """Seconds; longer than the sign of life lasts, as with every agent."""
@@ -17,6 +14,6 @@ ALIVE = 2.0
 """Seconds; etcd has no shorter leases."""
 
 if __name__ == "__main__":
-    ipam.membership.LEASE = ALIVE
-    moorage.agent.Settings = functools.partial(Settings, cooldown=COOLDOWN)  # type: ignore[misc,assignment]
-    main()
+    # Before anything that takes them for its defaults is imported.
+    holder.COOLDOWN, membership.LEASE = COOLDOWN, ALIVE
+    runpy.run_module("moorage", run_name="__main__")

@@ -16,7 +16,8 @@ from ipam.networks import delete_network, set_pools_disabled
 from ipam.records import AddressState
 from ipam.shelf import Held, Shelf, doubtful
 from ipam.stock import Stock
-from ipam.store import Store
+from ipam.store import Store, Txn
+from ipam.store.base import TxnResult
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when, warm_now
 
@@ -42,7 +43,7 @@ class SlowStore(FaultyStore):
 
     delay = 0.0
 
-    async def txn(self, txn):  # type: ignore[no-untyped-def]
+    async def txn(self, txn: Txn) -> TxnResult:
         await asyncio.sleep(self.delay)
         return await super().txn(txn)
 
@@ -177,17 +178,23 @@ async def test_two_announced_addresses_that_are_named_become_plain_in_the_same_m
     asking.cancel()
 
 
-@pytest.mark.usefixtures("never_heard")
-async def test_an_address_whose_asker_is_gone_is_nobodys_before_others_have_heard(
-    store: Store, new_node: NewNode
-) -> None:
-    node = new_node(cooldown=30)
+async def named_and_given_up(store: Store, node: Node) -> tuple[object, IPAddress]:
+    """A full network, and of it an announced address that somebody asked for by name, and then did not wait for."""
     net = await full(store, node, 5)
     (ip,) = await announced(store)
     asking = asyncio.create_task(node.take(net, str(ip), netgroups=OTHERS))
     await stored_when(store, lambda found: found[ip].netgroups == [])
     await eventually(node.is_quiet)
     asking.cancel()
+    return net, ip
+
+
+@pytest.mark.usefixtures("never_heard")
+async def test_an_address_whose_asker_is_gone_is_nobodys_before_others_have_heard(
+    store: Store, new_node: NewNode
+) -> None:
+    node = new_node(cooldown=30)
+    net, _ = await named_and_given_up(store, node)
     third = asyncio.create_task(node.take(net, netgroups=("thirds",)))
     await asyncio.sleep(0.2)
     assert not third.done()
@@ -199,11 +206,7 @@ async def test_an_address_whose_asker_is_gone_is_for_the_next_one_once_others_ha
     store: Store, new_node: NewNode
 ) -> None:
     node = new_node(cooldown=30)
-    net = await full(store, node, 5)
-    (ip,) = await announced(store)
-    asking = asyncio.create_task(node.take(net, str(ip), netgroups=OTHERS))
-    await stored_when(store, lambda found: found[ip].netgroups == [])
-    asking.cancel()
+    net, ip = await named_and_given_up(store, node)
     assert [held.ip for held in await node.take(net, netgroups=("thirds",))] == [ip]
 
 

@@ -25,7 +25,9 @@ from isolator.drivers.naming import host_ifname, mac_for
 from isolator.drivers.routed import Routed
 from isolator.model import EndpointKey, IPAddress
 from isolator.netlink import Node
+from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import Admission, Isolation, Policy, Surroundings
+from isolator.policy.table import wrong_in
 from isolator.sysctl import enable_forwarding
 from tests.patience import PATIENCE
 
@@ -231,6 +233,18 @@ def admission(wiring: Wiring, *netgroups: str, **policy: Any) -> Admission:
     """What the policy is told of an interface: in netgroup web and callable by the world, or as ``policy`` says."""
     told = {"network": "web", "netgroups": netgroups or ("web",), "isolation": ALLOWED, **policy}
     return Admission(wiring.host_ifname, wiring.mac, wiring.ips, **told)
+
+
+def wrong_sets(policy: Policy) -> dict[str, set[str]]:
+    """What isolator/kernel.py finds of the policy's sets, in the room whose thread runs this."""
+    snapshot = policy.snapshot()
+    if snapshot is None:
+        return {}
+    with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+        wrong = wrong_in(netfilter, snapshot)
+    if not wrong:
+        policy.trust_sets(snapshot)
+    return wrong
 
 
 NOTHING: dict[str, list[str]] = {"links": [], "routes": [], "neighbours": [], "elements": []}

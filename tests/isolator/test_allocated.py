@@ -38,6 +38,7 @@ from isolator.identity import boot_id, boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.model import Asked, AttachSpec, EndpointKey
+from isolator.neighbours import surroundings
 from tests.isolator.test_endpoints import StubKernel
 
 BOOT = boot_id()
@@ -77,7 +78,11 @@ class Node:
         self.holder.load()
         await self.holder.sync()
         kernel = cast("Kernel", self.kernel)
-        self.endpoints = Endpoints(BOOT, kernel, self.journal, self.catalogue, self.holder, lambda _: 1500)
+        self.endpoints = Endpoints(
+            BOOT, kernel, self.journal, self.catalogue, self.holder, lambda _: 1500,
+            prepare=self.kernel.prepare,
+            around=lambda: surroundings(self.catalogue, self.holder.assigned()),
+        )  # fmt: skip
         self.endpoints.load()
         self.allocated = Allocated(
             kernel, self.journal, self.catalogue, self.holder, self.endpoints, lambda: None, unused_for

@@ -40,6 +40,7 @@ from isolator.model import (
     PortMapping,
     ValidAttachments,
 )
+from isolator.neighbours import surroundings
 from tests.patience import PATIENCE
 
 BOOT = "boot"
@@ -53,6 +54,7 @@ class StubKernel:
     calls: list[str] = field(default_factory=list)
     fail: dict[str, Callable[[Endpoint], Exception | None]] = field(default_factory=dict)
     intact: bool = True
+    prepared: list[str] = field(default_factory=list)
     limited: set[str] = field(default_factory=set)
     vacant: set[str] = field(default_factory=set)
     taken: str = ""
@@ -117,8 +119,14 @@ class StubKernel:
         self._told("reroute", endpoint)
         return endpoint.host_ifname in self.there
 
-    async def policy_is_intact(self) -> bool:
-        return self.intact
+    async def prepare(self, network: str) -> None:
+        self.prepared.append(network)
+
+    async def wrong_chains(self) -> list[str]:
+        return [] if self.intact else ["arriving"]
+
+    async def wrong_sets(self) -> dict[str, set[str]]:
+        return {}
 
     async def restore_policy(self, *_: object, **__: object) -> None:
         self.calls.append("restore")
@@ -155,7 +163,10 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     )  # fmt: skip
     await holder.sync()
     kernel = StubKernel()
-    endpoints = Endpoints(BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda _: 1500)
+    endpoints = Endpoints(
+        BOOT, cast("Kernel", kernel), journal, catalogue, holder, lambda _: 1500,
+        prepare=kernel.prepare, around=lambda: surroundings(catalogue, holder.assigned()),
+    )  # fmt: skip
     tasks = [asyncio.create_task(holder.serve()), asyncio.create_task(endpoints.reap())]
     yield Node(endpoints, kernel, holder, journal, store, catalogue)
     for task in tasks:

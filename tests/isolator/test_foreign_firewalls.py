@@ -39,9 +39,9 @@ class FakeKernel:
         self.asked.append(wants_accepts)
         return self.found
 
-    def becomes(self, **found: object) -> None:
+    def becomes(self, found: Look) -> None:
         self.changes += 1
-        self.found = replace(NOTHING, **found)  # type: ignore[arg-type]
+        self.found = found
 
 
 class Scene:
@@ -82,7 +82,7 @@ async def test_nothing_is_read_while_nobody_else_changes_a_rule() -> None:
 
 async def test_looks_take_no_more_than_their_share_of_the_time() -> None:
     scene = Scene()
-    scene.kernel.becomes(seconds=60 * SHARE)
+    scene.kernel.becomes(replace(NOTHING, seconds=60 * SHARE))
     await scene.seconds(2)
     scene.kernel.changes += 1
     await scene.seconds(5)
@@ -91,14 +91,14 @@ async def test_looks_take_no_more_than_their_share_of_the_time() -> None:
 
 async def test_a_drop_is_told_when_it_begins_changes_and_ends() -> None:
     scene = Scene()
-    scene.kernel.becomes(blocked=(POLICY,))
+    scene.kernel.becomes(replace(NOTHING, blocked=(POLICY,)))
     assert await scene.seconds() == ["another firewall drops containers' traffic"]
     assert scene.told == ["chain FORWARD of table ip filter: its policy is drop"]
     scene.kernel.changes += 1
     assert await scene.seconds() == [], "it is as it was"
-    scene.kernel.becomes(blocked=(replace(POLICY, why="a rule in it would drop it"),))
+    scene.kernel.becomes(replace(NOTHING, blocked=(replace(POLICY, why="a rule in it would drop it"),)))
     assert await scene.seconds() == ["another firewall drops containers' traffic"]
-    scene.kernel.becomes()
+    scene.kernel.becomes(NOTHING)
     assert await scene.seconds() == ["another firewall lets containers' traffic pass again"]
     assert scene.told == []
 
@@ -106,7 +106,7 @@ async def test_a_drop_is_told_when_it_begins_changes_and_ends() -> None:
 async def test_dockers_policy_is_no_trouble_while_there_are_no_containers() -> None:
     scene = Scene()
     scene.containers = False
-    scene.kernel.becomes(blocked=(POLICY,), waiting=frozenset([FORWARD]))
+    scene.kernel.becomes(replace(NOTHING, blocked=(POLICY,), waiting=frozenset([FORWARD])))
     assert await scene.seconds() == []
     assert (scene.told, scene.kernel.asked) == ([], [False])
     scene.containers = True
@@ -131,7 +131,7 @@ async def test_the_first_container_does_not_wait_for_the_next_second(monkeypatch
 
 async def test_an_administrator_who_keeps_the_chain_is_told_of_the_policy() -> None:
     scene = Scene(manages=False)
-    scene.kernel.becomes(blocked=(POLICY,), waiting=frozenset([FORWARD]))
+    scene.kernel.becomes(replace(NOTHING, blocked=(POLICY,), waiting=frozenset([FORWARD])))
     await scene.seconds()
     assert scene.kernel.asked == [False]
     assert len(scene.told) == 1
@@ -139,7 +139,9 @@ async def test_an_administrator_who_keeps_the_chain_is_told_of_the_policy() -> N
 
 async def test_what_is_refused_is_tried_again_and_told_once() -> None:
     scene = Scene()
-    scene.kernel.becomes(blocked=(POLICY,), waiting=frozenset([FORWARD]), refused="could not: no")
+    scene.kernel.becomes(
+        replace(NOTHING, blocked=(POLICY,), waiting=frozenset([FORWARD]), refused="could not: no")
+    )
     events = await scene.seconds(5)
     assert events == ["Docker's policy cannot be passed", "another firewall drops containers' traffic"]
     assert scene.told == ["chain FORWARD of table ip filter: its policy is drop; could not: no"]

@@ -96,11 +96,14 @@ def test_one_thread_inside_is_enough_to_live_there(node: Node, name: str) -> Non
 
 
 def test_a_path_that_leads_elsewhere_by_now_tells_nothing(node: Node, name: str) -> None:
-    sh(f"ip -n {name} link set eth0 name eth9; ip -n {name} link add eth0 address {MAC} type bridge")
-    assert not is_vacant(node, endpoint(name)), "another's link of that name, even with our MAC"
-    sh(f"ip -n {name} link delete eth0; ip -n {name} link set eth9 name eth0")
     assert is_vacant(node, endpoint(name))
-    assert not is_vacant(node, endpoint(name, key=EndpointKey("c", "eth1")))
+    other = f"{host_end(name)}x"
+    sh(f"ip link add {other} type veth peer name {other}p address {MAC}")
+    assert not is_vacant(node, endpoint(name, host_ifname=other)), (
+        "another's link, of that name and with our MAC"
+    )
+    sh(f"ip link delete {other}")
+    assert not is_vacant(node, endpoint(name, host_ifname=other))
     assert not is_vacant(node, endpoint(name, netns="/run/netns/mrg-not-there"))
     assert not is_vacant(node, endpoint(name, netns="/proc/self/ns/net"))
     assert not is_vacant(node, endpoint(name, netns=""))

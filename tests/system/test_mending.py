@@ -99,7 +99,7 @@ def test_what_cannot_be_put_back_stands_in_status_until_it_could(pair: Pair) -> 
     """The container has given its interface another name, and somebody took the node's route meanwhile."""
     pair.one.namespace.run("ip", "link", "set", "eth0", "name", "inner")
     pair.node.namespace.run("ip", "route", "del", pair.ips[4])
-    says = f"{pair.one.id}/eth0 is not as it should be: the container has no link eth0"
+    says = f"{pair.one.id}/eth0 is not as it should be: the container's link eth0 is called inner"
     eventually(lambda: pair.node.ask("status")["damage"] == [says])
     assert says in pair.node.cli("doctor", check=False).stdout
     eventually(lambda: f"the route to {pair.ips[4]}" in pair.node.log.read_text())
@@ -136,10 +136,9 @@ def test_a_container_whose_path_leads_to_another_is_found_again_and_the_other_le
 
 def test_where_nothing_leads_to_a_container_only_the_nodes_side_is_mended(pair: Pair) -> None:
     """An engine holds a namespace open that no path and no process leads to."""
-    held = open(pair.one.namespace.path, "rb")  # noqa: SIM115
-    try:
+    with open(pair.one.namespace.path, "rb"):
         subprocess.run(["ip", "netns", "delete", pair.one.namespace.name], check=True)
-        eventually(lambda: "leads nowhere any more" in str(pair.node.ask("status")["damage"]))
+        eventually(lambda: "does not exist (any more)" in str(pair.node.ask("status")["damage"]))
         pair.node.namespace.run("ip", "route", "del", pair.ips[4])
         eventually(pair.talk)
 
@@ -149,8 +148,6 @@ def test_where_nothing_leads_to_a_container_only_the_nodes_side_is_mended(pair: 
         assert hops["veth"]["holds"] is True
         assert hops["container"]["holds"] is None
         assert hops["source"]["holds"] is None
-    finally:
-        held.close()
 
 
 def test_after_a_lost_journal_the_agent_finds_its_containers_by_itself(pair: Pair) -> None:

@@ -358,29 +358,40 @@ def table(title: str, taken: list[Taken]) -> str:
     return f"\n{title}, back after\n{rows}"
 
 
-@pytest.mark.parametrize("agent", ["idle", "busy", "stopped meanwhile"])
-def test_what_is_taken_of_an_endpoint_comes_back(
-    scene: Scene, agent: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    taken = [scene.of(what) for what in TAKEN]
-    for one in taken:
-        one.before = one.shows()
-    with ExitStack() as stack:
-        if agent == "busy":
-            stack.enter_context(churn(scene.node))
-        if agent == "stopped meanwhile":
-            assert scene.node.stop() == 0
-        begun = time.monotonic()
+@pytest.fixture(params=["idle", "busy", "stopped meanwhile"])
+def taken_and_back(
+    scene: Scene, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[Taken]], None]:
+    """Takes all of it from an agent in one of these states, waits until it is back, and prints after how long."""
+    agent = request.param
+
+    def take(taken: list[Taken]) -> None:
         for one in taken:
-            one.take()
-        changed = [one.what for one in taken if one.shows() != one.before]
-        if agent == "stopped meanwhile":
-            assert changed == [one.what for one in taken], "each of it is seen to be gone"
+            one.before = one.shows()
+        with ExitStack() as stack:
+            if agent == "busy":
+                stack.enter_context(churn(scene.node))
+            if agent == "stopped meanwhile":
+                assert scene.node.stop() == 0
             begun = time.monotonic()
-            scene.node.start()
-        back(taken, begun)
-    with capsys.disabled():
-        print(table(f"taken of endpoints, agent {agent}", taken))
+            for one in taken:
+                one.take()
+            if agent == "stopped meanwhile":
+                there = [one.what for one in taken if one.is_back()]
+                assert there == [], "each of it is seen to be gone"
+                begun = time.monotonic()
+                scene.node.start()
+            back(taken, begun)
+        with capsys.disabled():
+            print(table(f"agent {agent}", taken))
+
+    return take
+
+
+def test_what_is_taken_of_an_endpoint_comes_back(
+    scene: Scene, taken_and_back: Callable[[list[Taken]], None]
+) -> None:
+    taken_and_back([scene.of(what) for what in TAKEN])
     assert scene.node.ask("status")["damage"] == []
     assert scene.works() == ""
     for friend in scene.endpoints["friend"]["addresses"]:
@@ -388,24 +399,9 @@ def test_what_is_taken_of_an_endpoint_comes_back(
         assert scene.sends("all routes", friend) < 2 * 20, "and that of one whose routes were taken"
 
 
-@pytest.mark.parametrize("agent", ["idle", "busy", "stopped meanwhile"])
 @pytest.mark.parametrize("what", NODE_WIDE)
 def test_what_is_taken_of_the_node_comes_back(
-    scene: Scene, agent: str, what: str, capsys: pytest.CaptureFixture[str]
+    scene: Scene, taken_and_back: Callable[[list[Taken]], None], what: str
 ) -> None:
-    one = scene.node_wide(what)
-    one.before = one.shows()
-    with ExitStack() as stack:
-        if agent == "busy":
-            stack.enter_context(churn(scene.node))
-        if agent == "stopped meanwhile":
-            assert scene.node.stop() == 0
-        begun = time.monotonic()
-        one.take()
-        if agent == "stopped meanwhile":
-            begun = time.monotonic()
-            scene.node.start()
-        back([one], begun)
-    with capsys.disabled():
-        print(table(f"taken of the node, agent {agent}", [one]))
+    taken_and_back([scene.node_wide(what)])
     assert scene.works() == ""

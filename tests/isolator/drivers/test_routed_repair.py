@@ -64,8 +64,8 @@ def test_a_stranger_at_the_recorded_path_is_left_alone(
     assert other.sh("ip link show eth0; ip address; ip rule; ip route show table all; ip neigh") == before
     assert talks(machine, other, stranger)
     says = (
-        f"the container's side is not seen: {other.path} leads to another container by now, whose eth0 is not the peer "
-        f"of {wiring.host_ifname}"
+        f"the container's side is not seen: {other.path} leads to another namespace by now: the other end of "
+        f"{wiring.host_ifname} is not in it"
     )
     assert repair.after == (says,)
     assert machine.do(machine.driver.check, mistaken) == [says]
@@ -123,7 +123,7 @@ def test_what_cannot_be_mended_holds_nothing_else_up(machine: Machine, container
     container.sh("ip link set eth0 name inner")
     repair = mended(machine, wiring)
     assert repair.mended == (f"the node lacks the route to {A4} via {wiring.host_ifname}",)
-    assert repair.after == ("the container has no link eth0",)
+    assert repair.after == ("the container's link eth0 is called inner",)
 
 
 def test_a_container_with_thousands_of_routes_of_its_own_costs_no_look_at_them(

@@ -16,7 +16,18 @@ from isolator.netlink import sources
 from isolator.policy import Isolation, isolation_of
 from isolator.tracking import SHARE, connection_table, fair_share
 from tests.isolator.conftest import MakeRoom
-from tests.isolator.rooms import AROUND, NODE4, NODE6, WORLD4, WORLD6, Machine, Room, admission, heard
+from tests.isolator.rooms import (
+    AROUND,
+    NODE4,
+    NODE6,
+    WORLD4,
+    WORLD6,
+    Machine,
+    Room,
+    admission,
+    heard,
+    wrong_sets,
+)
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kernel
@@ -119,7 +130,7 @@ def test_a_limit_changes_in_place(stage: Stage) -> None:
     begin(stage.greedy, WORLD4, MANY)
     assert stage.tracked() == 2 * LIMIT
     assert stage.machine.do(stage.machine.policy.connection_limits)[stage.wiring.host_ifname] == 2 * LIMIT
-    assert stage.machine.do(stage.machine.policy.wrong_sets) == {}
+    assert stage.machine.do(wrong_sets, stage.machine.policy) == {}
 
 
 def test_one_that_is_halted_begins_nothing_and_keeps_what_it_has(stage: Stage) -> None:
@@ -133,14 +144,14 @@ def test_one_that_is_halted_begins_nothing_and_keeps_what_it_has(stage: Stage) -
         flow.sendto(b"second", server.getsockname())
         assert server.recv(16) == b"second"
         assert stage.tracked() == before
-    assert stage.machine.do(stage.machine.policy.wrong_sets) == {}, "the agent does not mend it away"
+    assert stage.machine.do(wrong_sets, stage.machine.policy) == {}, "the agent does not mend it away"
     stage.machine.do(stage.machine.policy.halt, [])
     assert heard(stage.machine.world, WORLD4, stage.greedy) is not None
 
 
 def test_a_set_of_limits_that_was_flushed_is_seen(stage: Stage) -> None:
     stage.machine.sh("nft flush set inet moorage connections")
-    assert stage.machine.do(stage.machine.policy.wrong_sets).keys() == {"connections"}
+    assert stage.machine.do(wrong_sets, stage.machine.policy).keys() == {"connections"}
 
 
 def test_what_the_store_says_of_a_limit_is_never_more_than_the_kernel_counts_to() -> None:
@@ -163,7 +174,7 @@ def test_limits_stay_while_nothing_is_tracked(stage: Stage) -> None:
     stage.machine.sh("conntrack -F >/dev/null 2>&1")
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
-        assert stage.machine.do(stage.machine.policy.wrong_sets) == {}
+        assert stage.machine.do(wrong_sets, stage.machine.policy) == {}
         # Somebody else changes a rule, or nobody looks.
         stage.machine.sh("nft add set inet moorage other '{ type ipv4_addr; }'")
         stage.machine.sh("nft delete set inet moorage other")

@@ -17,7 +17,7 @@ from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.policy import Admission, Hosts, Policy, Surroundings
 from isolator.policy.names import set_of_netgroup
 from isolator.policy.table import wrong_in
-from tests.isolator.rooms import POOLS, Room
+from tests.isolator.rooms import POOLS, Room, wrong_sets
 
 pytestmark = pytest.mark.kernel
 
@@ -61,13 +61,13 @@ def policy(container: Room) -> Iterator[Policy]:
     container.do(policy.restore, [ONE, OTHER], AROUND)
     container.do(policy.set_hosts, HOSTS)
     container.do(policy.set_others, OTHERS)
-    assert container.do(policy.wrong_sets) == {}
+    assert container.do(wrong_sets, policy) == {}
     yield policy
     container.do(policy.close)
 
 
 def differences(container: Room, policy: Policy, endpoint: Admission) -> list[str]:
-    wrong = container.do(policy.wrong_sets)
+    wrong = container.do(wrong_sets, policy)
     return container.do(policy.differences, endpoint.host_ifname, wrong)
 
 
@@ -170,7 +170,7 @@ def test_an_admission_that_is_not_in_place_is_noticed_at_once(
     with pytest.raises(KernelRefused, match=name) as refused:
         container.do(policy.verify, ONE.host_ifname)
     assert refused.value.errno == errno.ENOENT
-    assert name in container.do(policy.wrong_sets)
+    assert name in container.do(wrong_sets, policy)
     container.do(policy.restore, [ONE, OTHER], AROUND)
     container.do(policy.verify, ONE.host_ifname)
 

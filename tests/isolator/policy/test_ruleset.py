@@ -11,7 +11,7 @@ import pytest
 from isolator.model import PortMapping
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, ruleset
 from isolator.policy.book import Book
-from tests.isolator.rooms import Room
+from tests.isolator.rooms import Room, wrong_sets
 
 POOLS = (ip_network("10.0.0.0/16"), ip_network("10.0.1.0/24"), ip_network("fd00::/64"))
 AROUND = Surroundings(
@@ -562,5 +562,5 @@ def test_other_netgroups_are_one_change(container: Room) -> None:
     container.do(policy.admit, replace(WEB, netgroups=("db",)))
     table = container.sh("nft list table inet moorage")
     assert "netgroup4_web" not in table
-    assert container.do(policy.wrong_sets) == {}
+    assert container.do(wrong_sets, policy) == {}
     container.do(policy.close)
