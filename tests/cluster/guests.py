@@ -125,6 +125,20 @@ def routes_of(node: LabNode) -> str:
     return "\n".join(line for line in fabric_of(node) if " metric 2048" in line)
 
 
+HEADERS = {4: 28, 6: 48}
+"""Bytes of an echo request that are not its payload: IP and ICMP."""
+
+
+def echo(one: Guest, other: Guest, network: str, family: int, length: int) -> str:
+    """What ping says of echo requests of so many bytes that may not be fragmented: one each second until one is
+    answered, or an error comes back. A single one may be lost on a busy machine."""
+    return one.namespace.run(
+        "ping", "-n", "-c", "1", "-w", "20", "-M", "do", "-s", str(length - HEADERS[family]),
+        "-I", one.ips[network, family], other.ips[network, family],
+        check=False,
+    ).stdout  # fmt: skip
+
+
 def took(holds: Callable[[], bool], within: float = PATIENCE) -> float:
     """Seconds until it held. Fails after ``within``, which says nothing about how fast it should be."""
     begun = time.monotonic()
