@@ -233,6 +233,10 @@ class Catalogue:
     def names(self) -> list[str]:
         return sorted(self._networks)
 
+    def nodes(self) -> set[str]:
+        """The names of all registered nodes, as far as they were heard of."""
+        return {key.removeprefix(keys.NODES) for key in self._revisions if key.startswith(keys.NODES)}
+
     def networks(self) -> list[Network]:
         return list(self._networks.values())
 

@@ -20,7 +20,7 @@ import asyncio
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, TypeAlias
@@ -28,16 +28,15 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 import structlog
 
-from ipam import keys
+from ipam import grace, keys
 from ipam.catalogue import Catalogue
 from ipam.errors import StoreError
 from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.pools import BITS, DEFAULT_BLOCK, Geometry, block_at
 from ipam.ranges import Ranges
-from ipam.records import NODE_ENGINE, AddressState, Block, Node
+from ipam.records import NODE_ENGINE, AddressState, Alive, Block, Node
 from ipam.store.base import IN_A_ROW, KeyValue, Store, WatchBatch, pages, prefix_end
-from ipam.sync import REWIND_GRACE
 
 log = structlog.get_logger(__name__)
 
@@ -114,7 +113,7 @@ class Cluster:
 
     Whoever was cut off from the store cannot tell by what it lists then whether it was restored meanwhile, and has as
     high a revision as before again: so after that, as after a store known to be restored, nothing is forgotten for
-    REWIND_GRACE seconds. Those who hold what the store does not know any more assert it anew. What nobody holds does no
+    grace.SECONDS. Those who hold what the store does not know any more assert it anew. What nobody holds does no
     harm meanwhile.
     """
 
@@ -124,7 +123,10 @@ class Cluster:
         catalogue: Catalogue,
         on_topology: Callable[[set[str]], None] = lambda _: None,
         on_members: Callable[[Sequence[tuple[IPAddress, Member | None]]], None] = lambda _: None,
+        on_batch: Callable[[WatchBatch], None] = lambda _: None,
     ) -> None:
+        """on_batch: told of all that a watch tells of."""
+        self._on_batch = on_batch
         self._store = store
         self._catalogue = catalogue
         self._on_topology = on_topology
@@ -144,7 +146,7 @@ class Cluster:
         self._grace: asyncio.TimerHandle | None = None
         self._is_over = False
         self._removed: set[str] = set()
-        self._alive: set[str] = set()
+        self._alive: dict[str, str] = {}
         self._away: set[str] = set()
         self.listed = asyncio.Event()
 
@@ -163,6 +165,15 @@ class Cluster:
     def away(self) -> set[str]:
         """Registered nodes, of those that run containers, without a sign of life in the store."""
         return self._away if self.listed.is_set() else set()
+
+    def have_asserted(self, nodes: Collection[str], incarnation: str) -> bool:
+        """Whether the store has all of what these nodes hold, since its incarnation is this."""
+        return all(self._alive.get(node) == incarnation for node in nodes)
+
+    @property
+    def alive(self) -> Collection[str]:
+        """Nodes that gave a sign of life."""
+        return self._alive.keys()
 
     @property
     def is_settled(self) -> bool:
@@ -232,18 +243,19 @@ class Cluster:
             self._tell()
             await follow(self._store, listed, self._deliver, self._again)
 
-    def start_over(self) -> None:
-        """The store went back in time: it is to be listed anew."""
-        self._begin_grace()
+    def start_over(self, seconds: float | None = None) -> None:
+        """The store went back in time: it is to be listed anew. seconds: that nothing is forgotten for."""
+        self._begin_grace(seconds)
         self._is_over = False
         self._removed.clear()
         self.listed.clear()
         self._again.set()
 
-    def _begin_grace(self) -> None:
+    def _begin_grace(self, seconds: float | None = None) -> None:
         if self._grace is not None:
             self._grace.cancel()
-        self._grace = asyncio.get_running_loop().call_later(REWIND_GRACE, self._end_grace)
+        whole = grace.SECONDS if seconds is None else seconds
+        self._grace = asyncio.get_running_loop().call_later(whole, self._end_grace)
 
     def _end_grace(self) -> None:
         """What is not there in the listing that follows is gone."""
@@ -335,6 +347,7 @@ class Cluster:
                     yield keys.block_key(block_at(_ip(family, piece.base), piece.size))
 
     def _deliver(self, _: str, batch: WatchBatch) -> None:
+        self._on_batch(batch)
         for event in batch.events:
             self._apply(event.key, event.kv)
             if event.kv is None and event.key.startswith(keys.NODES):
@@ -360,7 +373,7 @@ class Cluster:
             if key.startswith(keys.ADDRESSES):
                 self._put(*_place(key), None if kv is None else self._holding(kv))
             elif key.startswith(keys.ALIVE):
-                self._set_alive(key.removeprefix(keys.ALIVE), alive=kv is not None)
+                self._set_alive(key.removeprefix(keys.ALIVE), None if kv is None else _incarnation(kv))
             elif key.startswith(keys.BLOCKS):
                 owner = "" if kv is None else Block.decode(key, kv.value).node
                 self._set_owner(*_place(key), owner)
@@ -411,12 +424,16 @@ class Cluster:
             self._nodes[name] = node
             self._removed.discard(name)
         self._changed_nodes.add(name)
-        self._set_alive(name, alive=name in self._alive)
+        self._set_alive(name, self._alive.get(name))
 
-    def _set_alive(self, name: str, *, alive: bool) -> None:
-        (self._alive.add if alive else self._alive.discard)(name)
+    def _set_alive(self, name: str, incarnation: str | None) -> None:
+        """incarnation: that its sign of life says; None if it gives none."""
+        if incarnation is None:
+            self._alive.pop(name, None)
+        else:
+            self._alive[name] = sys.intern(incarnation)
         node = self._nodes.get(name)
-        is_away = node is not None and not node.gateway and not alive
+        is_away = node is not None and not node.gateway and incarnation is None
         (self._away.add if is_away else self._away.discard)(name)
 
     def _set_owner(self, family: Family, base: int, owner: str) -> None:
@@ -505,6 +522,14 @@ class Cluster:
             size, pool = DEFAULT_BLOCK[family], ""
             base = value & ~((1 << (BITS[family] - size)) - 1)
         return self._slices[family].get(base) or _Slice(base, size, pool)
+
+
+def _incarnation(alive: KeyValue) -> str:
+    """What a sign of life says of the store. One that cannot be read is a sign of life all the same."""
+    try:
+        return Alive.decode(alive.key, alive.value).incarnation
+    except StoreError:
+        return ""
 
 
 def _ip(family: Family, value: int) -> IPAddress:

@@ -22,8 +22,10 @@ import structlog
 
 from ipam.allocations import Allocations
 from ipam.catalogue import Catalogue
+from ipam.continuity import Continuity
 from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
+from ipam.grace import Grace
 from ipam.holdings import Conflict, Holdings, given
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
@@ -67,7 +69,8 @@ class Holder:
     is_live: asked, when syncing, whether an endpoint carries an address that the journal does not know.
     on_conflict: told when the store names another owner for an address that an endpoint uses.
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
-    in touch with the store.
+    in touch with the store. yields_to: see Holdings. on_asserted: told when the store, after a doubt, has all of what
+    is held here.
     """
 
     def __init__(
@@ -84,17 +87,31 @@ class Holder:
         cooldown: float = COOLDOWN,
         preloads: bool = True,
         others_away: Callable[[], bool] = lambda: False,
+        yields_to: Callable[[str], bool] = lambda _: True,
+        on_asserted: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._is_live = is_live
+        self._on_asserted = on_asserted
         outage = Outage(self._on_away)
-        self._writer = Writer(store, node, instance, boot_id, outage)
+        grace = Grace(journal, boot_id, at_least=cooldown)
+        self.continuity = Continuity(store, node, journal, grace, self._doubt)
+        self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard)
         self._holdings = Holdings(
-            node, catalogue, journal, outage, on_conflict, cooldown, preloads, others_away
+            node,
+            catalogue,
+            journal,
+            outage,
+            on_conflict,
+            cooldown,
+            preloads,
+            others_away,
+            grace=grace,
+            yields_to=yields_to,
         )
         self._shelf = self._holdings.shelf
-        self._upkeep = Upkeep(store, self._writer, self._holdings)
+        self._upkeep = Upkeep(store, self._writer, self._holdings, self._written)
         self._named = Named(store, self._holdings)
         self._generosity = Generosity(self._holdings)
         self.drain = Drain(self._holdings, self._fail_all)
@@ -107,7 +124,7 @@ class Holder:
     async def sync(self) -> SyncReport:
         """Take the fence and make journal and store agree. Raises Fenced, StoreUnavailable."""
         try:
-            report = await sync(self._store, self._writer, self._holdings, self._is_live)
+            report = await sync(self._store, self._writer, self._holdings, self._is_live, self.continuity)
         except Fenced:
             # What is warm here may be another's meanwhile.
             self._holdings.serving = False
@@ -133,6 +150,21 @@ class Holder:
             except MoorageError as error:
                 self._lose_sync(error)
                 await asyncio.sleep(SYNC_RETRY)
+
+    def _doubt(self, why: str) -> None:
+        if self._holdings.serving:
+            self._lose_sync(StoreRewound(f"the store is in doubt: {why}"))
+            self._holdings.wake.set()
+
+    def _written(self) -> None:
+        if self.continuity.doubted:
+            self.continuity.asserted()
+            self._on_asserted()
+
+    def end_grace(self) -> None:
+        """All nodes have asserted what they hold."""
+        self._holdings.grace.end()
+        self._holdings.wake.set()
 
     def fenced(self, error: Fenced) -> None:
         """Another agent is known to write for this node: nothing is given out until that is settled."""
@@ -428,6 +460,11 @@ class Holder:
             "problem": self.problem,
             "fence_seq": self._writer.seq,
             "transactions": self._writer.transactions,
+            "grace": {"seconds": round(self._holdings.grace.left, 1), "why": self._holdings.grace.why},
+            "contested": [
+                f"{ip}, which node {conflict.holder.node} has in the store"
+                for ip, conflict in self._holdings.contested.items()
+            ],
             "outbox": len(self._shelf.dirty()),
             "exhausted": [
                 {"network": network, "family": family, "why": str(error)}

@@ -17,6 +17,7 @@ import structlog
 from ipam.allocator import BlockSpace
 from ipam.catalogue import Catalogue
 from ipam.errors import AddressTaken, Exhausted, MoorageError, TryAgain
+from ipam.grace import Grace
 from ipam.journal import AddressRow, BlockRow, Journal
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.outage import Outage
@@ -32,6 +33,9 @@ BEHIND = 0.01
 
 GIVE_BACK_HOLD = 30.0
 """Seconds after a pool was under pressure in which nothing of it is kept warm here."""
+
+CONTEST_RETRY = 1.0
+"""Seconds until the store is asked again whose an address is that two nodes may have."""
 
 EXHAUSTED_FOR = 30.0
 """Seconds for which a network counts as exhausted after an ADD was told so: as long as what others release
@@ -111,7 +115,10 @@ class Holdings:
     returning: own blocks that an operator wants returned; ipam/return_block.py.
     others_away: whether a registered node is not in touch with the store; ipam/cluster.py.
     problem: why journal and store have to be made to agree first, "" if they do. outage: how the store answers.
-    no_new_until: event loop's clock; before it nothing new is taken from the store.
+    grace: while it lasts nothing new is taken from the store.
+    yields_to: whether a node, by its name, that the store names as the holder of an address which is used here has it
+    for certain. Not one that has not looked at a store in doubt yet: the address is contested until it has.
+    contested: addresses that are used here and the store has as another node's, which may not know of it.
     """
 
     def __init__(
@@ -124,8 +131,14 @@ class Holdings:
         cooldown: float,
         preloads: bool = True,
         others_away: Callable[[], bool] = lambda: False,
+        *,
+        grace: Grace,
+        yields_to: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.node = node
+        self.grace = grace
+        self.yields_to = yields_to
+        self.contested: dict[IPAddress, Conflict] = {}
         self.preloads = preloads
         self.others_away = others_away
         self.catalogue = catalogue
@@ -145,7 +158,6 @@ class Holdings:
         self.reconsider = True
         self.returning: set[IPNetwork] = set()
         self.problem = "not in sync with the store yet"
-        self.no_new_until = 0.0
         self._outage = outage
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
@@ -203,11 +215,11 @@ class Holdings:
 
     def check_takes_new(self) -> None:
         """Raises TryAgain while nothing new may be taken."""
-        left = self.no_new_until - asyncio.get_running_loop().time()
+        left = self.grace.left
         if left > 0:
             raise TryAgain(
-                f"the store was restored from a backup, or node {self.node} was removed from it; nothing "
-                f"new is taken for another {left:.0f} s, so that other nodes can say what they hold; try again then"
+                f"the store is in doubt ({self.grace.why or 'since before a restart'}); nothing new is taken until all "
+                f"nodes have said what they hold, or for another {left:.0f} s; try again then"
             )
 
     def may_be_warm(self, held: Held) -> bool:
@@ -325,6 +337,30 @@ class Holdings:
         asked = self.asking.pop(ip, None)
         if asked is not None and not asked.done():
             asked.set_exception(error)
+
+    def contest(self, held: Held, holder: Address) -> bool:
+        """Whether an address that is used here stays so although the store has it as another node's: that one may not
+        know yet that the store forgot who has it. Asked for again every CONTEST_RETRY seconds."""
+        if not (held.state is not None and held.state.is_taken) or self.yields_to(holder.node):
+            self.contested.pop(held.ip, None)
+            return False
+        if held.ip not in self.contested:
+            log.warning(
+                "address is another node's in the store and used here", ip=str(held.ip), node=holder.node
+            )
+        self.contested[held.ip] = Conflict(held.ip, holder)
+        self.shelf.rest(held)
+        return True
+
+    def assert_contested(self) -> None:
+        """Ask the store once more whose the contested addresses are."""
+        for ip in list(self.contested):
+            held = self.shelf.held.get(ip)
+            if held is None or held.record is None or held.dirty:
+                del self.contested[ip]
+            else:
+                held.revision, held.told = 0, ()
+                self.shelf.want(held, held.record)
 
     def lose(self, held: Held, holder: Address) -> None:
         """The store wins: the address is somebody else's."""

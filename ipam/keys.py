@@ -13,6 +13,8 @@
     intents/<name>/<uuid>            Intent       on a lease
     leaders/<framework>              who listens to a Marathon, on a lease (marathon/leader.py)
     listeners/<framework>            what that one found last, on the same lease
+    incarnation                      Incarnation  every transaction of a node compares it
+    vouched                          Vouched
 
 The hex is of fixed width (8 or 32 digits), so key order is address order and a block is a key range.
 """
@@ -42,6 +44,8 @@ WRITERS = "writers/"
 INTENTS = "intents/"
 LEADERS = "leaders/"
 LISTENERS = "listeners/"
+INCARNATION = "incarnation"
+VOUCHED = "vouched"
 
 WIDTH = {4: 8, 6: 32}
 """Hex digits of an address, by family."""

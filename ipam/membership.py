@@ -54,6 +54,7 @@ class Membership:
         self._told: Node | None = None
         self._missing = False
         self._alive = Alive(instance=instance, boot_id=boot_id)
+        self._alive_told: Alive | None = None
         self._lease: Lease | None = None
 
     async def register(self) -> None:
@@ -64,7 +65,7 @@ class Membership:
             self._drain.begin()
         lease = await self._store.lease(LEASE)
         try:
-            await self._write(Put(keys.ALIVE + self._node.name, self._alive.encode(), lease.id))
+            await self._show(lease)
         except BaseException:
             # Nobody would ever end it.
             await lease.abandon()
@@ -73,6 +74,17 @@ class Membership:
         self._missing = False
         if lost is not None:
             await lost.abandon()
+
+    async def _show(self, lease: Lease) -> None:
+        alive = self._alive
+        await self._write(Put(keys.ALIVE + self._node.name, alive.encode(), lease.id))
+        self._alive_told = alive
+
+    def agree(self, incarnation: str) -> None:
+        """The store has all of what this node holds, in that incarnation of it; others are told at once."""
+        if incarnation != self._alive.incarnation:
+            self._alive = self._alive.with_(incarnation=incarnation)
+            self._described.set()
 
     def describe(self, node: Node) -> None:
         """What this node is from now on; the store is told at once, or as soon as it answers."""
@@ -130,9 +142,14 @@ class Membership:
         """Register again whenever the lease was lost, until cancelled."""
         while True:
             lost = self._lease is None or not self._lease.alive or self._missing
-            if lost or self._told != self._facts():
+            if lost or self._told != self._facts() or self._alive_told != self._alive:
                 try:
-                    await (self.register() if lost else self.tell())
+                    if lost or self._lease is None:
+                        await self.register()
+                    elif self._alive_told != self._alive:
+                        await self._show(self._lease)
+                    else:
+                        await self.tell()
                 except Fenced as error:
                     self._on_fenced(error)
                 except (StoreError, TryAgain) as error:

@@ -234,10 +234,38 @@ class Node(Record, frozen=True, kw_only=True):
 
 
 class Alive(Record, frozen=True, kw_only=True):
-    """``alive/<name>``: on a lease; there while the node's agent runs."""
+    """``alive/<name>``: on a lease; there while the node's agent runs.
+
+    incarnation: of the store, that the store has all of what the node holds in; "" before anybody doubted.
+    """
 
     instance: str
     boot_id: str
+    incarnation: str = ""
+
+
+class Incarnation(Record, frozen=True, kw_only=True):
+    """``incarnation``: moved by whoever doubts that the store goes on from where it was; ipam/continuity.py.
+
+    by: the node. why: what it found of the store. since: wall clock, seconds.
+    """
+
+    id: str
+    by: str
+    why: str
+    since: float = 0.0
+
+
+class Vouched(Record, frozen=True, kw_only=True):
+    """``vouched``: where the store's history stood when a node last knew it to be right.
+
+    cluster, term, surplus: as in ipam/store/base.py `Standing`. by: the node.
+    """
+
+    cluster: str
+    term: int
+    surplus: int
+    by: str
 
 
 class Fence(Record, frozen=True, kw_only=True):

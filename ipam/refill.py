@@ -79,7 +79,7 @@ class Refill:
     async def ask(self, room: int) -> list[BlockRow]:
         """Ask for up to ``room`` addresses where too few are warm; returns the blocks to claim for more."""
         claims: list[BlockRow] = []
-        if self._holdings.drained or self._now() < self._holdings.no_new_until:
+        if self._holdings.drained or self._holdings.grace.left:
             return claims
         if self._reservation_unknown:
             self._reservation_unknown = False

@@ -11,7 +11,6 @@ scanned only if the journal knows nothing, or the store went back in time.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,20 +19,19 @@ import msgspec
 import structlog
 
 from ipam import keys
+from ipam.continuity import Continuity
 from ipam.errors import StoreError, TryAgain
 from ipam.holdings import Holdings
 from ipam.journal import BlockRow
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import block_at
 from ipam.records import Address, AddressState, Block
+from ipam.schema import check_schema, read_schema
 from ipam.shelf import Held, doubtful, netgroups_told
 from ipam.store.base import KeyValue, Store, prefix_end, read_prefix, read_range, scan
 from ipam.writer import Writer
 
 log = structlog.get_logger(__name__)
-
-REWIND_GRACE = 30.0
-"""Seconds after a restored backup in which nothing new is taken: other nodes assert what they hold."""
 
 IsLive = Callable[[IPAddress, Address], bool]
 
@@ -52,26 +50,35 @@ class SyncReport:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-async def sync(store: Store, writer: Writer, holdings: Holdings, is_live: IsLive) -> SyncReport:
+async def sync(
+    store: Store, writer: Writer, holdings: Holdings, is_live: IsLive, continuity: Continuity
+) -> SyncReport:
     """Take the fence and make journal and store agree.
 
     is_live: whether an endpoint here carries an address that the journal does not know.
-    Raises Fenced, StoreUnavailable; ``holdings.problem`` stays as it was then.
+    Raises Fenced, SchemaMismatch, StoreUnavailable; ``holdings.problem`` stays as it was then.
     """
-    fresh = await writer.claim(max(holdings.journal.confirmed_seq, writer.seq))
+    # Of one that somebody loads a dump into nothing can be said yet.
+    check_schema(await read_schema(store))
+    await continuity.look()
+    remembers = holdings.journal.confirmed_seq > 0
+    as_new = await writer.claim(max(holdings.journal.confirmed_seq, writer.seq))
+    if not as_new and writer.was_removed:
+        log.warning("node was removed from the store; what it holds is asserted anew")
+        holdings.grace.begin(f"node {holdings.node} was removed from it")
+    elif not as_new and not continuity.doubted:
+        await continuity.move(f"it forgot writes of node {holdings.node}")
+    fresh = as_new and not continuity.doubted
     report = SyncReport()
     if fresh:
         await holdings.catalogue.refresh()
     else:
-        log.warning("store is older than the journal; what this node holds is asserted anew")
-        grace = max(REWIND_GRACE, holdings.cooldown)
-        holdings.no_new_until = asyncio.get_running_loop().time() + grace
         await holdings.catalogue.start_over()
     journalled = set(holdings.blocks) | {row.block for row in holdings.journal.load_blocks()}
     full = not fresh or not (journalled or holdings.shelf.held)
     await _sync_blocks(store, holdings, report, journalled, full=full)
     stored = await _stored_addresses(store, holdings, report, full=full)
-    merge(holdings, stored, is_live, report)
+    merge(holdings, stored, is_live, report, rewound=not fresh and remembers)
     holdings.open_spaces()
     holdings.save(holdings.shelf.held.values(), writer.seq)
     if not holdings.has_unsaved:
@@ -166,8 +173,14 @@ def _address(kv: KeyValue, report: SyncReport) -> tuple[Address | None, int]:
         return None, kv.mod_revision
 
 
-def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncReport) -> None:
-    """Bring what is held in line with what is stored, ours and others'."""
+def merge(
+    holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncReport, *, rewound: bool = False
+) -> None:
+    """Bring what is held in line with what is stored, ours and others'.
+
+    rewound: the store may be older than the journal, so what only the store knows of this node, this node gave back:
+    another one may have it since.
+    """
     for held in list(holdings.shelf.held.values()):
         record, revision = stored.get(held.ip, (None, 0))
         if record is None and revision:
@@ -175,8 +188,9 @@ def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncRepor
         elif record is None:
             _assert_or_drop(holdings, held, report)
         elif record.node != holdings.node:
-            report.lost.append(held.ip)
-            holdings.lose(held, record)
+            if not holdings.contest(held, record):
+                report.lost.append(held.ip)
+                holdings.lose(held, record)
         elif held.record != record:
             held.revision, held.told = revision, netgroups_told(record)
             holdings.shelf.want(held, held.record)
@@ -187,7 +201,7 @@ def merge(holdings: Holdings, stored: Stored, is_live: IsLive, report: SyncRepor
             if ip not in holdings.shelf.held:
                 holdings.foreign(ip)
         elif ip not in holdings.shelf.held:
-            _take_over(holdings, ip, record, revision, is_live, report)
+            _take_over(holdings, ip, record, revision, is_live, report, rewound=rewound)
 
 
 def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
@@ -222,7 +236,14 @@ def _confirmed(holdings: Holdings, held: Held, revision: int) -> None:
 
 
 def _take_over(
-    holdings: Holdings, ip: IPAddress, record: Address, revision: int, is_live: IsLive, report: SyncReport
+    holdings: Holdings,
+    ip: IPAddress,
+    record: Address,
+    revision: int,
+    is_live: IsLive,
+    report: SyncReport,
+    *,
+    rewound: bool,
 ) -> None:
     live = is_live(ip, record)
     held = Held(ip, record, revision, told=netgroups_told(record))
@@ -230,6 +251,9 @@ def _take_over(
     holdings.note_use(record)
     if live:
         report.adopted.append(ip)
+    elif rewound:
+        report.released.append(ip)
+        holdings.shelf.want(held, None)
     elif record.state is AddressState.COOLING:
         holdings.settle(held)
     else:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from ipam import keys
 from ipam.errors import AddressTaken, StoreError, TryAgain
-from ipam.holdings import Holdings, warm
+from ipam.holdings import CONTEST_RETRY, Holdings, warm
 from ipam.journal import BlockRow
 from ipam.keys import Family, IPNetwork
 from ipam.pools import Geometry
@@ -64,7 +64,11 @@ class Change:
 class Upkeep:
     """See the module's docstring."""
 
-    def __init__(self, store: Store, writer: Writer, holdings: Holdings) -> None:
+    def __init__(
+        self, store: Store, writer: Writer, holdings: Holdings, on_written: Callable[[], None]
+    ) -> None:
+        """on_written: told whenever nothing is left to be written."""
+        self._on_written = on_written
         self._store = store
         self._writer = writer
         self._holdings = holdings
@@ -84,7 +88,9 @@ class Upkeep:
                     self._apply(changes, outcomes)
                     # Who waited for these goes on first: what it does next is in the next group.
                     await asyncio.sleep(0)
+                self._on_written()
                 await self._woken()
+                self._holdings.assert_contested()
         finally:
             self._refill.cancel()
 
@@ -103,8 +109,10 @@ class Upkeep:
         ]
         if self._holdings.has_unsaved or self._journal_failed:
             times.append(now + JOURNAL_RETRY)
-        if self._holdings.no_new_until > now:
-            times.append(self._holdings.no_new_until)
+        if left := self._holdings.grace.left:
+            times.append(now + left)
+        if self._holdings.contested:
+            times.append(now + CONTEST_RETRY)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(min((t for t in times if t is not None), default=None)):
                 await self._holdings.wake.wait()
@@ -390,7 +398,8 @@ class Upkeep:
             return
         asked_for, held.revision, held.told = held.is_asked_for, kv.mod_revision, netgroups_told(found)
         if found.node != holdings.node:
-            holdings.lose(held, found)
+            if not holdings.contest(held, found):
+                holdings.lose(held, found)
         elif asked_for:
             # Ours, and forgotten: nobody may use it before it has cooled down.
             holdings.refuse(

@@ -3,6 +3,7 @@
 Every transaction of a node has this form (docs/design.md, section 4):
 
     if   writers/<node> unchanged                       nobody else writes for this node
+         incarnation unchanged                          nobody doubts the store (continuity.py)
     then put writers/<node> {seq + 1}                   says how far we got
          txn(key 1 unchanged -> write it, else get it)  each request has a verdict of its own
          txn(key 2 ...)
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -63,6 +64,10 @@ class StoreRewound(StoreError):
     """The fence is older than what the store had confirmed: somebody restored a backup."""
 
 
+class IncarnationMoved(StoreError):
+    """Another node doubts the store; nothing was written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Write:
     """One request: put (or with value None delete) ``key`` if it still is at ``base`` (0: absent).
@@ -95,7 +100,10 @@ class Outcome:
 
 
 class Writer:
-    """See the module's docstring. One per agent; ``commit`` runs one transaction at a time."""
+    """See the module's docstring. One per agent; ``commit`` runs one transaction at a time.
+
+    was_removed: whether the last ``claim`` found no fence of an agent, because an operator removed the node.
+    """
 
     def __init__(
         self,
@@ -104,14 +112,17 @@ class Writer:
         instance: str,
         boot_id: str,
         outage: Outage | None = None,
+        guard: Callable[[], Compare] = lambda: absent(keys.INCARNATION),
     ) -> None:
-        """outage: told of every transaction that has to be sent again, and of every answer."""
+        """outage: told of every transaction that has to be sent again, and of every answer. guard: what each compares
+        besides the fence."""
         self._store = store
         self._node = node
         self._key = keys.WRITERS + node
         self._instance = instance
         self._boot_id = boot_id
         self._outage = outage or Outage()
+        self._guard = guard
         self._revision = 0
         self._claimed = False
         self._had_fence = False
@@ -119,6 +130,7 @@ class Writer:
         self._lock = asyncio.Lock()
         self.seq = 0
         self.transactions = 0
+        self.was_removed = False
 
     async def claim(self, confirmed_seq: int) -> bool:
         """Take the fence, so that nobody else, and nothing sent before, can write for this node any more.
@@ -144,6 +156,7 @@ class Writer:
                         )
                 found = await self._store.get(self._key)
                 stood = Fence.decode(found.key, found.value) if found else None
+                self.was_removed = stood is None or not stood.boot_id
                 if stood is not None and stood.vacant and self._had_fence:
                     raise Fenced(
                         f"node {self._node} was taken from this agent by `moorage node adopt`: the next agent that "
@@ -197,8 +210,8 @@ class Writer:
         """Write a group of at most GROUP different keys; one outcome each, in order.
 
         Returns only when every outcome is certain, however long the store is away. Raises Fenced,
-        StoreRewound, StoreError. After any of them, or when it was cancelled, the outcome is not known and
-        the fence has to be claimed before the next commit; then what stands in the store is final.
+        StoreRewound, IncarnationMoved, StoreError. After any of them, or when it was cancelled, the outcome is not
+        known and the fence has to be claimed before the next commit; then what stands in the store is final.
         """
         if len(writes) > GROUP:
             raise ValueError(f"{len(writes)} writes in one group; at most {GROUP} fit a transaction")
@@ -207,7 +220,7 @@ class Writer:
                 raise StoreError(f"the fence of node {self._node} is not held; it has to be claimed first")
             fence = Fence(instance=self._instance, boot_id=self._boot_id, seq=self.seq + 1)
             txn = Txn(
-                (Compare(self._key, self._revision),),
+                (Compare(self._key, self._revision), self._guard()),
                 (Put(self._key, fence.encode()), *(write.as_txn() for write in writes)),
                 (Get(self._key), *(Get(write.key) for write in writes)),
             )
@@ -264,6 +277,8 @@ class Writer:
                 else f"another agent (instance {fence.instance}) took over node {self._node}; "
                 "stop one of the two, or give this one another --node name"
             )
+        if stood.mod_revision == self._revision:
+            raise IncarnationMoved("a node doubts the store; what this node holds is asserted anew")
         if fence.seq != self.seq + 1:
             raise StoreRewound(
                 f"the store's record of node {self._node} is at write {fence.seq} and {self.seq} were confirmed: "

@@ -75,7 +75,7 @@ COLLECT_EVERY = 5.0
 """Seconds between looks for endpoints whose namespace is gone; the link monitor is faster."""
 
 FENCE_EVERY = 5.0
-"""Seconds between looks at the node's fence; who writes is told sooner. Well within sync.REWIND_GRACE."""
+"""Seconds between looks at the node's fence; who writes is told sooner. Well within grace.SECONDS."""
 
 HEAL_EVERY = 1.0
 """Seconds between looks at the firewall."""
@@ -88,6 +88,9 @@ UNDERLAY_EVERY = 10.0
 
 UNDERLAY_SETTLE = 0.1
 """Seconds in which changes of the underlay gather: an address that is replaced is gone for a moment."""
+
+GRACE_EVERY = 0.25
+"""Seconds between looks whether all nodes have asserted what they hold, while that is waited for."""
 
 RETRY = 1.0
 """Seconds before a background task that failed is started again."""
@@ -142,13 +145,24 @@ class Isolator:
             cooldown=settings.cooldown,
             preloads=not settings.gateway,
             others_away=lambda: bool(self._cluster.away - {settings.node}),
+            yields_to=self._yields_to,
+            on_asserted=self._agree,
         )
+        self._continuity = self._holder.continuity
+        store.verify_with(self._continuity.verify)
+        self._awaited: set[str] | None = None
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
         )
         self._store_addresses = StoreAddresses(settings.store_endpoints)
         self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue, self._holder.assigned)
-        self._cluster = Cluster(store, self._catalogue, self._topology_changed, self._neighbours.on_members)
+        self._cluster = Cluster(
+            store,
+            self._catalogue,
+            self._topology_changed,
+            self._neighbours.on_members,
+            self._continuity.note,
+        )
         self._fabric = Fabric(
             settings.node,
             settings.vxlan_port,
@@ -216,6 +230,12 @@ class Isolator:
         self._catalogue.load()
         await self._look_around()
         self._holder.load()
+        if left := self._continuity.grace.left:
+            log.warning(
+                "store was in doubt before the restart; nothing new is taken yet", seconds=round(left)
+            )
+            self._cluster.start_over(left)
+            self._fabric.rewound(left)
         self._endpoints.load()
         self._links = await self._kernel.links()
         self._macs = await self._kernel.macs()
@@ -229,10 +249,13 @@ class Isolator:
             self._holder.fenced,
             self._holder.drain,
         )
+        self._membership.agree(self._continuity.incarnation)
         try:
             async with asyncio.timeout(SYNC_PATIENCE):
                 await ensure_schema(self._store)
                 await self._holder.sync()
+                if not self._continuity.doubted:
+                    self._agree()
                 await self._membership.register()
         except SchemaMismatch:
             raise
@@ -268,6 +291,9 @@ class Isolator:
                 for name, work in (
                     ("addresses", self._holder.serve),
                     ("catalogue", self._catalogue.follow),
+                    ("incarnation", self._continuity.follow),
+                    ("continuity", self._continuity.keep),
+                    ("grace", self._end_grace),
                     ("membership", self._membership.keep),
                     ("takeover", self._membership.follow),
                     ("fence", self._look_at_fence),
@@ -299,6 +325,7 @@ class Isolator:
         """End in order; endpoints stay as they are. ``run`` has been cancelled before."""
         if self._membership is not None:
             await self._membership.leave()
+        self._continuity.save()
         self._fabric.close()
         self._kernel.close()
         self._journal.close()
@@ -422,8 +449,33 @@ class Isolator:
         self._pool_routes.catalogue_changed()
 
     def _store_rewound(self) -> None:
+        # Before the catalogue hears what the store has now.
+        self._awaited = self._catalogue.nodes() | self._cluster.nodes().keys()
         self._cluster.start_over()
         self._fabric.rewound()
+
+    def _agree(self) -> None:
+        if self._membership is not None:
+            self._membership.agree(self._continuity.incarnation)
+
+    def _yields_to(self, node: str) -> bool:
+        """Whether another node's claim to an address that is used here is certain: it has looked at the store as it is
+        now, or is a node of an earlier version and had the time to."""
+        if self._cluster.have_asserted([node], self._continuity.incarnation):
+            return True
+        return node in self._cluster.alive and not self._continuity.grace.left
+
+    async def _end_grace(self) -> None:
+        """Ends a grace as soon as all nodes that were ever heard of have said that they asserted what they hold."""
+        while True:
+            await asyncio.sleep(GRACE_EVERY)
+            if not self._continuity.grace.left:
+                self._awaited = None
+            elif self._awaited is not None and self._cluster.listed.is_set():
+                awaited = self._awaited | self._cluster.nodes().keys()
+                if self._cluster.have_asserted(awaited, self._continuity.incarnation):
+                    log.info("all nodes have asserted what they hold; what is new is taken again")
+                    self._holder.end_grace()
 
     def _topology_changed(self, nodes: set[str]) -> None:
         self._fabric.topology_changed(nodes)

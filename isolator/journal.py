@@ -115,6 +115,7 @@ class Journal:
             if self._meta("schema") != str(SCHEMA_VERSION):
                 self._set_meta("schema", str(SCHEMA_VERSION))
             int(self._meta("confirmed_seq") or 0)
+            self.load_grace()
             for load in (
                 self.load_endpoints,
                 self.load_addresses,
@@ -217,6 +218,22 @@ class Journal:
 
     def save_drained(self, drained: bool) -> None:
         self._set_meta("drained", "yes" if drained else "no")
+
+    def load_known(self) -> bytes | None:
+        """What was known of the store's history (ipam/continuity.py)."""
+        known = self._meta("store")
+        return None if known is None else known.encode()
+
+    def save_known(self, known: bytes) -> None:
+        self._set_meta("store", known.decode())
+
+    def load_grace(self) -> tuple[str, float] | None:
+        """See ipam/grace.py `GraceMemory`."""
+        boot_id, _, until = (self._meta("grace") or "").partition(" ")
+        return (boot_id, float(until)) if until else None
+
+    def save_grace(self, until: float | None) -> None:
+        self._set_meta("grace", "" if until is None else f"{self._boot_id} {until}")
 
     # -- endpoints and tombstones
 

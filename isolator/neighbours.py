@@ -15,6 +15,7 @@ from ipaddress import ip_network
 
 import structlog
 
+from ipam import grace
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Member
 from ipam.errors import MoorageError
@@ -22,7 +23,6 @@ from ipam.isolation import STORE
 from ipam.keys import IPAddress, IPNetwork
 from ipam.pools import Geometry
 from ipam.ranges import without
-from ipam.sync import REWIND_GRACE
 from isolator.kernel import Kernel
 from isolator.policy import Hosts, Surroundings, isolation_of
 from isolator.registered import Registered
@@ -35,7 +35,7 @@ TUNNEL = "vxlan"
 TELL_TOGETHER = 0.05
 """Seconds in which changes gather before the kernel is told: each transaction costs more than an element in it."""
 
-REMOVED_AFTER = REWIND_GRACE
+REMOVED_AFTER = grace.SECONDS
 """Seconds after a node's removal in which it may register again; then the tunnel takes nothing from it any more. In a
 store that somebody emptied, whose nodes assert anew what they hold, every one is removed for a moment."""
 

@@ -29,7 +29,7 @@ Contract, checked by one test suite for every implementation (tests/ipam/store/)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -145,6 +145,21 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a store's history stands. Of one history ``term``, ``revision`` and ``surplus`` never go back.
+
+    cluster: names the servers that have it, or the file. term: raft's, 0 of a file.
+    surplus: entries in the servers' log beyond one for each revision. A backup has the revisions and not the log, so
+    that of a store restored from one is lower, whatever was done to its revision.
+    """
+
+    cluster: str
+    term: int
+    revision: int
+    surplus: int
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One change: ``kv`` is None for a deletion."""
 
@@ -214,6 +229,14 @@ class Store(Protocol):
 
     async def lease(self, ttl: float) -> Lease:
         """A lease that expires ``ttl`` seconds after its last renewal."""
+        ...
+
+    async def standing(self) -> Standing:
+        """Where the history stands of who answers now. Raises StoreError, StoreUnavailable."""
+        ...
+
+    def verify_with(self, verify: Callable[[], Awaitable[None]]) -> None:
+        """Have ``verify`` called before anything else is sent over a connection that is new; gate.py."""
         ...
 
     def reconnect(self) -> None:

@@ -12,11 +12,11 @@ starts while etcd is away. Every call ends within a bound: etcd_calls.py and etc
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from ipam.store import etcd_proto as pb
 from ipam.store import etcd_url, rules
-from ipam.store.base import KeyValue, Page, Txn, TxnResult, WatchBatch
+from ipam.store.base import KeyValue, Page, Standing, Txn, TxnResult, WatchBatch
 from ipam.store.etcd_calls import Calls, Gone, TooLarge
 from ipam.store.etcd_codec import Codec
 from ipam.store.etcd_lease import EtcdLease
@@ -83,6 +83,21 @@ class EtcdStore:
         if ttl <= 0:
             raise ValueError(f"a lease of {ttl} s is over before it began")
         return await EtcdLease.grant(self._calls, ttl, self._leases)
+
+    async def standing(self) -> Standing:
+        # In this order: what was written meanwhile makes the surplus too large rather than too small.
+        at = await self._calls.ask(pb.RANGE, pb.RangeRequest(key=self._codec.key(""), keys_only=True))
+        status = await self._calls.ask(pb.STATUS, pb.StatusRequest())
+        header = status.header
+        return Standing(
+            cluster=f"{header.cluster_id:x}",
+            term=status.raftTerm,
+            revision=at.header.revision,
+            surplus=status.raftIndex - at.header.revision,
+        )
+
+    def verify_with(self, verify: Callable[[], Awaitable[None]]) -> None:
+        self._calls.gate.verify_with(verify)
 
     def reconnect(self) -> None:
         self._calls.renew()

@@ -6,6 +6,8 @@
 | ``once``: transactions | once, over a connection that stands | Ambiguous |
 | ``stream``: watches, renewals | by the caller | StoreUnavailable |
 
+All of them wait at the ``gate`` after a connection was made, and after a reply that does not go on from the one before.
+
 Only what provably did not take effect is sent again by ``once``: a request that etcd refused for its token.
 """
 
@@ -25,6 +27,7 @@ from ipam.store.etcd_channel import aio
 from ipam.store.etcd_errors import AuthenticationOff, Failure, Kind
 from ipam.store.etcd_link import Connection, Link
 from ipam.store.etcd_url import EtcdUrl, login
+from ipam.store.gate import Gate
 
 ATTEMPT = 2.5
 """Seconds one attempt of ``ask`` may take, after which another member is asked."""
@@ -41,6 +44,9 @@ BACKOFF = (0.05, 1.0)
 
 SHORTEST = 0.5
 """Seconds that the last attempt of ``ask`` has at least: less would say nothing about the member."""
+
+LINEARIZED = (pb.RANGE, pb.TXN)
+"""Whose replies have a revision that is no older than any reply before: that of all members, not of one alone."""
 
 LOGINS = 2
 """Times that a refused token is replaced for one request."""
@@ -78,7 +84,10 @@ class Calls:
 
     def __init__(self, url: EtcdUrl) -> None:
         self._url = url
-        self._link = Link(url)
+        self.gate = Gate()
+        self._link = Link(url, self.gate.shut)
+        self._heard: tuple[int, int] | None = None
+        self._revision = 0
         self._token: str | None = None if url.user_file else ""
         self._login_lock = asyncio.Lock()
         self._closed = False
@@ -90,6 +99,7 @@ class Calls:
     async def close(self) -> None:
         """Calls in flight fail."""
         self._closed = True
+        await self.gate.close()
         await self._link.close()
 
     def check_open(self) -> None:
@@ -151,7 +161,10 @@ class Calls:
     async def _connection(self) -> Connection:
         self.check_open()
         try:
-            return await self._link.ready()
+            connection = await self._link.ready()
+            await self.gate.passed()
+            # Usually the same: what was looked at is what is used.
+            return connection if connection.stands else await self._link.ready()
         except asyncio.CancelledError as error:
             self._cancelled(error)
         except StoreUnavailable as error:
@@ -174,14 +187,31 @@ class Calls:
         self, connection: Connection, method: pb.Method, request: pb.Message, timeout: float, token: str
     ) -> pb.Message:
         with connection.used():
+            before = self._revision
             try:
-                return await connection.call(method)(
+                reply = await connection.call(method)(
                     request, metadata=_metadata(token), timeout=timeout, wait_for_ready=False
                 )
+                if method in LINEARIZED:
+                    self._hear(reply.header, before)
+                return reply
             except aio.AioRpcError as error:
                 self._fail(connection, token, error)
             except asyncio.CancelledError as error:
                 self._cancelled(error)
+
+    def _hear(self, header: pb.Message, before: int) -> None:
+        """Notice a store that does not go on from where it was, also over a connection that was there before.
+
+        before: the newest revision that was known when the request was sent.
+        """
+        of = header.cluster_id, header.raft_term
+        if self._heard is None:
+            self._heard = of
+        elif of != self._heard or header.revision < before:
+            self._heard, self._revision = of, header.revision
+            self.gate.shut()
+        self._revision = max(self._revision, header.revision)
 
     def _fail(self, connection: Connection, token: str, error: Any) -> NoReturn:
         """Raise what an error of gRPC means, and remember it of the endpoint or the token."""

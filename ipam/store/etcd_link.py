@@ -161,7 +161,9 @@ class Endpoint:
 class Link:
     """All endpoints, the one in use first."""
 
-    def __init__(self, url: EtcdUrl) -> None:
+    def __init__(self, url: EtcdUrl, on_new: Callable[[], None]) -> None:
+        """on_new: told when what is called next may go over a connection that nothing went over before."""
+        self._on_new = on_new
         # Shuffled, so that a thousand agents do not all lean on the first member of the list.
         self._endpoints = [Endpoint(address, url) for address in url.addresses]
         random.shuffle(self._endpoints)
@@ -178,12 +180,15 @@ class Link:
         return await asyncio.shield(self._finding)
 
     def failed(self, connection: Connection, failure: Failure) -> None:
+        # gRPC connects anew by itself, to the same address.
+        self._on_new()
         for endpoint in self._endpoints:
             if endpoint.address == connection.address:
                 endpoint.failed(connection, failure)
 
     def renew(self) -> None:
         """See Store.reconnect."""
+        self._on_new()
         for endpoint in self._endpoints:
             endpoint.renew()
 
@@ -202,6 +207,7 @@ class Link:
         for group in (trusted, suspects):
             endpoint = await _first_that_stands(group, deadline - time.monotonic())
             if endpoint is not None:
+                self._on_new()
                 self._endpoints.remove(endpoint)
                 self._endpoints.insert(0, endpoint)
                 return endpoint.connection()

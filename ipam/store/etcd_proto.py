@@ -48,6 +48,8 @@ _MESSAGES = {
         "ResponseHeader header=1; bool created=3; bool canceled=4; int64 compact_revision=5; "
         "string cancel_reason=6; bool fragment=7; repeated Event events=11"
     ),
+    "StatusRequest": "",
+    "StatusResponse": "ResponseHeader header=1; uint64 raftIndex=5; uint64 raftTerm=6; uint64 raftAppliedIndex=7",
     "LeaseGrantRequest": "int64 TTL=1",
     "LeaseGrantResponse": "ResponseHeader header=1; int64 ID=2; int64 TTL=3",
     "LeaseRevokeRequest": "int64 ID=1",
@@ -104,6 +106,7 @@ def _classes() -> dict[str, Message]:
 _CLASSES = _classes()
 
 RangeRequest = _CLASSES["RangeRequest"]
+StatusRequest = _CLASSES["StatusRequest"]
 PutRequest = _CLASSES["PutRequest"]
 DeleteRangeRequest = _CLASSES["DeleteRangeRequest"]
 Compare = _CLASSES["Compare"]
@@ -129,4 +132,5 @@ LEASE_GRANT = _method("Lease", "LeaseGrant")
 LEASE_REVOKE = _method("Lease", "LeaseRevoke")
 LEASE_KEEP_ALIVE = _method("Lease", "LeaseKeepAlive", streams=True)
 AUTHENTICATE = _method("Auth", "Authenticate")
-METHODS = (RANGE, TXN, WATCH, LEASE_GRANT, LEASE_REVOKE, LEASE_KEEP_ALIVE, AUTHENTICATE)
+STATUS = _method("Maintenance", "Status")
+METHODS = (RANGE, TXN, WATCH, LEASE_GRANT, LEASE_REVOKE, LEASE_KEEP_ALIVE, AUTHENTICATE, STATUS)

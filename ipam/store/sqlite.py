@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from sqlite3 import Connection
@@ -27,7 +27,8 @@ from typing import TypeVar
 from ipam.errors import StoreError, StoreUnavailable
 from ipam.store import rules
 from ipam.store import sqlite_mvcc as mvcc
-from ipam.store.base import Event, KeyValue, Page, Txn, TxnResult, WatchBatch, prefix_end
+from ipam.store.base import Event, KeyValue, Page, Standing, Txn, TxnResult, WatchBatch, prefix_end
+from ipam.store.gate import Gate
 from ipam.store.sqlite_file import Database, open_database
 from ipam.store.sqlite_mvcc import Clock
 
@@ -59,6 +60,7 @@ class SqliteStore:
         self._pulse: _Pulse | None = None
         self._keepers: set[asyncio.Task[None]] = set()
         self._expiry = _Expiry(self._clock)
+        self._gate = Gate()
 
     @classmethod
     async def open(cls, path: Path) -> SqliteStore:
@@ -101,6 +103,14 @@ class SqliteStore:
         lease, deadline = await self._write(lambda db: mvcc.grant(db, ttl, self._clock))
         return SqliteLease(self, lease, ttl, deadline)
 
+    async def standing(self) -> Standing:
+        device, inode = self._reader.identity
+        revision = await self._read(mvcc.current)
+        return Standing(cluster=f"{device:x}-{inode:x}", term=0, revision=revision, surplus=0)
+
+    def verify_with(self, verify: Callable[[], Awaitable[None]]) -> None:
+        self._gate.verify_with(verify)
+
     def reconnect(self) -> None:
         """A file is where it is."""
 
@@ -109,6 +119,7 @@ class SqliteStore:
             return
         self._closed = True
         self._wake_watches()
+        await self._gate.close()
         keepers = list(self._keepers)
         for keeper in keepers:
             keeper.cancel()
@@ -122,6 +133,7 @@ class SqliteStore:
 
     async def _read(self, job: Callable[[Connection], T]) -> T:
         self._check_open()
+        await self._gate.passed()
 
         def read(database: Database) -> tuple[T, bool]:
             with database.reading() as db:
@@ -139,6 +151,7 @@ class SqliteStore:
     async def _write(self, job: Callable[[Connection], T], keys: Collection[str] | None = None) -> T:
         """keys: those it may change, if that is known; watches of others are not woken for it."""
         self._check_open()
+        await self._gate.passed()
 
         def write(database: Database) -> tuple[T, bool]:
             with database.writing() as db:
@@ -341,6 +354,11 @@ class _Desk:
             desk._thread.shutdown(wait=False)
             raise
         return desk
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file."""
+        return self._database.identity
 
     async def run(self, job: Callable[[Database], T]) -> T:
         """Do a job on the thread, after those that were asked for before."""

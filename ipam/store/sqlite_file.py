@@ -90,6 +90,11 @@ class Database:
                 self.connection.close()
                 raise
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file that is open."""
+        return self._identity or (0, 0)
+
     def close(self) -> None:
         self.connection.close()
 

@@ -22,12 +22,12 @@ from dataclasses import replace
 
 import structlog
 
+from ipam import grace
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.node_addresses import NodeAddresses
 from ipam.records import Network
-from ipam.sync import REWIND_GRACE
 from isolator.errors import KernelRefused
 from isolator.fabric.device import DeviceSpec
 from isolator.fabric.kernel import FabricKernel, Held
@@ -163,10 +163,11 @@ class Fabric:
         self._resync_due = True
         self._wake.set()
 
-    def rewound(self) -> None:
+    def rewound(self, seconds: float | None = None) -> None:
         """The store went back in time: what it does not know any more may be asserted anew, so nothing is withdrawn
-        for a while."""
-        self._keep_until = asyncio.get_running_loop().time() + REWIND_GRACE
+        for so long."""
+        whole = grace.SECONDS if seconds is None else seconds
+        self._keep_until = asyncio.get_running_loop().time() + whole
 
     # -- what others need to know
 

@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import moorage
 from moorage.lab.errors import with_log
 from moorage.lab.namespace import Namespace
 from moorage.lab.process import Daemon
@@ -19,6 +21,23 @@ from moorage.lab.switch import Switch, address
 
 FIRST_HOST = 201
 """Host number of the first member on the underlay; nodes have those from 1 on."""
+
+HIDDEN = "http://127.0.0.1:2379"
+"""Where a member serves clients in its own namespace alone."""
+
+BUMPING = """
+import asyncio, sys
+from ipam.store import Put, Txn, open_store
+
+async def bump():
+    store = await open_store("etcd://127.0.0.1:2379?prefix=/bumped")
+    await store.get("bumped")  # waits until it answers
+    for _ in range(int(sys.argv[1])):
+        await store.txn(Txn(then=(Put("bumped", b""),)))
+    await store.close()
+
+asyncio.run(bump())
+"""
 
 READY_WITHIN = 60.0
 """Seconds a cluster has to elect its first leader."""
@@ -75,15 +94,16 @@ class Member(Resource):
         """Ours, with what makes ``etcdctl`` speak to this member."""
         return {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.client}
 
-    def start(self, cluster: str) -> None:
-        """Start it; ``cluster`` is etcd's --initial-cluster. Does not wait."""
+    def start(self, cluster: str, *, hidden: bool = False) -> None:
+        """Start it; ``cluster`` is etcd's --initial-cluster. Does not wait. hidden: nobody outside reaches it."""
+        client = HIDDEN if hidden else self.client
         self.etcd.start(
             self.namespace.command(
                 "etcd",
                 "--name", self.name,
                 "--data-dir", str(self.directory),
-                "--listen-client-urls", self.client,
-                "--advertise-client-urls", self.client,
+                "--listen-client-urls", client,
+                "--advertise-client-urls", client,
                 "--listen-peer-urls", self.peer,
                 "--initial-advertise-peer-urls", self.peer,
                 "--initial-cluster", cluster,
@@ -205,8 +225,13 @@ class EtcdCluster(Resource):
         self._etcdctl("--endpoints", self.members[0].client, "snapshot", "save", str(file))
         return file
 
-    def restore(self, backup: Path) -> None:
-        """All members lose their data and begin anew with a backup's, as after a disaster; returns when they serve."""
+    def restore(self, backup: Path, *, token: str = "etcd-cluster", bump: int = 0) -> None:
+        """All members lose their data and begin anew with a backup's, as after a disaster; returns when they serve.
+
+        token: one that is not etcd's own makes them another cluster's. bump: by how much the only member's revision is
+        raised, and its history compacted, before anybody can connect: as `etcdutl snapshot restore --bump-revision N
+        --mark-compacted` does, which etcd 3.4 does not have.
+        """
         self.kill()
         for member in self.members:
             member.forget()
@@ -216,9 +241,21 @@ class EtcdCluster(Resource):
                 "--data-dir", str(member.directory),
                 "--initial-advertise-peer-urls", member.peer,
                 "--initial-cluster", self.initial_cluster,
+                "--initial-cluster-token", token,
             )  # fmt: skip
+        if bump:
+            self._bump(bump)
         self.start()
         self.wait_ready()
+
+    def _bump(self, by: int) -> None:
+        (member,) = self.members
+        member.start(self.initial_cluster, hidden=True)
+        source = {**os.environ, "PYTHONPATH": str(Path(moorage.__file__).parent.parent)}
+        member.namespace.run(sys.executable, "-c", BUMPING, str(by), environment=source)
+        status = json.loads(self._etcdctl("--endpoints", HIDDEN, "endpoint", "status", "-w", "json").stdout)
+        self._etcdctl("--endpoints", HIDDEN, "compact", str(status[0]["Status"]["header"]["revision"]))
+        member.kill()
 
     def leader(self) -> Member:
         """The member that leads now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ipam.sync import REWIND_GRACE
+from ipam import grace
 from tests.cluster.conftest import HEALED_WITHIN, Story, clean_again, stored_for, under_way
 from tests.patience import PATIENCE
 from tests.system.conftest import eventually
@@ -31,7 +31,7 @@ def test_what_was_given_out_since_the_backup_is_asserted_anew_and_given_to_nobod
         for node in lab.nodes:
             for stay in staying:
                 assert stay.node != node.name or node.namespace.pings(stay.ip)
-        under_way(load, within=REWIND_GRACE + PATIENCE)
+        under_way(load, within=grace.SECONDS + PATIENCE)
         # The quiet one noticed a little later. Eight addresses may be warm from before; one more is new.
         for _ in range(9):
             eventually(lambda: load.settle(lab.nodes[0], 1)[0].ip, within=HEALED_WITHIN)

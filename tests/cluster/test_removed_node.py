@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from ipam import grace
 from ipam.membership import LEASE
-from ipam.sync import REWIND_GRACE
 from moorage.lab import LabNode
 from tests.cluster.conftest import HEALED_WITHIN, Story, clean_again, stored_for
 from tests.cluster.load import NETWORK
@@ -53,7 +53,7 @@ def test_it_is_fenced_asserts_what_is_free_and_cuts_off_what_is_anothers(story: 
             # Nothing new is taken for a while; that may be over on a machine that took its time.
             assert (
                 "was removed from" in asked.add.answer.json.get("msg", "")
-                or time.monotonic() > healed + REWIND_GRACE
+                or time.monotonic() > healed + grace.SECONDS
             )
             load.end(robbed)
             clean_again(lab)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from ipam.errors import Ambiguous, StoreError, StoreUnavailable
 from ipam.store import KeyValue, Lease, Page, Store, Txn, TxnResult, WatchBatch
+from ipam.store.base import Standing
 from tests.patience import PATIENCE
 
 T = TypeVar("T")
@@ -70,6 +71,13 @@ class FaultyStore:
                 raise StoreError("the store is broken (test)")
             case _:
                 return await self.store.txn(txn)
+
+    async def standing(self) -> Standing:
+        self._check()
+        return await self.store.standing()
+
+    def verify_with(self, verify: Callable[[], Awaitable[None]]) -> None:
+        self.store.verify_with(verify)
 
     def watch(self, prefix: str, from_revision: int) -> AsyncIterator[WatchBatch]:
         return self.store.watch(prefix, from_revision)

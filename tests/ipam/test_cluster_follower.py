@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipam import cluster as cluster_module
-from ipam import keys
+from ipam import grace, keys
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster, Holding, Member
 from ipam.keys import IPAddress
@@ -172,7 +172,7 @@ def test_it_shows_what_the_records_say_whatever_happened(steps: list[Any], tmp_p
             await store.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_module, "REWIND_GRACE", 0.0)
+        patch.setattr(grace, "SECONDS", 0.0)
         asyncio.run(run())
 
 
@@ -240,7 +240,7 @@ async def test_a_registered_node_without_a_sign_of_life_is_away_unless_it_runs_n
         await put(store, keys.ALIVE + "a", None)
         await put(store, keys.NODES + "a", None)
         await put(store, keys.ALIVE + "b", b"{}")
-        await eventually(lambda: cluster._alive == {"b"})
+        await eventually(lambda: set(cluster.alive) == {"b"})
         await eventually(lambda: cluster.away == set())
 
 
@@ -307,7 +307,7 @@ async def test_holdings_that_no_address_has_any_more_are_forgotten(
 async def test_what_a_restored_store_does_not_know_is_believed_for_a_while(
     store: Store, monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
-    monkeypatch.setattr(cluster_module, "REWIND_GRACE", 1.0)
+    monkeypatch.setattr(grace, "SECONDS", 1.0)
     await put(store, keys.NODES + "a", Node(name="a", version="1").encode())
     async with following(store) as (cluster, told):
         for ip in IPS[:2]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ipam import cluster, keys
+from ipam import grace, keys
 from ipam.cluster import Cluster
 from ipam.keys import IPAddress
 from ipam.networks import NetworkChange, set_network
@@ -243,8 +243,7 @@ async def test_nothing_is_touched_before_the_cluster_was_listed(idle: Agent) -> 
 async def test_nothing_is_withdrawn_for_a_while_after_the_store_went_back_in_time(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (fabric, cluster):
-        monkeypatch.setattr(module, "REWIND_GRACE", 2.0)
+    monkeypatch.setattr(grace, "SECONDS", 2.0)
     monkeypatch.setattr(fabric, "RESYNC_EVERY", 0.2)
     await join(agent.store, "n2", OF_N2, "192.0.2.2")
     await agent.until(lambda: OF_N2 in agent.holds())

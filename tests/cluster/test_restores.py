@@ -1,0 +1,127 @@
+"""etcd is restored from a backup that does not know of the last containers, in every way in which that is done.
+
+n1 has had containers since the backup; n2 was idle, so that all of what it wrote stands in the backup; n3 joins, or is
+started again, in the moment in which the restored store serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from moorage.lab import Answer, Container, Lab, LabNode
+from tests.cluster.conftest import clean_again
+from tests.patience import PATIENCE
+from tests.system.conftest import eventually
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.etcd,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("cluster"),
+]
+
+NETWORK = "web"
+
+REVISIONS = 2000
+"""By which one is bumped: more than a test writes."""
+
+
+@dataclass
+class Scene:
+    """A lab and the containers that live in it. Its calls are the engine's."""
+
+    lab: Lab
+    lives: list[tuple[LabNode, Container, str]] = field(default_factory=list)
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def add(self, node: LabNode) -> Answer:
+        """Start a container, which lives to the end if it gets an address."""
+        container = self.resources.enter_context(node.container())
+        answer = container.add(NETWORK)
+        if answer.exit == 0:
+            self.lives.append((node, container, answer.ips[4]))
+        return answer
+
+    def settle(self, node: LabNode, count: int) -> None:
+        for _ in range(count):
+            answer = self.add(node)
+            assert answer.exit == 0, answer
+
+    def written(self) -> None:
+        """Wait until the store has all that was done so far."""
+        for node in self.lab.nodes:
+            if node.is_running:
+                eventually(lambda node=node: node.ask("status")["outbox"] == 0)
+
+    def verify(self) -> None:
+        """Nobody was cut off, no address is anybody's twice, and the store knows of all."""
+        clean_again(self.lab)
+        addresses = [ip for _, _, ip in self.lives]
+        assert sorted(set(addresses)) == sorted(addresses)
+        for node in self.lab.nodes:
+            status = node.ask("status")
+            assert (status["conflicts"], status["contested"]) == ([], [])
+        for node, _, ip in self.lives:
+            assert node.namespace.pings(ip), f"{ip} on {node.name} was cut off"
+        rows = self.lab.nodes[0].ask("ip", "list", "--state", "assigned")
+        stored = {(row["address"], row["node"]) for row in rows}
+        assert {(ip, node.name) for node, _, ip in self.lives} <= stored
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Scene]:
+    with Lab(nodes=3, etcd=1) as lab:
+        for node in lab.nodes[:2]:
+            node.start()
+        lab.nodes[0].cli(
+            "network", "create", NETWORK,
+            "--pool", "10.64.0.0/23", "--block-size", "28", "--warm", "2", "--allow-from", "nodes",
+        )  # fmt: skip
+        scene = Scene(lab)
+        with scene.resources:
+            yield scene
+
+
+def again(lab: Lab, backup: Path) -> None:
+    lab.etcd.restore(backup)
+
+
+def bumped(lab: Lab, backup: Path) -> None:
+    lab.etcd.restore(backup, bump=REVISIONS)
+
+
+def elsewhere(lab: Lab, backup: Path) -> None:
+    lab.etcd.restore(backup, token="another-cluster")
+
+
+@pytest.mark.parametrize("restore", [again, bumped, elsewhere])
+def test_no_address_that_a_restored_store_forgot_is_given_to_anybody_else(
+    scene: Scene, restore: Callable[[Lab, Path], None], tell: list[str]
+) -> None:
+    lab = scene.lab
+    busy, idle, new = lab.nodes
+    scene.settle(busy, 2)
+    scene.settle(idle, 1)
+    scene.written()
+    backup = lab.etcd.back_up()
+    scene.settle(busy, 8)
+    scene.written()
+    if new.is_running:
+        new.kill()
+    restore(lab, backup)
+    begun = time.monotonic()
+    new.start()
+    # Each wants more than what may be warm from before.
+    got = {idle.name: 0, new.name: 0}
+    while min(got.values()) < 6:
+        assert time.monotonic() < begun + PATIENCE, got
+        for node in (idle, new):
+            got[node.name] += scene.add(node).exit == 0
+    scene.verify()
+    tell.append(f"{restore.__name__}: new addresses on both after {time.monotonic() - begun:.1f} s")
