@@ -88,7 +88,8 @@ class ContinuityMemory(Protocol):
 class Continuity:
     """See the module's docstring.
 
-    on_doubt: told why, when what this node holds has to be asserted anew. doubted: so until ``asserted``.
+    on_doubt: told why, when what this node holds has to be asserted anew. doubted: so until ``asserted``. is_new:
+    nothing was known of the store when this began.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Continuity:
         self._on_doubt = on_doubt
         self.grace = grace
         self._known = self._load()
+        self.is_new = self._known is None
         self._revision = 0
         self._touched: float | None = None
         self._newest: KeyValue | None = None
@@ -170,6 +172,9 @@ class Continuity:
         self._go_on(standing, id_, _revision(incarnation))
         if is_other:
             self._doubt(_said(incarnation))
+        elif known is None and id_:
+            # Somebody doubted once, just now perhaps: all have to have asserted what they hold.
+            self.grace.begin(_said(incarnation))
         return True
 
     async def _contradiction(self, standing: Standing, *, is_vouched: bool) -> str:
@@ -179,7 +184,7 @@ class Continuity:
             return ""
         if standing.cluster != known.cluster:
             return "its servers are others"
-        if standing.term < known.term or standing.surplus < known.surplus:
+        if standing.term < known.term or standing.surplus_at_most < known.surplus:
             return "its servers began anew with what they had before"
         if standing.revision < known.revision:
             return f"it is at revision {standing.revision} and was at {known.revision}"
@@ -335,7 +340,7 @@ def _stands(vouched: KeyValue, standing: Standing) -> bool:
         log.warning("record is written anew", why=str(error))
         return False
     return (record.cluster, record.term) == (standing.cluster, standing.term) and (
-        record.surplus <= standing.surplus
+        record.surplus <= standing.surplus_at_most
     )
 
 

@@ -65,7 +65,6 @@ async def sync(
     as_new = await writer.claim(max(holdings.journal.confirmed_seq, writer.seq))
     if not as_new and writer.was_removed:
         log.warning("node was removed from the store; what it holds is asserted anew")
-        holdings.grace.begin(f"node {holdings.node} was removed from it")
     elif not as_new and not continuity.doubted:
         await continuity.move(f"it forgot writes of node {holdings.node}")
     fresh = as_new and not continuity.doubted
@@ -186,7 +185,7 @@ def merge(
         if record is None and revision:
             _leave_unreadable(holdings, held)
         elif record is None:
-            _assert_or_drop(holdings, held, report)
+            _assert_or_drop(holdings, held, report, rewound=rewound)
         elif record.node != holdings.node:
             if not holdings.contest(held, record):
                 report.lost.append(held.ip)
@@ -204,10 +203,11 @@ def merge(
             _take_over(holdings, ip, record, revision, is_live, report, rewound=rewound)
 
 
-def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport) -> None:
+def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport, *, rewound: bool) -> None:
     """The store knows nothing of it."""
-    if _is_taken(held) or (held.lent and held.ip not in holdings.asking):
-        # Somebody uses it, or an ADD is about to.
+    cools = rewound and held.state is AddressState.COOLING and not held.is_withdrawn
+    if _is_taken(held) or cools or (held.lent and held.ip not in holdings.asking):
+        # Somebody uses it, or did just now, or an ADD is about to.
         report.asserted.append(held.ip)
         held.revision, held.told = 0, ()
         holdings.shelf.want(held, held.record)

@@ -25,6 +25,7 @@ import structlog
 from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
+from ipam.continuity import TOUCH
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreError, TryAgain
 from ipam.holder import COOLDOWN, Holder
 from ipam.holdings import Conflict
@@ -150,7 +151,7 @@ class Isolator:
         )
         self._continuity = self._holder.continuity
         store.verify_with(self._continuity.verify)
-        self._awaited: set[str] | None = None
+        self._awaited: set[str] | None = set() if self._continuity.is_new else None
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
         )
@@ -467,6 +468,9 @@ class Isolator:
 
     async def _end_grace(self) -> None:
         """Ends a grace as soon as all nodes that were ever heard of have said that they asserted what they hold."""
+        if self._continuity.is_new:
+            # Those that the store forgot, and that this node cannot know of, come back meanwhile.
+            await asyncio.sleep(TOUCH)
         while True:
             await asyncio.sleep(GRACE_EVERY)
             if not self._continuity.grace.left:

@@ -146,17 +146,19 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a store's history stands. Of one history ``term``, ``revision`` and ``surplus`` never go back.
+    """Where a store's history stands. Of one history term, revision and surplus never go back.
 
     cluster: names the servers that have it, or the file. term: raft's, 0 of a file.
-    surplus: entries in the servers' log beyond one for each revision. A backup has the revisions and not the log, so
-    that of a store restored from one is lower, whatever was done to its revision.
+    surplus, surplus_at_most: entries in the servers' log beyond one for each revision, at least and at most, since they
+    cannot be read in one moment. A backup has the revisions and not the log, so that of a store restored from one is
+    lower, whatever was done to its revision.
     """
 
     cluster: str
     term: int
     revision: int
     surplus: int
+    surplus_at_most: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,15 +85,16 @@ class EtcdStore:
         return await EtcdLease.grant(self._calls, ttl, self._leases)
 
     async def standing(self) -> Standing:
-        # In this order: what was written meanwhile makes the surplus too large rather than too small.
+        before = await self._calls.ask(pb.STATUS, pb.StatusRequest())
         at = await self._calls.ask(pb.RANGE, pb.RangeRequest(key=self._codec.key(""), keys_only=True))
-        status = await self._calls.ask(pb.STATUS, pb.StatusRequest())
-        header = status.header
+        after = await self._calls.ask(pb.STATUS, pb.StatusRequest())
+        revision = at.header.revision
         return Standing(
-            cluster=f"{header.cluster_id:x}",
-            term=status.raftTerm,
-            revision=at.header.revision,
-            surplus=status.raftIndex - at.header.revision,
+            cluster=f"{at.header.cluster_id:x}",
+            term=after.raftTerm,
+            revision=revision,
+            surplus=before.raftIndex - revision,
+            surplus_at_most=after.raftIndex - revision,
         )
 
     def verify_with(self, verify: Callable[[], Awaitable[None]]) -> None:

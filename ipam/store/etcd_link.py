@@ -207,7 +207,8 @@ class Link:
         for group in (trusted, suspects):
             endpoint = await _first_that_stands(group, deadline - time.monotonic())
             if endpoint is not None:
-                self._on_new()
+                if endpoint is not self._endpoints[0]:
+                    self._on_new()
                 self._endpoints.remove(endpoint)
                 self._endpoints.insert(0, endpoint)
                 return endpoint.connection()

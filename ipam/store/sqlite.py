@@ -106,7 +106,9 @@ class SqliteStore:
     async def standing(self) -> Standing:
         device, inode = self._reader.identity
         revision = await self._read(mvcc.current)
-        return Standing(cluster=f"{device:x}-{inode:x}", term=0, revision=revision, surplus=0)
+        return Standing(
+            cluster=f"{device:x}-{inode:x}", term=0, revision=revision, surplus=0, surplus_at_most=0
+        )
 
     def verify_with(self, verify: Callable[[], Awaitable[None]]) -> None:
         self._gate.verify_with(verify)
