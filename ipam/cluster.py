@@ -241,6 +241,7 @@ class Cluster:
             listed = {prefix: await self._list(prefix, forgets) for prefix in FOLLOWED}
             self.listed.set()
             self._tell()
+            self._on_members(())  # who waited for the end of a doubt hears of it
             await follow(self._store, listed, self._deliver, self._again)
 
     def start_over(self, seconds: float | None = None) -> None:

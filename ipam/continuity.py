@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
@@ -88,8 +88,8 @@ class ContinuityMemory(Protocol):
 class Continuity:
     """See the module's docstring.
 
-    on_doubt: told why, when what this node holds has to be asserted anew. doubted: so until ``asserted``. is_new:
-    nothing was known of the store when this began.
+    nodes: the names of all that were heard of. on_doubt: told why, when what this node holds has to be asserted anew.
+    doubted: so until ``asserted``. is_new: nothing was known of the store when this began.
     """
 
     def __init__(
@@ -99,11 +99,13 @@ class Continuity:
         memory: ContinuityMemory,
         grace: Grace,
         on_doubt: Callable[[str], None] = lambda _: None,
+        nodes: Callable[[], Collection[str]] = lambda: (),
     ) -> None:
         self._store = store
         self._node = node
         self._memory = memory
         self._on_doubt = on_doubt
+        self._nodes = nodes
         self.grace = grace
         self._known = self._load()
         self.is_new = self._known is None
@@ -168,13 +170,13 @@ class Continuity:
             if not await self._say(standing, vouched):
                 return False
         elif not is_vouched:
-            self.grace.begin("the store's servers began anew while this node was not in touch with it", TOUCH)
+            self.grace.pause("the store's servers began anew while this node was not in touch with it", TOUCH)
         self._go_on(standing, id_, _revision(incarnation))
         if is_other:
             self._doubt(_said(incarnation))
         elif known is None and id_:
             # Somebody doubted once, just now perhaps: all have to have asserted what they hold.
-            self.grace.begin(_said(incarnation))
+            self.grace.begin(_said(incarnation), self._nodes())
         return True
 
     async def _contradiction(self, standing: Standing, *, is_vouched: bool) -> str:
@@ -261,7 +263,7 @@ class Continuity:
         log.warning("store is in doubt: what this node holds is asserted anew", why=why)
         self._newest = None
         self._known = msgspec.structs.replace(self._known, doubted=True, key="", at=0, digest="")
-        self.grace.begin(why)
+        self.grace.begin(why, self._nodes())
         self.save()
         self._on_doubt(why)
 

@@ -7,8 +7,10 @@ after a restore, would otherwise find nothing odd and give out what others' cont
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Protocol
 
+import msgspec
 import structlog
 
 from ipam.errors import TryAgain
@@ -19,33 +21,57 @@ SECONDS = 30.0
 """Seconds that a grace lasts, unless every node has asserted before what it holds."""
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """A grace as it is remembered. until: CLOCK_BOOTTIME of the boot, seconds. why, awaited: as in Grace."""
+
+    boot_id: str
+    until: float
+    why: str
+    awaited: list[str]
+
+
 class GraceMemory(Protocol):
     """Where a grace survives a restart; the journal."""
 
-    def load_grace(self) -> tuple[str, float] | None:
-        """(boot id, CLOCK_BOOTTIME in seconds when it ends), as saved last."""
-        ...
+    def load_grace(self) -> bytes | None: ...
 
-    def save_grace(self, until: float | None) -> None:
-        """Of this boot; None forgets it. Raises TryAgain."""
+    def save_grace(self, kept: bytes | None) -> None:
+        """None forgets it. Raises TryAgain."""
         ...
 
 
 class Grace:
-    """See the module's docstring. why: what it began for, "" if the journal has it from before a restart."""
+    """See the module's docstring.
+
+    why: what it began for. awaited: the nodes that have to assert what they hold before it may end sooner; None if it
+    may not.
+    """
 
     def __init__(self, memory: GraceMemory, boot_id: str, at_least: float = 0.0) -> None:
         """at_least: seconds."""
         self._memory = memory
+        self._boot_id = boot_id
         self._at_least = at_least
         self._until = 0.0
         self.why = ""
-        known = memory.load_grace()
-        if known is not None:
+        self.awaited: frozenset[str] | None = None
+        self._load()
+
+    def _load(self) -> None:
+        raw = self._memory.load_grace()
+        if raw is None:
+            return
+        whole = _now() + self.seconds
+        try:
+            kept = msgspec.json.decode(raw, type=Kept)
+        except msgspec.MsgspecError as error:
+            log.warning("grace in the journal cannot be read; it begins anew", why=str(error))
+            self._until = whole
+        else:
             # The clock of another boot says nothing: once more the whole time.
-            whole = _now() + self.seconds
-            self._until = min(known[1], whole) if known[0] == boot_id else whole
-            self._save()
+            self._until = min(kept.until, whole) if kept.boot_id == self._boot_id else whole
+            self.why, self.awaited = kept.why, frozenset(kept.awaited)
+        self._save()
 
     @property
     def seconds(self) -> float:
@@ -62,24 +88,30 @@ class Grace:
             self.end()
         return max(left, 0.0)
 
-    def begin(self, why: str, seconds: float | None = None) -> None:
-        """From now on nothing new is taken for a while. seconds: less than the whole time."""
-        until = _now() + (self.seconds if seconds is None else seconds)
-        if until > self._until:
-            self.why = why
-            self._until = until
+    def begin(self, why: str, awaited: Collection[str]) -> None:
+        """From now on nothing new is taken, until all of these nodes have asserted what they hold, or time is over."""
+        self.why, self.awaited = why, frozenset(awaited)
+        self._until = _now() + self.seconds
+        self._save()
+
+    def pause(self, why: str, seconds: float) -> None:
+        """Nothing new is taken for so long; others may have reason to doubt."""
+        if _now() + seconds > self._until:
+            self.why, self.awaited = why, None
+            self._until = _now() + seconds
             self._save()
 
     def end(self) -> None:
         """Nothing is in doubt any more."""
         if self._until:
             self._until = 0.0
-            self.why = ""
+            self.why, self.awaited = "", None
             self._save()
 
     def _save(self) -> None:
+        kept = Kept(self._boot_id, self._until, self.why, sorted(self.awaited or ()))
         try:
-            self._memory.save_grace(self._until or None)
+            self._memory.save_grace(msgspec.json.encode(kept) if self._until else None)
         except TryAgain as error:
             log.warning("grace is not journalled; a restart within it would forget it", why=str(error))
 

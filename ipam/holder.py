@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -70,7 +70,7 @@ class Holder:
     on_conflict: told when the store names another owner for an address that an endpoint uses.
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
     in touch with the store. yields_to: see Holdings. on_asserted: told when the store, after a doubt, has all of what
-    is held here.
+    is held here. nodes: the names of all that were heard of.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Holder:
         others_away: Callable[[], bool] = lambda: False,
         yields_to: Callable[[str], bool] = lambda _: True,
         on_asserted: Callable[[], None] = lambda: None,
+        nodes: Callable[[], Collection[str]] = lambda: (),
     ) -> None:
         self._store = store
         self._catalogue = catalogue
@@ -96,7 +97,7 @@ class Holder:
         self._on_asserted = on_asserted
         outage = Outage(self._on_away)
         grace = Grace(journal, boot_id, at_least=cooldown)
-        self.continuity = Continuity(store, node, journal, grace, self._doubt)
+        self.continuity = Continuity(store, node, journal, grace, self._doubt, nodes)
         self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard)
         self._holdings = Holdings(
             node,

@@ -317,6 +317,7 @@ class Holdings:
 
     def settle(self, held: Held) -> None:
         """The store has confirmed what should be there: start what follows from it."""
+        self.contested.pop(held.ip, None)
         if held.state is AddressState.COOLING:
             seconds = min(self.cooldown, HEARD_WITHIN) if held.is_withdrawn else self.cooldown
             self.shelf.cool(held, asyncio.get_running_loop().time() + seconds)
@@ -356,9 +357,9 @@ class Holdings:
         """Ask the store once more whose the contested addresses are."""
         for ip in list(self.contested):
             held = self.shelf.held.get(ip)
-            if held is None or held.record is None or held.dirty:
+            if held is None or held.record is None:
                 del self.contested[ip]
-            else:
+            elif not held.dirty:
                 held.revision, held.told = 0, ()
                 self.shelf.want(held, held.record)
 

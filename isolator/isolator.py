@@ -148,10 +148,10 @@ class Isolator:
             others_away=lambda: bool(self._cluster.away - {settings.node}),
             yields_to=self._yields_to,
             on_asserted=self._agree,
+            nodes=lambda: self._catalogue.nodes() | self._cluster.nodes().keys(),
         )
         self._continuity = self._holder.continuity
         store.verify_with(self._continuity.verify)
-        self._awaited: set[str] | None = set() if self._continuity.is_new else None
         self._addresses = NodeAddresses(
             settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
         )
@@ -450,8 +450,6 @@ class Isolator:
         self._pool_routes.catalogue_changed()
 
     def _store_rewound(self) -> None:
-        # Before the catalogue hears what the store has now.
-        self._awaited = self._catalogue.nodes() | self._cluster.nodes().keys()
         self._cluster.start_over()
         self._fabric.rewound()
 
@@ -473,10 +471,9 @@ class Isolator:
             await asyncio.sleep(TOUCH)
         while True:
             await asyncio.sleep(GRACE_EVERY)
-            if not self._continuity.grace.left:
-                self._awaited = None
-            elif self._awaited is not None and self._cluster.listed.is_set():
-                awaited = self._awaited | self._cluster.nodes().keys()
+            grace = self._continuity.grace
+            if grace.left and grace.awaited is not None and self._cluster.listed.is_set():
+                awaited = grace.awaited | self._cluster.nodes().keys()
                 if self._cluster.have_asserted(awaited, self._continuity.incarnation):
                     log.info("all nodes have asserted what they hold; what is new is taken again")
                     self._holder.end_grace()

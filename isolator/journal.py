@@ -115,7 +115,6 @@ class Journal:
             if self._meta("schema") != str(SCHEMA_VERSION):
                 self._set_meta("schema", str(SCHEMA_VERSION))
             int(self._meta("confirmed_seq") or 0)
-            self.load_grace()
             for load in (
                 self.load_endpoints,
                 self.load_addresses,
@@ -227,13 +226,13 @@ class Journal:
     def save_known(self, known: bytes) -> None:
         self._set_meta("store", known.decode())
 
-    def load_grace(self) -> tuple[str, float] | None:
-        """See ipam/grace.py `GraceMemory`."""
-        boot_id, _, until = (self._meta("grace") or "").partition(" ")
-        return (boot_id, float(until)) if until else None
+    def load_grace(self) -> bytes | None:
+        """The time in which nothing new is taken (ipam/grace.py)."""
+        kept = self._meta("grace")
+        return kept.encode() if kept else None
 
-    def save_grace(self, until: float | None) -> None:
-        self._set_meta("grace", "" if until is None else f"{self._boot_id} {until}")
+    def save_grace(self, kept: bytes | None) -> None:
+        self._set_meta("grace", "" if kept is None else kept.decode())
 
     # -- endpoints and tombstones
 

@@ -107,6 +107,7 @@ class Neighbours:
         self._removed_at: dict[str, float] = {}
         self._look_again: asyncio.TimerHandle | None = None
         self._heard = False
+        self._inherits = False
         self._defaults: dict[str, tuple[str, ...]] = {}
         self._leaving: dict[IPAddress, bool] = {}
         self._forgetting: asyncio.TimerHandle | None = None
@@ -195,22 +196,29 @@ class Neighbours:
                 self._nodes_changed = True
                 raise
         changes, self._members_changed = self._members_changed, {}
-        if not self._heard:
-            # What an earlier agent left in the table may be more than there is now.
-            self._heard = True
-            try:
-                await self._kernel.replace_others(
-                    {ip: groups for ip, member in cluster.members() if (groups := self._netgroups(member))}
-                )
-            except BaseException:
-                self._heard = False
-                raise
+        if not self._heard or (self._inherits and cluster.is_settled):
+            await self._tell_of_all(cluster)
         elif changes:
             left = list(changes)
             try:
                 left = await self._kernel.set_others([(ip, self._netgroups(m)) for ip, m in changes.items()])
             finally:
                 self._let_go({ip: changes[ip] is None for ip in left})
+
+    async def _tell_of_all(self, cluster: Cluster) -> None:
+        """What an earlier agent left in the table may be more than there is now. While the store is in doubt that
+        stays: it may be what the store forgot."""
+        before, self._heard = self._heard, True
+        everyone = {ip: groups for ip, member in cluster.members() if (groups := self._netgroups(member))}
+        try:
+            if cluster.is_settled:
+                await self._kernel.replace_others(everyone)
+            else:
+                await self._kernel.set_others(list(everyone.items()))
+        except BaseException:
+            self._heard = before
+            raise
+        self._inherits = not cluster.is_settled
 
     def _netgroups(self, member: Member | None) -> tuple[str, ...]:
         """Of another node's endpoint; this node's own speak for themselves, and nodes are no endpoints."""

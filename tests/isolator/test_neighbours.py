@@ -256,6 +256,19 @@ async def test_what_an_earlier_agent_left_in_the_table_stays(stage: Stage) -> No
     assert stage.neighbours.tunnel_status()["unnamed"] == [str(unknown)]
 
 
+async def test_who_was_a_member_before_a_restart_stays_one_while_the_store_is_in_doubt(stage: Stage) -> None:
+    stage.kernel.others = {A: ("red",)}
+    stage.cluster.is_settled = False
+    stage.cluster.listed.set()
+    stage.say({B: member("red")})
+    await stage.settled()
+    assert (stage.kernel.replaced, stage.kernel.others) == (0, {A: ("red",), B: ("red",)})
+    stage.cluster.is_settled = True
+    stage.neighbours.on_members(())
+    await stage.settled()
+    assert (stage.kernel.replaced, stage.kernel.others) == (1, {B: ("red",)})
+
+
 async def test_a_kernel_that_refuses_still_forgets(stage: Stage) -> None:
     """The table will be restored from what the policy knows; connections have to be forgotten all the same."""
     stage.cluster.listed.set()
