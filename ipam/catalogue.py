@@ -56,8 +56,8 @@ class Reserved:
 class Catalogue:
     """See the module's docstring. Reading it never blocks.
 
-    node: this one's name. on_rewound: told when the store turned out to have gone back in time, for others who
-    follow it.
+    node: this one's name. own_record: what other nodes were told of it last, None if that is not known.
+    on_rewound: told when the store turned out to have gone back in time, for others who follow it.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Catalogue:
         self._on_rewound = on_rewound
         self._node = node
         self._own_told = False
+        self.own_record: Node | None = None
         self._networks: dict[str, Network] = {}
         self._drawn: dict[str, Geometry] = {}
         self._pools: dict[str, Geometry] = {}
@@ -180,6 +181,8 @@ class Catalogue:
         return True
 
     def _set_node(self, name: str, node: Node) -> bool:
+        if name == self._node:
+            self.own_record = node
         return not self._is_own(name) and self.around.tell(name, taken_of(node))
 
     def _is_own(self, node: str) -> bool:

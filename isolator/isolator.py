@@ -60,6 +60,7 @@ from isolator.recovery import adopted_endpoint, owner_of, recover
 from isolator.store_addresses import StoreAddresses
 from isolator.surrounds import kept
 from isolator.underlay import DEFAULT_MTU, Underlay
+from isolator.underlay import told as told_underlay
 
 log = structlog.get_logger(__name__)
 
@@ -105,7 +106,7 @@ class Settings:
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
     store_endpoints: (name or IP, TCP port) of the store's servers. cooldown: seconds. unused_for: seconds that
     allocated addresses may stay without a container. manage_docker_user: whether Docker's chain of that name may be
-    opened for containers.
+    opened for containers. asks_mesos: whether ``tell_mesos_agent`` will be called.
     """
 
     node: str
@@ -118,6 +119,7 @@ class Settings:
     cooldown: float = COOLDOWN
     unused_for: float = UNUSED_FOR
     manage_docker_user: bool = True
+    asks_mesos: bool = False
 
 
 class Isolator:
@@ -222,7 +224,7 @@ class Isolator:
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
-        self._mesos_agent = ""
+        self._mesos_agent: str | None = None if settings.asks_mesos else ""
 
     # -- life
 
@@ -240,7 +242,7 @@ class Isolator:
         self._endpoints.load()
         self._links = await self._kernel.links()
         self._macs = await self._kernel.macs()
-        self._underlay = await self._kernel.underlay(self._settings.underlay)
+        self._underlay = await self._find_underlay()
         self._fabric.underlay_changed(self._underlay)
         self._membership = Membership(
             self._store,
@@ -257,6 +259,10 @@ class Isolator:
                 await self._holder.sync()
                 if not self._continuity.doubted:
                     self._agree()
+                if not self._underlay.addresses:
+                    self._underlay = self._told_underlay()
+                    self._fabric.underlay_changed(self._underlay)
+                self._membership.describe(self._facts())
                 await self._membership.register()
         except SchemaMismatch:
             raise
@@ -495,10 +501,36 @@ class Isolator:
             vxlan_port=self._settings.vxlan_port,
             vtep=[str(ip) for ip in self._addresses.current().values()],
             gateway=self._settings.gateway,
-            mesos_agent=self._mesos_agent,
+            mesos_agent=self._told_mesos_agent() if self._mesos_agent is None else self._mesos_agent,
             surroundings=lines(self._catalogue.around.taken_by(self.node)),
             features=["routed", "hostgw", "vxlan", f"{FEATURE}{VERSION}"],
         )
+
+    async def _find_underlay(self) -> Underlay:
+        """The underlay as it is, or if that is nothing now, as other nodes were told: a machine that starts, or a DHCP
+        client, has moments without a default route. Raises InvalidInput if it was never there."""
+        told = self._told_underlay()
+        try:
+            found = await self._kernel.underlay(self._settings.underlay)
+        except InvalidInput as error:
+            if not told.addresses:
+                raise
+            log.warning("underlay is not there; what it was is kept", why=str(error))
+            return told
+        if told.addresses and not found.addresses:
+            log.warning(
+                "underlay has no address; what it was is kept", addresses=[str(ip) for ip in told.addresses]
+            )
+            return told
+        return found
+
+    def _told_underlay(self) -> Underlay:
+        record = self._catalogue.own_record
+        return told_underlay(record.underlay, record.mtu) if record else Underlay((), DEFAULT_MTU, ())
+
+    def _told_mesos_agent(self) -> str:
+        record = self._catalogue.own_record
+        return record.mesos_agent if record else ""
 
     def _describe(self) -> None:
         if self._membership is not None:

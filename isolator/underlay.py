@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
@@ -31,6 +31,17 @@ class Underlay:
     mtu: int
     addresses: tuple[IPAddress, ...]
     link_local: IPAddress | None = None
+
+
+def told(addresses: Sequence[str], mtu: int) -> Underlay:
+    """The underlay that other nodes were told of (ipam/records.py `Node.underlay`). Through which links is not said."""
+    ips = [ip_address(text) for text in addresses]
+    return Underlay(
+        links=(),
+        mtu=mtu or DEFAULT_MTU,
+        addresses=tuple(ip for ip in ips if not ip.is_link_local),
+        link_local=next((ip for ip in ips if ip.is_link_local), None),
+    )
 
 
 def underlay(node: Node, wanted: str | None = None) -> Underlay:

@@ -90,6 +90,7 @@ async def _serve(config: AgentConfig) -> None:
                     vxlan_port=config.vxlan_port,
                     gateway=config.gateway,
                     manage_docker_user=config.manage_docker_user,
+                    asks_mesos=config.mesos_agent_url is not None,
                     store_endpoints=endpoints(config.store),
                 ),
                 store,

@@ -16,6 +16,7 @@ from tests.cluster.guests import (
     fabric_of,
     from_nodes,
     guest,
+    routes_of,
     unanswered,
 )
 from tests.patience import PATIENCE
@@ -109,3 +110,36 @@ def test_a_store_that_went_back_in_time_cuts_nobody_off(lab: Lab, guests: list[G
         all_answer(between(everyone) + from_nodes(lab.nodes, everyone))
         said = pinging.communicate(timeout=PATIENCE)[0].decode()
         assert re.search(r" 0% packet loss", said), said
+
+
+@pytest.mark.parametrize("journal", ["there", "lost"])
+def test_a_node_that_is_restarted_without_a_default_route_keeps_and_says_what_it_was(
+    lab: Lab, guests: list[Guest], journal: str
+) -> None:
+    one, other, _ = guests
+    eventually(lambda: all(node.ask("status")["outbox"] == 0 for node in lab.nodes))
+    before, seen = fabric_of(one.node), routes_of(other.node)
+    told = lab.nodes[1].ask("node", "show", one.node.name)
+    one.node.kill()
+    if journal == "lost":
+        for file in one.node.state_dir.glob("journal.db*"):
+            file.unlink()
+    route = one.node.namespace.run("ip", "route", "show", "default").stdout.split()
+    one.node.namespace.run("ip", "route", "delete", "default")
+    try:
+        one.node.start()
+        eventually(lambda: one.node.ask("status")["fabric"]["tunnels"] == 2)
+        with one.node.container() as late:
+            # One that has lost its journal takes nothing new for some seconds.
+            eventually(lambda: late.add("vx").exit == 0)
+            assert "mtu 1450 " in late.namespace.run("ip", "-o", "link", "show", "eth0").stdout
+            all_answer([(late.namespace, other.ips["vx", 4], ""), (late.namespace, other.ips["vx", 6], "")])
+            late.delete("vx")
+        assert unanswered(between(guests)) == []
+        assert (fabric_of(one.node), routes_of(other.node)) == (before, seen)
+        now = lab.nodes[1].ask("node", "show", one.node.name)
+        assert {key: now[key] for key in ("underlay", "mtu")} == {
+            key: told[key] for key in ("underlay", "mtu")
+        }
+    finally:
+        one.node.namespace.run("ip", "route", "add", *route)
