@@ -136,7 +136,9 @@ def test_a_node_that_is_restarted_without_a_default_route_keeps_and_says_what_it
             all_answer([(late.namespace, other.ips["vx", 4], ""), (late.namespace, other.ips["vx", 6], "")])
             late.delete("vx")
         assert unanswered(between(guests)) == []
-        assert (fabric_of(one.node), routes_of(other.node)) == (before, seen)
+        # There may be more: a block that was claimed meanwhile.
+        assert set(before) <= set(fabric_of(one.node))
+        assert set(seen.splitlines()) <= set(routes_of(other.node).splitlines())
         now = lab.nodes[1].ask("node", "show", one.node.name)
         assert {key: now[key] for key in ("underlay", "mtu")} == {
             key: told[key] for key in ("underlay", "mtu")
