@@ -28,6 +28,7 @@ from ipam.holdings import Conflict, Holdings, given
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
 from ipam.named import AddressRequest, Named
+from ipam.namesakes import Namesakes
 from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.pressure import Generosity
@@ -67,7 +68,7 @@ class Holder:
     is_live: asked, when syncing, whether an endpoint carries an address that the journal does not know.
     on_conflict: told when the store names another owner for an address that an endpoint uses.
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
-    in touch with the store.
+    in touch with the store. namesakes: looks who else has, or had, the node's name; None where nobody could.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class Holder:
         cooldown: float = COOLDOWN,
         preloads: bool = True,
         others_away: Callable[[], bool] = lambda: False,
+        namesakes: Namesakes | None = None,
     ) -> None:
         self._store = store
+        self._namesakes = namesakes
         self._catalogue = catalogue
         self._is_live = is_live
         outage = Outage(self._on_away)
@@ -106,12 +109,16 @@ class Holder:
 
     async def sync(self) -> SyncReport:
         """Take the fence and make journal and store agree. Raises Fenced, StoreUnavailable."""
+        if self._namesakes is not None:
+            await self._namesakes.look()
         try:
             report = await sync(self._store, self._writer, self._holdings, self._is_live)
-        except Fenced:
+        except Fenced as error:
             # What is warm here may be another's meanwhile.
             self._holdings.serving = False
             self._holdings.disputed = True
+            if self._namesakes is not None and (why := await self._namesakes.refusal()):
+                raise Fenced(why) from error
             raise
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(

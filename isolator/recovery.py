@@ -55,7 +55,7 @@ def adopted_endpoint(
         driver=network.driver if network is not None else "routed",
         netns="",
         ips=ips,
-        host_ifname=link.name,
+        host_ifname=link.own_name,
         mac=mac or mac_for(ips),
         mtu=link.mtu,
         netgroups=tuple(map(Netgroup, record.netgroups)),
@@ -88,6 +88,7 @@ async def recover(
             log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
             endpoints.forget(endpoint)
     links = await kernel.links()
+    await kernel.mark_links()
     if in_sync or catalogue.pools() or not await kernel.elements():
         await endpoints.restore_policy(keep_endpoints=not in_sync, keep_others=keep_others)
     else:

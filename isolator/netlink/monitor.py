@@ -15,6 +15,7 @@ from functools import reduce
 
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
+from isolator.netlink.inventory import parse_link
 
 _GROUP_LINK, _GROUP_IPV4_ADDRESS, _GROUP_IPV4_ROUTE, _GROUP_IPV6_ADDRESS, _GROUP_IPV6_ROUTE = 1, 5, 7, 9, 11
 """RTNLGRP_* of linux/rtnetlink.h."""
@@ -129,8 +130,8 @@ def _matters(message: Message) -> bool:
 def _vanished(datagram: bytes) -> set[str]:
     """Names of our links in RTM_DELLINK; a bridge reports a port it loses likewise, with a family."""
     names = (
-        codec.as_text(codec.attributes(message.body, messages.LINK.size).get(messages.IFLA_IFNAME))
+        parse_link(message).own_name
         for message in codec.messages(datagram)
         if message.kind == messages.RTM_DELLINK and message.body[0] == socket.AF_UNSPEC
     )
-    return {name for name in names if name.startswith(messages.ENDPOINT_PREFIX)}
+    return {name for name in names if name}

@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from isolator.netlink import delete_links, delete_routes, endpoint_links, our_routes, our_rules
+from isolator.netlink import delete_links, delete_routes, our_links, our_routes, our_rules
 from tests.isolator.rooms import NOTHING, Machine, Room
 
 pytestmark = pytest.mark.kernel
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.kernel
 
 def test_endpoints_links_and_routes_are_found(machine: Machine, container: Room) -> None:
     names = [machine.attach(container, f"eth{i}", f"10.0.0.{i}", f"fd00::{i}").host_ifname for i in (1, 2)]
-    links = machine.do(endpoint_links, machine.node)
+    links = machine.do(our_links, machine.node)
     assert sorted(links) == sorted(names)
     first = links[names[0]]
     assert (first.up, first.mac, first.mtu) == (True, "ee:ee:ee:ee:ee:ee", 1450)
