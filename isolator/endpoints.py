@@ -593,7 +593,7 @@ class Endpoints:
     async def collect(self, names: Sequence[str] | None = None) -> None:
         """Detach endpoints whose interface is gone, because their namespace is.
 
-        names: of node ends that were seen to vanish; None looks at all.
+        names: of node ends that were seen to vanish, or to be renamed, which is undone; None looks at all.
         """
         if names is not None and not any(
             e.host_ifname in names and e.state in COLLECTED for e in self._endpoints.values()

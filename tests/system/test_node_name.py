@@ -42,8 +42,8 @@ class Scene:
         return [endpoint["state"] for endpoint in self.node.ask("endpoint", "list")]
 
 
-@pytest.fixture
-def scene() -> Iterator[Scene]:
+@pytest.fixture(scope="module")
+def running() -> Iterator[Scene]:
     with LabNode("vnode") as node, node.container() as container:
         node.start()
         node.cli("network", "create", "web", "--pool", "10.64.0.0/16")
@@ -51,6 +51,13 @@ def scene() -> Iterator[Scene]:
         eventually(lambda: node.ask("status")["outbox"] == 0)
         node.stop()
         yield Scene(node, container, ip)
+
+
+@pytest.fixture
+def scene(running: Scene) -> Iterator[Scene]:
+    """Each test finds the node as another left it, and has it back under its first name."""
+    yield running
+    running.node.stop()
 
 
 def refusal(node: LabNode) -> str:
