@@ -5,6 +5,7 @@
     'attaching'                        kept for the hook that comes back with the same request, then undone
     'attached', interface there        kept; no packet is lost
     'attached', interface gone         ended: its namespace is gone
+    'attached', all of several gone    'missing', before this: nobody knows (isolator/missing.py)
     interface, unknown to the journal  adopted if the store has its address here, else removed
 
 Nothing is written to the kernel before the store is in sync, or known to be away; without the store,
