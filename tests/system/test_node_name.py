@@ -1,10 +1,17 @@
-"""A node keeps its name, and a container is never cut off for that name's sake."""
+"""A node keeps its name, and a container is never cut off for that name's sake.
+
+``WAYS_OUT=1`` also waits, for a minute, for a container whose address another one has. Its short twin is in
+tests/isolator/test_endpoints.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +152,35 @@ def test_a_container_whose_address_stands_under_an_earlier_name_of_its_machine_i
     assert b" 0% packet loss" in stdout, stdout.decode()
     assert scene.state() == ["attached"]
     assert "CONFLICT" not in scene.node.log.read_text()
+
+
+HASTY = Path(__file__).parent.parent / "cluster" / "hasty_agent.py"
+
+
+@pytest.mark.skipif(not os.environ.get("WAYS_OUT"), reason="a removed node takes nothing new for 30 s")
+def test_a_container_that_is_cut_off_is_connected_again_when_the_other_one_has_ended() -> None:
+    agent = (sys.executable, str(HASTY), "agent")
+    with (
+        LabNode("n1", agent=agent) as first,
+        LabNode("n2", agent=agent, store=first.store) as second,
+        first.container() as robbed,
+        second.container() as taker,
+    ):
+        first.start()
+        first.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--allow-static", "all")
+        ip = robbed.add("web").ips[4]
+        eventually(lambda: first.ask("status")["outbox"] == 0)
+        first.stop()
+        second.start()
+        second.cli("node", "remove", "n1", "--force", "--yes", "n1")
+        assert taker.add("web", labels={"moorage.ip": ip}).exit == 0
+        eventually(lambda: second.ask("status")["outbox"] == 0)
+        first.start()
+        eventually(lambda: first.ask("status")["conflicts"])
+        eventually(lambda: f"container {taker.id}" in first.ask("status")["cut_off"][0])
+        assert not first.namespace.pings(ip, wait=1)
+        assert taker.delete("web").exit == 0
+        eventually(lambda: first.namespace.pings(ip, wait=1))
+        assert [e["state"] for e in first.ask("endpoint", "list")] == ["attached"]
+        (row,) = [r for r in first.ask("ip", "list", "--state", "assigned") if r["address"] == ip]
+        assert (row["node"], row["container_id"]) == ("n1", robbed.id)
