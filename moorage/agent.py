@@ -210,7 +210,10 @@ class AdminHandler:
     async def _missing(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """Those that are missing; with ``answer`` those of ``keys`` that it was given for, or all."""
         answer = arguments.get("answer")
-        keys = [EndpointKey(*key) for key in arguments.get("keys", [])]
+        try:
+            keys = msgspec.convert(arguments.get("keys", []), list[EndpointKey])
+        except msgspec.ValidationError as error:
+            raise InvalidInput(f"keys are no pairs of container id and interface ({error})") from error
         try:
             match answer:
                 case "release":

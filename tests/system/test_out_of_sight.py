@@ -60,10 +60,13 @@ def test_an_agent_in_another_network_namespace_refuses_to_start_and_touches_noth
         before = assigned(node)
         node.kill()
         node.namespace = wrong
-        node.launch()
-        eventually(lambda: not node.is_running)
+        try:
+            node.launch()
+            eventually(lambda: not node.is_running)
+        finally:
+            node.kill()
+            node.namespace = right
         assert "runs in another network namespace than the one before it" in node.log.read_text()
-        node.namespace = right
         assert assigned(node) == before
         node.start()
         assert states(node) == {a.id: "attached", b.id: "attached"}
