@@ -435,6 +435,7 @@ class Isolator:
             ],
             "gateway": self._settings.gateway,
             "endpoints": dict(sorted(states.items())),
+            "name": self._other_name(),
             "identity": self._identity(),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
             "cut_off": self._conflicts.problems(),
@@ -452,13 +453,15 @@ class Isolator:
             **self._firewalls.status(),
         }
 
+    def _other_name(self) -> str:
+        """A sentence, if the host is called otherwise than its node."""
+        if self._host_name == self.node:
+            return ""
+        return f"the host is called {self._host_name} and stays node {self.node}, as its state directory says"
+
     def _identity(self) -> list[str]:
         """Sentences about whose the node's name is, and what the agent does not see of the machine."""
         found = list(self._namesakes.told)
-        if self._host_name != self.node:
-            found.append(
-                f"the host is called {self._host_name} and stays node {self.node}, as its state directory says"
-            )
         if why := blind(self._window):
             found.append(
                 f"the agent does not see all processes of the machine, because {why}; a container whose processes have "
