@@ -30,6 +30,7 @@ from ipam.holdings import Conflict, Holdings, given
 from ipam.journal import AddressRow, Journal
 from ipam.keys import Family, IPAddress
 from ipam.named import AddressRequest, Named
+from ipam.namesakes import Namesakes
 from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.pressure import Generosity
@@ -71,6 +72,7 @@ class Holder:
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
     in touch with the store. yields_to: see Holdings. on_asserted: told when the store, after a doubt, has all of what
     is held here. nodes: the names of all that were heard of.
+    in touch with the store. namesakes: looks who else has, or had, the node's name; None where nobody could.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Holder:
         yields_to: Callable[[str], bool] = lambda _: True,
         on_asserted: Callable[[], None] = lambda: None,
         nodes: Callable[[], Collection[str]] = lambda: (),
+        namesakes: Namesakes | None = None,
     ) -> None:
         self._store = store
+        self._namesakes = namesakes
         self._catalogue = catalogue
         self._is_live = is_live
         self._on_asserted = on_asserted
@@ -124,12 +128,16 @@ class Holder:
 
     async def sync(self) -> SyncReport:
         """Take the fence and make journal and store agree. Raises Fenced, StoreUnavailable."""
+        if self._namesakes is not None:
+            await self._namesakes.look()
         try:
             report = await sync(self._store, self._writer, self._holdings, self._is_live, self.continuity)
-        except Fenced:
+        except Fenced as error:
             # What is warm here may be another's meanwhile.
             self._holdings.serving = False
             self._holdings.disputed = True
+            if self._namesakes is not None and (why := await self._namesakes.refusal()):
+                raise Fenced(why) from error
             raise
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(

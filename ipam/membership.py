@@ -176,7 +176,8 @@ class Membership:
             self._missing = True
             self._on_fenced(
                 Fenced(
-                    f"another agent took over node {self._node.name}; give one of the two another --node name"
+                    f"another agent took over node {self._node.name}; give one of the two another --node "
+                    "name, with another --state-dir"
                 )
             )
 

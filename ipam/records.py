@@ -215,6 +215,8 @@ class Node(Record, frozen=True, kw_only=True):
     mesos_agent: the id of the Mesos agent there, "" if there is none, or nobody said how to ask it.
     drained: nothing is warm there, and nothing will be, until its agent says otherwise (ipam/drain.py).
     surroundings: what its own networks use, which no container gets; lines as in ipam/taken.py.
+    machine_id: of the machine, derived from /etc/machine-id; state_id: of the agent's state directory. "" if there is
+    none, or the agent is older than the field. They say whose the name is; ipam/namesakes.py.
     since: wall clock, seconds, of its first registration.
     """
 
@@ -231,6 +233,8 @@ class Node(Record, frozen=True, kw_only=True):
     drained: bool = False
     since: float = 0.0
     surroundings: list[str] = []
+    machine_id: str = ""
+    state_id: str = ""
 
 
 class Alive(Record, frozen=True, kw_only=True):

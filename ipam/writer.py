@@ -152,7 +152,8 @@ class Writer:
                     if not ours and (lease.boot_id != self._boot_id or self._had_fence):
                         raise Fenced(
                             f"another agent runs as node {self._node} (instance {lease.instance}); "
-                            "stop it or wait until its lease expires, or give this node another --node name"
+                            "stop it or wait until its lease expires, or give this node another --node name, with "
+                            "another --state-dir"
                         )
                 found = await self._store.get(self._key)
                 stood = Fence.decode(found.key, found.value) if found else None
@@ -160,7 +161,8 @@ class Writer:
                 if stood is not None and stood.vacant and self._had_fence:
                     raise Fenced(
                         f"node {self._node} was taken from this agent by `moorage node adopt`: the next agent that "
-                        "starts under this name has it; restart this one to have it back, or give it another --node"
+                        "starts under this name has it; restart this one to have it back, or give it another --node, "
+                        "with another --state-dir"
                     )
                 if stood is not None:
                     self._leave_time_to(stood)
@@ -197,7 +199,7 @@ class Writer:
         if now < self._usurper[1] + SHOWS_WITHIN:
             raise Fenced(
                 f"another agent (instance {stood.instance}) took over node {self._node}; stop one of the two, "
-                "or give this one another --node name"
+                "or give this one another --node name, with another --state-dir"
             )
 
     def _hold(self, revision: int, seq: int, fresh: bool) -> bool:
@@ -275,7 +277,7 @@ class Writer:
                 f"node {self._node} was removed, or taken from this agent, by an operator"
                 if not fence.boot_id
                 else f"another agent (instance {fence.instance}) took over node {self._node}; "
-                "stop one of the two, or give this one another --node name"
+                "stop one of the two, or give this one another --node name, with another --state-dir"
             )
         if stood.mod_revision == self._revision:
             raise IncarnationMoved("a node doubts the store; what this node holds is asserted anew")

@@ -19,6 +19,7 @@ from isolator.endpoints import Endpoints
 from isolator.fabric import VXLAN_DEVICE, Fabric
 from isolator.kernel import Kernel
 from isolator.mending import Mending
+from isolator.model import EndpointState
 from isolator.neighbours import Neighbours
 from isolator.policy.foreign import Blocked
 from isolator.trace import Tracer
@@ -143,6 +144,13 @@ class Answers:
             return {
                 "done": False,
                 "why": f"{endpoint.key} is cut off, but its interface is not removed yet; look again",
+            }
+        if not ended and endpoint.state is EndpointState.MISSING:
+            return {
+                "done": False,
+                "live": True,
+                "why": f"nobody knows whether {endpoint.key}, which has {ip}, has ended: its interface was gone with "
+                "all others when the agent started; see `moorage endpoint missing` there, or use --force",
             }
         if not ended:
             return {

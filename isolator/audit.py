@@ -6,7 +6,7 @@ confirmed yet. Repairs are only those that cannot take an address from a live na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,11 +48,22 @@ async def audit(
     return {
         "findings": [asdict(finding) for finding in found.findings],
         "repaired": [asdict(finding) for finding in repaired],
-        "notes": [f"node is out of sync with the store: {holder.problem}"] if holder.problem else [],
+        "notes": [*_notes(endpoints, holder)],
         "unwritten": [str(ip) for ip, held in holder.assigned().items() if held.dirty],
         "carried": {str(ip): str(e.key) for e in attached if e.host_ifname in found.links for ip in e.ips}
         | {str(ip): device for ip, device in own.items()},
     }
+
+
+def _notes(endpoints: Endpoints, holder: Holder) -> Iterator[str]:
+    if holder.problem:
+        yield f"node is out of sync with the store: {holder.problem}"
+    missing = [str(e.key) for e in endpoints.all() if e.state is EndpointState.MISSING]
+    if missing:
+        yield (
+            f"nobody knows whether {', '.join(missing)} have ended: their addresses are kept, not verified; see "
+            "`moorage endpoint missing` on that node"
+        )
 
 
 @dataclass(frozen=True, slots=True)

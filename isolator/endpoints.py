@@ -90,6 +90,9 @@ ADMITTED = (EndpointState.ATTACHED, EndpointState.ATTACHING)
 COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 """States that end when the interface, and so the namespace, is gone."""
 
+ENDED_BY_GC = (*COLLECTED, EndpointState.MISSING)
+"""States that end when an engine has the container no more."""
+
 
 class Endpoints:
     """See the module's docstring.
@@ -464,7 +467,7 @@ class Endpoints:
         garbage = [
             endpoint
             for endpoint in self._endpoints.values()
-            if endpoint.state in COLLECTED
+            if endpoint.state in ENDED_BY_GC
             and valid.lacks(endpoint)
             and self._attached_at.get(endpoint.key, endpoint.asked.at) < valid.asked.at
         ]
@@ -486,6 +489,8 @@ class Endpoints:
             )
 
     async def _is_gone(self, endpoint: Endpoint) -> bool:
+        if endpoint.state is EndpointState.MISSING:
+            return False  # that is what nobody knows
         if (
             endpoint.state is EndpointState.DETACHING
             or endpoint.host_ifname not in await self._kernel.links()
@@ -588,7 +593,7 @@ class Endpoints:
     async def collect(self, names: Sequence[str] | None = None) -> None:
         """Detach endpoints whose interface is gone, because their namespace is.
 
-        names: of node ends that were seen to vanish; None looks at all.
+        names: of node ends that were seen to vanish, or to be renamed, which is undone; None looks at all.
         """
         if names is not None and not any(
             e.host_ifname in names and e.state in COLLECTED for e in self._endpoints.values()
@@ -729,6 +734,37 @@ class Endpoints:
                 # A restart asks the store again, and learns the same.
                 log.warning("conflict is not journalled", endpoint=str(current.key), why=str(error))
             return True
+
+    async def reconnect(self, endpoint: Endpoint) -> bool:
+        """Let traffic flow again to one that was cut off, or was missing, and is as it should be; says whether it does.
+
+        Raises KernelRefused, JournalUnwritable, NotFound (network).
+        """
+        async with self._locks.of(endpoint.key):
+            stopped = (EndpointState.CONFLICT, EndpointState.MISSING)
+            if self._endpoints.get(endpoint.key) is not endpoint or endpoint.state not in stopped:
+                return False
+            back = replace(endpoint, state=EndpointState.ATTACHED)
+            # What another container had by these addresses meanwhile.
+            await self._kernel.forget_connections(back.ips)
+            await self._prepare(back.network)
+            await self._kernel.readmit(back, self._isolation(back.network))
+            await self._kernel.repair(back)
+            self._journal.save_endpoint(back)
+            self._endpoints[back.key] = back
+            log.info("endpoint is connected again", endpoint=str(back.key), ips=[str(ip) for ip in back.ips])
+            return True
+
+    def miss(self, endpoints: Sequence[Endpoint]) -> None:
+        """Nobody knows whether these have ended: they keep what they have. Nothing else is going on yet."""
+        missing = [replace(endpoint, state=EndpointState.MISSING) for endpoint in endpoints]
+        self._endpoints.update((endpoint.key, endpoint) for endpoint in missing)
+        try:
+            with self._journal.transaction():
+                for endpoint in missing:
+                    self._journal.save_endpoint(endpoint)
+        except JournalUnwritable as error:
+            log.warning("the next start asks again which endpoints have ended", why=str(error))
 
     # -- for recovery
 

@@ -16,7 +16,7 @@ import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ipam.holdings import Conflict
 from ipam.intents import IntentServer
 from ipam.keys import IPAddress
 from ipam.membership import Membership
+from ipam.namesakes import Identity, Namesakes
 from ipam.node_addresses import NodeAddresses
 from ipam.pool_collisions import colliding_address, colliding_pools
 from ipam.records import Address, AddressState, Fence, Node
@@ -40,27 +41,31 @@ from ipam.store.base import Store
 from ipam.taken import aggregated, lines
 from isolator.allocated import UNUSED_FOR, Allocated
 from isolator.answers import Answers
+from isolator.conflicts import Conflicts
 from isolator.connections import Connections
 from isolator.endpoints import Endpoints
-from isolator.errors import KernelRefused
+from isolator.errors import JournalUnwritable, KernelRefused
 from isolator.every import Every
 from isolator.fabric import VXLAN_DEVICE, VXLAN_PORT, Fabric, mac_of
 from isolator.foreign_firewalls import ForeignFirewalls
 from isolator.forwarding import Forwarding
-from isolator.identity import boot_id
+from isolator.identity import boot_id, machine_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.mending import Mending
+from isolator.missing import Missing, missing
 from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointState, ValidAttachments, Work
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
+from isolator.node_name import settle
 from isolator.pool_routes import PoolRoutes
 from isolator.recovery import adopted_endpoint, owner_of, recover
 from isolator.store_addresses import StoreAddresses
 from isolator.surrounds import kept
 from isolator.underlay import DEFAULT_MTU, Underlay
 from isolator.underlay import told as told_underlay
+from isolator.window import blind, enter, window
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +107,7 @@ RETRY = 1.0
 class Settings:
     """What an isolator is told.
 
+    node: the name, if the journal has none yet. node_given: whether somebody chose it; else it is the host's.
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
     store_endpoints: (name or IP, TCP port) of the store's servers. cooldown: seconds. unused_for: seconds that
@@ -120,18 +126,34 @@ class Settings:
     unused_for: float = UNUSED_FOR
     manage_docker_user: bool = True
     asks_mesos: bool = False
+    node_given: bool = True
+
+
+KNOWN_INSTANCES = 16
+"""Agents that are remembered to have written for the node: one, and as many as may have died since without."""
 
 
 class Isolator:
     """See the module's docstring. allocated: for engines that ask for addresses before they have a container."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
-        """Opens the journal. Raises JournalUnwritable."""
+        """Opens the journal. Raises JournalUnwritable, InvalidInput if it is another node's."""
         self.instance = uuid.uuid4().hex
-        self._settings = settings
         self._store = store
         self._boot_id = boot_id()
         self._journal = Journal(settings.state_dir / "journal.db", self._boot_id)
+        name = settle(self._journal, settings.node, given=settings.node_given, state_dir=settings.state_dir)
+        self._host_name = settings.node
+        self._settings = settings = replace(settings, node=name)
+        self._window = window(self._boot_id)
+        self._namesakes = Namesakes(
+            store,
+            name,
+            Identity(
+                machine_id(), self._journal.state_id, self._boot_id, self.instance, self._journal.instances
+            ),
+            lambda: [str(ip) for ip in self._underlay.addresses],
+        )
         self._kernel = Kernel()
         self._catalogue = Catalogue(
             store, self._journal, self._catalogue_changed, self._store_rewound, node=settings.node
@@ -151,6 +173,7 @@ class Isolator:
             yields_to=self._yields_to,
             on_asserted=self._agree,
             nodes=lambda: self._catalogue.nodes() | self._cluster.nodes().keys(),
+            namesakes=self._namesakes,
         )
         self._continuity = self._holder.continuity
         store.verify_with(self._continuity.verify)
@@ -197,6 +220,10 @@ class Isolator:
             settings.unused_for,
         )
         self._mending = Mending(self._kernel, self._endpoints)
+        self._missing = Missing(self._kernel, self._endpoints)
+        self._conflicts = Conflicts(
+            store, self._journal, self._catalogue, self._holder, self._endpoints, self._namesakes, name
+        )
         self._answers = Answers(
             settings.node,
             self._kernel,
@@ -222,14 +249,15 @@ class Isolator:
         self._links: dict[str, HostLink] = {}
         self._macs: dict[str, str] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
-        self._conflicts: asyncio.Queue[Conflict] = asyncio.Queue()
         self._recovered_in_sync = False
         self._mesos_agent: str | None = None if settings.asks_mesos else ""
 
     # -- life
 
     async def start(self) -> None:
-        """Recover; returns when ADD and DEL can be served. Raises KernelRefused."""
+        """Recover; returns when ADD and DEL can be served. Raises KernelRefused, and InvalidInput where the journal's
+        endpoints would not be seen."""
+        enter(self._journal, self._window, self._settings.state_dir)
         self._catalogue.load()
         await self._look_around()
         self._holder.load()
@@ -241,6 +269,7 @@ class Isolator:
             self._fabric.rewound(left)
         self._endpoints.load()
         self._links = await self._kernel.links()
+        self._endpoints.miss(missing(self._endpoints.all(), self._links, self._boot_id))
         self._macs = await self._kernel.macs()
         self._underlay = await self._find_underlay()
         self._fabric.underlay_changed(self._underlay)
@@ -253,6 +282,7 @@ class Isolator:
             self._holder.drain,
         )
         self._membership.agree(self._continuity.incarnation)
+        self._remember_instances([*self._journal.instances[-KNOWN_INSTANCES + 1 :], self.instance])
         try:
             async with asyncio.timeout(SYNC_PATIENCE):
                 await ensure_schema(self._store)
@@ -282,6 +312,14 @@ class Isolator:
             keep_others=not self._cluster.listed.is_set(),
         )
         self._recovered_in_sync = in_sync
+        if in_sync:
+            self._remember_instances([self.instance])
+
+    def _remember_instances(self, instances: list[str]) -> None:
+        try:
+            self._journal.save_instances(instances)
+        except JournalUnwritable as error:
+            log.warning("the next start cannot tell this agent from a copy", why=str(error))
 
     async def run(self) -> None:
         """Everything that goes on beside the calls, until cancelled."""
@@ -307,7 +345,8 @@ class Isolator:
                     ("intents", intents.run),
                     ("reaper", self._endpoints.reap),
                     ("collector", self._collect),
-                    ("conflicts", self._cut_off),
+                    ("conflicts", self._conflicts.run),
+                    ("reconnections", self._conflicts.bring_back),
                     ("allocated", self.allocated.run),
                     ("firewall", self._heal),
                     ("firewalls", self._firewalls.run),
@@ -383,6 +422,20 @@ class Isolator:
         """End an endpoint that no process is left on; says whether it is gone now. Raises TimeoutError."""
         return await self._endpoints.end(key, only_if_gone=True)
 
+    # -- what an operator says of endpoints that are missing
+
+    def missing(self) -> list[Endpoint]:
+        """See missing.py."""
+        return self._missing.all()
+
+    async def release_missing(self, keys: list[EndpointKey]) -> list[Endpoint]:
+        """See Missing.release."""
+        return await self._missing.release(keys)
+
+    def keep_missing(self, keys: list[EndpointKey]) -> list[Endpoint]:
+        """See Missing.keep."""
+        return self._missing.keep(keys)
+
     async def ready(self, network: str | None = None) -> None:
         """Raises what an ADD on ``network`` would be refused with now: InvalidInput on a gateway, NotFound,
         JournalUnwritable, TryAgain if it would get no address, Fenced if others may have this node's."""
@@ -416,7 +469,11 @@ class Isolator:
             ],
             "gateway": self._settings.gateway,
             "endpoints": dict(sorted(states.items())),
+            "name": self._other_name(),
+            "identity": self._identity(),
             "conflicts": [str(e.key) for e in self._endpoints.all() if e.state is EndpointState.CONFLICT],
+            "cut_off": self._conflicts.problems(),
+            "missing": self._missing.question(),
             "not_known_to_other_nodes_yet": [
                 f"{key} ({', '.join(map(str, ips))})"
                 for key, ips in self._endpoints.unknown_to_others().items()
@@ -429,6 +486,22 @@ class Isolator:
             "damage": [*self._forwarding.problems(), *self._mending.problems()],
             **self._firewalls.status(),
         }
+
+    def _other_name(self) -> str:
+        """A sentence, if the host is called otherwise than its node."""
+        if self._host_name == self.node:
+            return ""
+        return f"the host is called {self._host_name} and stays node {self.node}, as its state directory says"
+
+    def _identity(self) -> list[str]:
+        """Sentences about whose the node's name is, and what the agent does not see of the machine."""
+        found = list(self._namesakes.told)
+        if why := blind(self._window):
+            found.append(
+                f"the agent does not see all processes of the machine, because {why}; a container whose processes have "
+                "ended keeps its addresses until its DEL"
+            )
+        return found
 
     def _collisions(self) -> list[str]:
         """Sentences about pools, and addresses assigned here, that nodes' own networks use, too."""
@@ -503,6 +576,8 @@ class Isolator:
             gateway=self._settings.gateway,
             mesos_agent=self._told_mesos_agent() if self._mesos_agent is None else self._mesos_agent,
             surroundings=lines(self._catalogue.around.taken_by(self.node)),
+            machine_id=machine_id(),
+            state_id=self._journal.state_id,
             features=["routed", "hostgw", "vxlan", f"{FEATURE}{VERSION}"],
         )
 
@@ -614,14 +689,14 @@ class Isolator:
         key = EndpointKey(record.container_id, record.ifname)
         network = next((n for n in self._catalogue.networks() if n.name == record.network), None)
         adopted = adopted_endpoint(
-            self._endpoints.get(key), ip, record, link, network, self._boot_id, self._macs.get(link.name)
+            self._endpoints.get(key), ip, record, link, network, self._boot_id, self._macs.get(link.own_name)
         )
         log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
         self._endpoints.adopt(adopted)
         return True
 
     def _on_conflict(self, conflict: Conflict) -> None:
-        self._conflicts.put_nowait(conflict)
+        self._conflicts.note(conflict)
         self._fabric.addresses_changed()
 
     async def _look_at_fence(self) -> None:
@@ -646,12 +721,6 @@ class Isolator:
                     )
                 )
 
-    async def _cut_off(self) -> None:
-        while True:
-            conflict = await self._conflicts.get()
-            if not await self._endpoints.cut_off(conflict):
-                asyncio.get_running_loop().call_later(RETRY, self._conflicts.put_nowait, conflict)
-
     async def _collect(self) -> None:
         """Ends endpoints whose namespace is gone: at once when told, and regularly, however much is told."""
         every = Every(COLLECT_EVERY)
@@ -660,7 +729,10 @@ class Isolator:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(every.left()):
                     names = await self._vanished.get()
-            await self._endpoints.collect(None if every.is_due() else names)
+            due = every.is_due()
+            await self._endpoints.collect(None if due else names)
+            if due:
+                await self._missing.look()
 
     async def _restore_policy(self) -> None:
         await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)

@@ -1,6 +1,7 @@
 """The journal: what this node's agent must not forget, in one SQLite file.
 
-    meta        key -> value             schema, the boot that wrote it, last confirmed write (fence)
+    meta        key -> value             schema, the boot that wrote it, last confirmed write (fence); whose it is: the
+                                         node's name, an id of its own, agents that wrote it, and from where
     endpoints   container_id, ifname ->  one Endpoint, JSON
     addresses   ip ->                    Address record, its revision in the store, dirty
     blocks      base/size ->             pool, revision
@@ -22,7 +23,8 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,10 @@ from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointStat
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """2: endpoints have port mappings and limits. 3: and what their engine calls the network; addresses may be allocated.
-4: endpoints have a next hop, and the pools that their container has routes to.
+4: endpoints have a next hop, and the pools that their container has routes to. 5: it says whose it is, and an endpoint
+may be missing.
 What an earlier version wrote is read as it is, but never the reverse."""
 
 _TABLES = """
@@ -114,6 +117,8 @@ class Journal:
                 )
             if self._meta("schema") != str(SCHEMA_VERSION):
                 self._set_meta("schema", str(SCHEMA_VERSION))
+            if not self._meta("state_id"):
+                self._set_meta("state_id", uuid.uuid4().hex)
             int(self._meta("confirmed_seq") or 0)
             for load in (
                 self.load_endpoints,
@@ -233,6 +238,37 @@ class Journal:
 
     def save_grace(self, kept: bytes | None) -> None:
         self._set_meta("grace", "" if kept is None else kept.decode())
+
+    # -- whose it is
+
+    @property
+    def state_id(self) -> str:
+        """Made with the journal, and never changed: copies of it say the same."""
+        return self._meta("state_id") or ""
+
+    @property
+    def node(self) -> str:
+        """The name of the node that it is of; "" if no agent of this version said."""
+        return self._meta("node") or ""
+
+    def save_node(self, node: str) -> None:
+        self._set_meta("node", node)
+
+    @property
+    def instances(self) -> list[str]:
+        """The agents that may have written to the store what it holds, oldest first; each is saved before it does."""
+        return msgspec.json.decode(self._meta("instances") or "[]", type=list[str])
+
+    def save_instances(self, instances: Sequence[str]) -> None:
+        self._set_meta("instances", msgspec.json.encode(instances).decode())
+
+    @property
+    def window(self) -> str:
+        """The namespaces that its endpoints were made from (isolator/window.py); "" if none is known."""
+        return self._meta("window") or ""
+
+    def save_window(self, window: str) -> None:
+        self._set_meta("window", window)
 
     # -- endpoints and tombstones
 

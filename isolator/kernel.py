@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import structlog
+
 from ipam.keys import Family, IPNetwork
 from ipam.ranges import Ranges
 from isolator import sysctl
@@ -25,16 +27,18 @@ from isolator.netlink import (
     connections_of,
     delete_links,
     delete_routes,
-    endpoint_links,
     endpoint_routes,
     flush_conntrack,
     flush_ports,
     forget,
+    name_back,
+    our_links,
     pinned,
     shaper_links,
     sources,
 )
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
+from isolator.netlink.messages import SHAPER_PREFIX, mark
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.netlink.whereabouts import find_namespace
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
@@ -49,6 +53,8 @@ from isolator.thread import KernelThread
 from isolator.tracking import Table, connection_table, fair_share
 from isolator.underlay import Underlay, underlay
 from isolator.vacancy import is_vacant
+
+log = structlog.get_logger(__name__)
 
 
 def wiring(endpoint: Endpoint) -> Wiring:
@@ -118,6 +124,7 @@ class Kernel:
         self._reaping = _DriverThread("moorage-reaping")
         self._policy = self._wiring.call(Policy)
         self._reaping_netfilter = self._reaping.call(lambda: NetlinkSocket(NETLINK_NETFILTER))
+        self._renamed: dict[str, str] = {}
 
     def close(self) -> None:
         self._wiring.call(self._policy.close)
@@ -297,8 +304,33 @@ class Kernel:
         return await self._wiring.run(enable_forwarding, self._wiring.node)
 
     async def links(self) -> dict[str, HostLink]:
-        """Every endpoint interface of this node, by name."""
-        return await self._wiring.run(endpoint_links, self._wiring.node)
+        """Every endpoint interface of this node, by the name that it got from us, which one that somebody renamed has
+        again."""
+        return await self._wiring.run(self._links)
+
+    def _links(self) -> dict[str, HostLink]:
+        links = our_links(self._wiring.node)
+        renamed = [link for link in links.values() if link.name != link.own_name]
+        refused = name_back(self._wiring.node, renamed)
+        names = {link.own_name: link.name for link in renamed}
+        if names and names != self._renamed:
+            log.warning(
+                "interfaces were renamed by somebody; they are named as before",
+                were=names,
+                refused=[str(error) for error in refused],
+            )
+        self._renamed = names
+        return {name: link for name, link in links.items() if not name.startswith(SHAPER_PREFIX)}
+
+    async def mark_links(self) -> None:
+        """Have every link of ours say its name, also those that an earlier version made."""
+        await self._wiring.run(self._mark_links)
+
+    def _mark_links(self) -> None:
+        links = our_links(self._wiring.node).values()
+        unmarked = [mark(link.index, link.own_name) for link in links if not link.marked]
+        if refused := self._wiring.node.route.attempt(unmarked):
+            log.warning("interfaces are known by name alone", why=str(refused[0]), count=len(refused))
 
     async def shapers(self) -> set[str]:
         """Names of all links of this node that limit endpoints' traffic."""

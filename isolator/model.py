@@ -161,13 +161,16 @@ class Work:
 class EndpointState(enum.StrEnum):
     """attaching -> attached -> detaching -> (gone).
 
-    CONFLICT: the store gave its address to somebody else; it is cut off and waits for its DEL.
+    CONFLICT: the store gave its address to somebody else; it is cut off until it has the address again, or its DEL.
+    MISSING: its interface was not there when the agent started, nor was any other's, and nobody has said whether its
+    container has ended; it keeps its addresses (isolator/missing.py).
     """
 
     ATTACHING = "attaching"
     ATTACHED = "attached"
     DETACHING = "detaching"
     CONFLICT = "conflict"
+    MISSING = "missing"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
     'attaching'                        kept for the hook that comes back with the same request, then undone
     'attached', interface there        kept; no packet is lost
     'attached', interface gone         ended: its namespace is gone
+    'attached', all of several gone    'missing', before this: nobody knows (isolator/missing.py)
     interface, unknown to the journal  adopted if the store has its address here, else removed
 
 Nothing is written to the kernel before the store is in sync, or known to be away; without the store,
@@ -55,7 +56,7 @@ def adopted_endpoint(
         driver=network.driver if network is not None else "routed",
         netns="",
         ips=ips,
-        host_ifname=link.name,
+        host_ifname=link.own_name,
         mac=mac or mac_for(ips),
         mtu=link.mtu,
         netgroups=tuple(map(Netgroup, record.netgroups)),
@@ -88,6 +89,7 @@ async def recover(
             log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
             endpoints.forget(endpoint)
     links = await kernel.links()
+    await kernel.mark_links()
     if in_sync or catalogue.pools() or not await kernel.elements():
         await endpoints.restore_policy(keep_endpoints=not in_sync, keep_others=keep_others)
     else:

@@ -29,6 +29,12 @@ from isolator.policy.foreign import Blocked
 from isolator.policy.sending import ICMP_ERROR, Drop, Packet
 from isolator.unbound import Interface, unbound
 
+_ENDS = {
+    EndpointState.CONFLICT: "end the container",
+    EndpointState.MISSING: "say whether it has ended: `moorage endpoint missing`",
+}
+"""What an endpoint that is not attached needs; any other state passes by itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:
@@ -297,7 +303,7 @@ class Tracer:
     async def _ends(self, endpoint: Endpoint) -> tuple[Hop, Hop]:
         """The container's end, and the node's."""
         if endpoint.state is not EndpointState.ATTACHED:
-            cure = "end the container" if endpoint.state is EndpointState.CONFLICT else "wait for it"
+            cure = _ENDS.get(endpoint.state, "wait for it")
             hop = self._hop("container", False, f"{endpoint.key} is {endpoint.state.value}", cure)
             return hop, self._hop("veth", None, f"{endpoint.host_ifname} is not looked at")
         found = await self._kernel.differences(endpoint)

@@ -19,6 +19,7 @@ from isolator.identity import boottime
 from isolator.model import Endpoint
 from isolator.netlink import Node, unpinned
 from isolator.netlink.far_end import far_end
+from isolator.window import blind, window
 
 STARTS_FIRST = frozenset({MESOS, NET_MODULES})
 """Engines that have a process in the namespace before they ask for an ADD."""
@@ -39,11 +40,12 @@ def may_be_vacant(endpoint: Endpoint) -> bool:
 
 
 def is_vacant(node: Node, endpoint: Endpoint) -> bool:
-    """Whether no process is in the endpoint's namespace, while its interface is there.
+    """Whether no process is in the endpoint's namespace, while its interface is there. False where the agent does not
+    see all processes: that it sees none says nothing then.
 
     Takes some microseconds for each thread of the machine.
     """
-    if not endpoint.netns:
+    if not endpoint.netns or blind(window(endpoint.asked.boot_id)):
         return False
     try:
         _, inode = unpinned(endpoint.netns)

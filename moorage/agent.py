@@ -14,17 +14,17 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 import structlog
 
-from ipam.errors import InvalidInput, MoorageError
+from ipam.errors import InvalidInput, MoorageError, TryAgain
 from ipam.store import endpoints, open_store
 from isolator.identity import claim_namespace
 from isolator.isolator import Isolator, Settings
-from isolator.model import Endpoint
+from isolator.model import Endpoint, EndpointKey
 from moorage import __version__
 from moorage.config import AgentConfig
 from moorage.notify import READY, STOPPING, notify
@@ -84,6 +84,7 @@ async def _serve(config: AgentConfig) -> None:
             isolator = Isolator(
                 Settings(
                     node=config.node,
+                    node_given=config.node_given,
                     state_dir=config.state_dir,
                     version=__version__,
                     underlay=config.underlay,
@@ -95,6 +96,7 @@ async def _serve(config: AgentConfig) -> None:
                 ),
                 store,
             )
+            node = isolator.node
             try:
                 await isolator.start()
                 await _serve_until(ending, config, isolator)
@@ -102,7 +104,7 @@ async def _serve(config: AgentConfig) -> None:
                 await isolator.stop()
         finally:
             await store.close()
-    log.info("agent ended", node=config.node)
+    log.info("agent ended", node=node)
 
 
 async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Isolator) -> None:
@@ -135,7 +137,7 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
             log.warning("a spooled call is left for later", why=str(error))
         await watcher.start()
         await server.start()
-        log.info("agent serves", node=config.node, socket=str(config.socket), instance=isolator.instance)
+        log.info("agent serves", node=isolator.node, socket=str(config.socket), instance=isolator.instance)
         notify(READY)
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait({ended, beside}, return_when=asyncio.FIRST_COMPLETED)
@@ -175,19 +177,20 @@ class AdminHandler:
     def __init__(self, isolator: Isolator, spool: Spool) -> None:
         self._isolator = isolator
         self._spool = spool
-        self._calls: dict[str, Callable[[dict[str, Any]], Any]] = {
+        self._calls: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
             "endpoints": self._endpoints,
+            "missing": self._missing,
         }
 
     async def __call__(self, request: Request) -> Reply:
         """Never raises but for cancellation."""
         try:
-            return Reply(0, msgspec.json.encode(self._answer(request.stdin), enc_hook=str))
+            return Reply(0, msgspec.json.encode(await self._answer(request.stdin), enc_hook=str))
         except MoorageError as error:
             return Reply(1, msgspec.json.encode({"error": str(error)}))
 
-    def _answer(self, stdin: bytes) -> Any:
+    async def _answer(self, stdin: bytes) -> Any:
         try:
             arguments = msgspec.json.decode(stdin, type=dict[str, Any])
         except (msgspec.MsgspecError, RecursionError) as error:
@@ -197,14 +200,35 @@ class AdminHandler:
             raise InvalidInput(
                 f"the agent answers {', '.join(sorted(self._calls))}, not {arguments.get('call')!r}"
             )
-        return call(arguments)
+        return await call(arguments)
 
-    def _status(self, _: dict[str, Any]) -> dict[str, Any]:
+    async def _status(self, _: dict[str, Any]) -> dict[str, Any]:
         return {**self._isolator.status(), "spool": len(self._spool.entries())}
 
-    def _endpoints(self, _: dict[str, Any]) -> list[dict[str, Any]]:
-        node = self._isolator.node
-        return [_row(endpoint, node) for endpoint in self._isolator.endpoints()]
+    async def _endpoints(self, _: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._rows(self._isolator.endpoints())
+
+    async def _missing(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those that are missing; with ``answer`` those of ``keys`` that it was given for, or all."""
+        answer = arguments.get("answer")
+        try:
+            keys = msgspec.convert(arguments.get("keys", []), list[EndpointKey])
+        except msgspec.ValidationError as error:
+            raise InvalidInput(f"keys are no pairs of container id and interface ({error})") from error
+        try:
+            match answer:
+                case "release":
+                    return self._rows(await self._isolator.release_missing(keys))
+                case "keep":
+                    return self._rows(self._isolator.keep_missing(keys))
+        except TimeoutError:
+            raise TryAgain(
+                "the kernel does not let go of what is left of them yet; see the agent's log, then try again"
+            ) from None
+        return self._rows(self._isolator.missing())
+
+    def _rows(self, endpoints: Iterable[Endpoint]) -> list[dict[str, Any]]:
+        return [_row(endpoint, self._isolator.node) for endpoint in endpoints]
 
 
 def _row(endpoint: Endpoint, node: str) -> dict[str, Any]:

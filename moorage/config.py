@@ -52,6 +52,7 @@ INTERFACE_LIMIT = 15
 class AgentConfig:
     """What an agent runs with; see docs/operator.md for each.
 
+    node_given: whether somebody chose the node's name; else it is the host's.
     underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
     default route. vxlan_port: UDP.
     manage_docker_user: whether the agent may open Docker's chain DOCKER-USER for containers.
@@ -61,6 +62,7 @@ class AgentConfig:
     """
 
     node: str
+    node_given: bool
     store: str
     state_dir: Path
     socket: Path
@@ -222,7 +224,9 @@ def load(
     path = named or DEFAULT_FILE
     from_file = _read_file(path, must_exist=named is not None)
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {
+        "node_given": flags.get("node") is not None or "node" in from_environment or "node" in from_file
+    }
     for setting in SETTINGS:
         key = setting.key
         if (given := flags.get(key)) is not None:

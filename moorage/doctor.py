@@ -56,8 +56,13 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("pools", sentence)
     for sentence in status.get("damage", []):
         yield Finding("agent", f'{sentence}; see docs/runbook.md, "Something cannot be put back"')
-    for name in status["conflicts"]:
-        yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
+    # An agent of an earlier version does not say why, and knows neither of the others.
+    for sentence in status.get("cut_off", [f"{name} is cut off" for name in status["conflicts"]]):
+        yield Finding("agent", sentence)
+    for sentence in status.get("identity", []):
+        yield Finding("identity", sentence)
+    if question := status.get("missing"):
+        yield Finding("agent", question, ("moorage endpoint missing",))
     for sentence in status["fabric"].get("problems", []):
         yield Finding("fabric", sentence)
     # An agent of an earlier version knows neither.

@@ -33,7 +33,7 @@ from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
 from isolator.netlink.far_end import FarEnd, far_end
-from isolator.netlink.inventory import HostLink, delete_links, link_by_name
+from isolator.netlink.inventory import HostLink, delete_links, link_by_name, name_back, our_links
 from isolator.netlink.node import Namespace, Node
 from isolator.netlink.socket import NetlinkSocket
 
@@ -92,6 +92,11 @@ class Routed:
 
         The links go by name: whoever wires an endpoint of the same key anew must wait until this is done.
         """
+        if any(link_by_name(self._node.route, wiring.host_ifname) is None for wiring in wirings):
+            # It is gone, or somebody renamed it, and its container may live.
+            links = our_links(self._node).values()
+            for error in name_back(self._node, (link for link in links if link.name != link.own_name)):
+                log.warning("an interface that somebody renamed is left", why=str(error))
         delete_links(self._node, [name for wiring in wirings for name in _links(wiring)])
         by_netns: defaultdict[str, list[Wiring]] = defaultdict(list)
         for wiring in wirings:

@@ -75,6 +75,7 @@ def egress_requests(wiring: Wiring, index: int) -> list[Request]:
         messages.no_link_local(target, name),
         traffic.set_bucket(target, name, bucket(limit, wiring.mtu)),
         messages.link_up(target, name),
+        messages.mark(target, name),
         *traffic.redirect_ingress(index, wiring.host_ifname, target),
     ]
 

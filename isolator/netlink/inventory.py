@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
 from ipam.keys import IPNetwork
+from isolator.errors import KernelRefused
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Attributes, Message
@@ -22,7 +23,8 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 @dataclass(frozen=True, slots=True)
 class HostLink:
-    """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP.
+    """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP. marked: the name that its alias says is its
+    own, if it is one of ours; "" otherwise.
 
     peer: the index of the other end of a veth pair. peer_namespace: the number of its peer's; None if that is here.
     """
@@ -35,6 +37,12 @@ class HostLink:
     arp: bool = True
     peer: int = 0
     peer_namespace: int | None = None
+    marked: str = ""
+
+    @property
+    def own_name(self) -> str:
+        """What it is called by us; "" if it is none of ours."""
+        return self.marked or (self.name if self.name.startswith(ENDPOINT_PREFIX) else "")
 
     def is_peer_of(self, other: HostLink) -> bool:
         """Whether the two are the ends of one pair, wherever they are: names and paths are given anew, and each of
@@ -81,14 +89,25 @@ def link_by_index(route: NetlinkSocket, index: int) -> HostLink | None:
 
 
 def our_links(node: Node) -> dict[str, HostLink]:
-    """All links of ours that endpoints have, by name: the node's ends, and what limits their traffic."""
-    links = (parse_link(message) for message in node.route.dump(messages.dump_links()))
-    return {link.name: link for link in links if link.name.startswith(ENDPOINT_PREFIX)}
+    """All links of ours that endpoints have, by the names that we gave them: the node's ends, and what limits their
+    traffic. One that somebody else renamed is among them; see ``name_back``."""
+    links = [parse_link(message) for message in node.route.dump(messages.dump_links())]
+    # One that has the name wins over one that had it.
+    links.sort(key=lambda link: link.name == link.own_name)
+    return {link.own_name: link for link in links if link.own_name}
 
 
-def endpoint_links(node: Node) -> dict[str, HostLink]:
-    """The node's ends of all endpoints, by name."""
-    return {name: link for name, link in our_links(node).items() if not name.startswith(SHAPER_PREFIX)}
+def name_back(node: Node, links: Iterable[HostLink]) -> list[KernelRefused]:
+    """Give links that somebody renamed their own names again; what the kernel refused."""
+    refused = []
+    for link in links:
+        rename = messages.rename_link(link.index, link.own_name)
+        if errors := node.route.attempt([rename]):
+            # By kernels that rename no link that is up. What goes with that is mended as all that somebody takes.
+            down = messages.link_down_by_index(link.index, link.name)
+            errors = node.route.attempt([down, rename])
+        refused += errors
+    return refused
 
 
 def shaper_links(node: Node) -> set[str]:
@@ -179,6 +198,7 @@ def parse_link(message: Message) -> HostLink:
         mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
         arp=not flags & messages.IFF_NOARP,
+        marked=messages.marked_name(codec.as_text(found.get(messages.IFLA_IFALIAS))),
         # The kernel leaves it out where it is the link's own index.
         peer=codec.as_u32(found.get(messages.IFLA_LINK), index),
         peer_namespace=(

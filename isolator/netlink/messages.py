@@ -30,6 +30,8 @@ ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
 SHAPER_PREFIX = "mrg-"
 """Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
+_MARK = "moorage "
+"""What the aliases of our links begin with; their names follow. Others rename links, hardly their aliases."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
 FABRIC_METRIC = 2048
@@ -51,7 +53,7 @@ NEXT_HOP = Struct("=Hxxi")  # length, index
 RULE = Struct("=BBBBBxxBI")  # family, dst length, src length, tos, table, action, flags
 
 IFF_UP, IFF_NOARP = 0x1, 0x80
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO = 1, 3, 4, 5, 18
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 5, 18, 20
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD, IFLA_LINK_NETNSID = 26, 27, 28, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 7, 15, 17
@@ -196,13 +198,43 @@ def link_up(index: int, name: str) -> Request:
     return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP, IFF_UP), f"bring {name} up")
 
 
+def marked_name(alias: str) -> str:
+    """The name that a link has by its alias; "" if it is not ours."""
+    name = alias.removeprefix(_MARK)
+    return name if name != alias and name.startswith(ENDPOINT_PREFIX) else ""
+
+
+def mark(index: int, name: str) -> Request:
+    """Have a link's alias say its name, by which it is found under another one."""
+    body = LINK.pack(0, 0, index, 0, 0) + _alias(name)
+    return Request(RTM_SETLINK, 0, body, f"mark {name} as ours", (errno.ENODEV,))
+
+
+def _alias(name: str) -> bytes:
+    # Without a final zero, which the kernel would count to the text.
+    return attribute(IFLA_IFALIAS, f"{_MARK}{name}".encode())
+
+
+def rename_link(index: int, name: str) -> Request:
+    """Give a link another name. Kernels before 6.2 refuse it while the link is up."""
+    return Request(
+        RTM_SETLINK, 0, LINK.pack(0, 0, index, 0, 0) + text(IFLA_IFNAME, name), f"name a link {name} again"
+    )
+
+
+def link_down_by_index(index: int, name: str) -> Request:
+    """Bring a link down, whatever it is called; its routes and neighbours go with that."""
+    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, 0, IFF_UP), f"bring {name} down", (errno.ENODEV,))
+
+
 def link_up_without_arp(index: int, name: str) -> Request:
-    """Bring a link up that neither asks nor answers by ARP, and learns nothing from it.
+    """Bring a link of ours up that neither asks nor answers by ARP, and learns nothing from it; and mark it.
 
     Turning ARP off drops all of the link's neighbours, permanent ones too: add them afterwards.
     """
     flags = IFF_UP | IFF_NOARP
-    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, flags, flags), f"bring {name} up without ARP")
+    body = LINK.pack(0, 0, index, flags, flags) + _alias(name)
+    return Request(RTM_SETLINK, 0, body, f"bring {name} up without ARP")
 
 
 def link_down(name: str) -> Request:

@@ -1,6 +1,7 @@
 """Noticing, on the event loop, what changes in the node's network namespace.
 
-LinkMonitor tells of endpoints' links that vanish: a namespace died, or somebody deleted them. ChangeMonitor tells
+LinkMonitor tells of endpoints' links that vanish: a namespace died, or somebody deleted or renamed them. ChangeMonitor
+tells
 that the node's own links, addresses or default routes changed, or that a route of the fabric was deleted.
 """
 
@@ -15,6 +16,7 @@ from functools import reduce
 
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
+from isolator.netlink.inventory import parse_link
 
 _GROUP_LINK, _GROUP_IPV4_ADDRESS, _GROUP_IPV4_ROUTE, _GROUP_IPV6_ADDRESS, _GROUP_IPV6_ROUTE = 1, 5, 7, 9, 11
 """RTNLGRP_* of linux/rtnetlink.h."""
@@ -65,9 +67,9 @@ class _Monitor(ABC):
 
 
 class LinkMonitor(_Monitor):
-    """Calls back with the names of ``mrg*`` links that were deleted; also those we delete ourselves.
+    """Calls back with the names of ``mrg*`` links that were deleted, also those we delete ourselves, or renamed.
 
-    on_vanished: the names seen in one wake-up.
+    on_vanished: the names seen in one wake-up, of renamed ones those that they had from us.
     on_resync: events were lost; list the links again.
     """
 
@@ -127,10 +129,17 @@ def _matters(message: Message) -> bool:
 
 
 def _vanished(datagram: bytes) -> set[str]:
-    """Names of our links in RTM_DELLINK; a bridge reports a port it loses likewise, with a family."""
-    names = (
-        codec.as_text(codec.attributes(message.body, messages.LINK.size).get(messages.IFLA_IFNAME))
-        for message in codec.messages(datagram)
-        if message.kind == messages.RTM_DELLINK and message.body[0] == socket.AF_UNSPEC
-    )
-    return {name for name in names if name.startswith(messages.ENDPOINT_PREFIX)}
+    """Names of our links in RTM_DELLINK, and of those that RTM_NEWLINK has another name for.
+
+    A bridge reports a port it loses likewise, with a family.
+    """
+    found = set()
+    for message in codec.messages(datagram):
+        if (
+            message.kind in (messages.RTM_DELLINK, messages.RTM_NEWLINK)
+            and message.body[0] == socket.AF_UNSPEC
+        ):
+            link = parse_link(message)
+            if link.own_name and (message.kind == messages.RTM_DELLINK or link.name != link.own_name):
+                found.add(link.own_name)
+    return found

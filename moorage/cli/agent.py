@@ -12,7 +12,10 @@ from moorage.cli.session import Session
 
 @click.command(short_help="Run this node's agent.")
 @click.option(
-    "--node", metavar="NAME", help="This node's name.  [env: MOORAGE_NODE; default: the host's name]"
+    "--node",
+    metavar="NAME",
+    help="This node's name; that of its first start counts from then on.  [env: MOORAGE_NODE; default: the host's "
+    "name]",
 )
 @click.option(
     "--store", metavar="URL", help=f"The store.  [env: MOORAGE_STORE; default: {config.DEFAULT_STORE}]"

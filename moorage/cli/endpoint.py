@@ -81,6 +81,46 @@ def show(session: Session, name: str) -> None:
         session.out.record(one)
 
 
+@endpoint.command(short_help="Containers whose interfaces were gone when the agent started.")
+@click.argument("names", metavar="[CONTAINER[/IFNAME]]...", nargs=-1)
+@click.option("--release", "answer", flag_value="release", help="They have ended: release their addresses.")
+@click.option(
+    "--keep", "answer", flag_value="keep", help="They live: ask no more until the agent's next start."
+)
+@pass_session
+def missing(session: Session, names: tuple[str, ...], answer: str | None) -> None:
+    """Show the containers whose interfaces were all gone when the agent started, or say what became of them.
+
+    Their addresses are kept, because it may be the agent that does not see them: start it where it ran before, if
+    it was moved. What their engine says, a DEL or a GC, holds without this command.
+
+    \b
+    Examples:
+      moorage endpoint missing
+      moorage endpoint missing --release
+      moorage endpoint missing --keep 4f7a
+    """
+    found = session.ask_agent("missing")
+    chosen = [one for name in names for one in matching(found, *name.partition("/")[::2])] or found
+    if answer is None:
+        session.out.rows(
+            chosen,
+            [
+                Column("container", lambda r: words(r.get("container_id"))),
+                Column("ifname"),
+                Column("addresses"),
+            ],
+            none="No container of this machine is missing.",
+        )
+        return
+    keys = [(one["container_id"], one["ifname"]) for one in chosen]
+    done = session.ask_agent("missing", answer=answer, keys=keys) if keys else []
+    what = "released" if answer == "release" else "kept"
+    session.out.done(
+        f"the addresses of {len(done)} containers are {what}", {"answer": answer, "count": len(done)}
+    )
+
+
 @endpoint.command("set-netgroups", short_help="Give a running container other netgroups.")
 @click.argument("name", metavar="CONTAINER[/IFNAME]")
 @click.argument("netgroups", metavar="[NETGROUP]...", nargs=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import moorage
+from isolator.journal import Journal
 from moorage.lab.container import Container
 from moorage.lab.errors import with_log
 from moorage.lab.namespace import Namespace, unique
@@ -29,6 +32,9 @@ ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
 
 READY_WITHIN = 60.0
 """Seconds an agent has to serve."""
+
+EARLIER_BOOT = "00000000-0000-0000-0000-000000000000"
+"""What a machine that was switched off had as its boot id."""
 
 STOPS_WITHIN = 60.0
 """Seconds an agent has to end in order: it finishes requests in flight."""
@@ -90,6 +96,18 @@ class LabNode(Resource):
         if self._switch is not None:
             self._switch.unplug(self.host)
         self.namespace.delete()
+        self._boot_again()
+
+    def _boot_again(self) -> None:
+        """All that its journal knows is of another boot: the kernel under it has no other one to tell."""
+        path = self.state_dir / "journal.db"
+        if not path.exists():
+            return
+        with contextlib.closing(Journal(path, EARLIER_BOOT)) as journal:
+            for endpoint in journal.load_endpoints():
+                asked = replace(endpoint.asked, boot_id=EARLIER_BOOT)
+                journal.save_endpoint(replace(endpoint, asked=asked))
+            journal.own_boot()
 
     @property
     def is_on(self) -> bool:

@@ -26,6 +26,7 @@ from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
 from ipam.keys import IPAddress
 from ipam.named import AddressRequest
+from ipam.namesakes import Identity, Namesakes
 from ipam.records import Network
 from ipam.shelf import Held
 from ipam.store import Store
@@ -39,16 +40,25 @@ RETRY = 0.02
 class SimulatedNode:
     """See the module's docstring. live: addresses that an endpoint carries, for a journal that is lost.
 
-    path: a directory for its journal. cooldown: seconds. others_away: as if a node were not in touch with the store.
+    path: a directory for its journal. machine_id: "" if it has none. cooldown: seconds.
+    others_away: as if a node were not in touch with the store.
     """
 
     def __init__(
-        self, path: Path, store: Store, name: str, *, boot_id: str = "boot-1", cooldown: float = 0.05
+        self,
+        path: Path,
+        store: Store,
+        name: str,
+        *,
+        boot_id: str = "boot-1",
+        machine_id: str = "",
+        cooldown: float = 0.05,
     ) -> None:
         self.name = name
         self.path = path / f"{name}.journal"
         self.store = store
         self.boot_id = boot_id
+        self.machine_id = machine_id
         self.cooldown = cooldown
         self.others_away = False
         self.live: set[IPAddress] = set()
@@ -59,6 +69,14 @@ class SimulatedNode:
         """Start from the journal, as an agent does before the store was heard."""
         self.instance = uuid.uuid4().hex
         self.journal = Journal(self.path, self.boot_id)
+        self.namesakes = Namesakes(
+            self.store,
+            self.name,
+            Identity(
+                self.machine_id, self.journal.state_id, self.boot_id, self.instance, self.journal.instances
+            ),
+        )
+        self.journal.save_instances([*self.journal.instances, self.instance])
         self.catalogue = Catalogue(self.store, self.journal, self._catalogue_changed, node=self.name)
         self.holder = Holder(
             self.name,
@@ -73,6 +91,7 @@ class SimulatedNode:
             on_conflict=self.conflicts.append,
             cooldown=self.cooldown,
             others_away=lambda: self.others_away,
+            namesakes=self.namesakes,
         )
         self.catalogue.load()
         self.holder.load()

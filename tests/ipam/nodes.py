@@ -40,7 +40,9 @@ class Node(SimulatedNode):
     def live_on(self) -> None:
         """The same, as soon as the fence is held. Signs of life meet no faults: late ones are tested elsewhere."""
         store = self.store.store if isinstance(self.store, FaultyStore) else self.store
-        record = NodeRecord(name=self.name, version="1")
+        record = NodeRecord(
+            name=self.name, version="1", machine_id=self.machine_id, state_id=self.journal.state_id
+        )
         self.membership = Membership(store, record, self.instance, self.boot_id, self.holder.fenced)
         self.run_beside(self.membership.keep, IntentServer(self.store, self.name, self._answer).run)
 

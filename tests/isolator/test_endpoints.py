@@ -11,23 +11,30 @@ from typing import Any, cast
 
 import pytest
 
+import isolator.conflicts as conflicts_module
 import isolator.removal as removal_module
+from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.errors import NotFound, TryAgain
 from ipam.holder import Holder
 from ipam.holdings import Conflict
 from ipam.keys import IPAddress, IPNetwork
+from ipam.namesakes import Identity, Namesakes
 from ipam.netgroups import Netgroup
 from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
-from ipam.records import Address, AddressState, Network
+from ipam.records import Address, AddressState, Alive, Network
+from ipam.records import Node as NodeRecord
 from ipam.reservations import reserve
 from ipam.store import Store, open_store
+from ipam.store.base import Delete, Op, Put, Txn
+from isolator.conflicts import Conflicts
 from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.errors import JournalUnwritable, KernelRefused, PortTaken, Refused, Superseded
 from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
+from isolator.missing import Missing, missing
 from isolator.model import (
     UNLIMITED,
     Asked,
@@ -89,6 +96,12 @@ class StubKernel:
             self._told("remove", endpoint)
         self.there -= {endpoint.host_ifname for endpoint in endpoints}
 
+    async def readmit(self, endpoint: Endpoint, _: object) -> None:
+        self._told("readmit", endpoint)
+
+    async def repair(self, endpoint: Endpoint) -> None:
+        self._told("repair", endpoint)
+
     async def forget_connections(self, ips: Sequence[IPAddress]) -> None:
         self.calls.append("forget")
 
@@ -141,6 +154,7 @@ class Node:
     journal: Journal
     store: Store
     catalogue: Catalogue
+    conflicts: list[Conflict]
 
     def spec(self, container: str = "c1", at: int = 1000, request: str = "r1") -> AttachSpec:
         return AttachSpec(EndpointKey(container, "eth0"), request, Asked(BOOT, at), "cni", "web", "/netns")
@@ -157,9 +171,10 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     await create_network(store, Network(name="web", pools=[]), [PoolSpec("10.0.0.0/24")])
     journal = Journal(tmp_path / "journal.db", BOOT)
     catalogue = Catalogue(store, journal, lambda: None)
+    conflicts: list[Conflict] = []
     holder = Holder(
         "a", store, catalogue, journal,
-        instance="i", boot_id=BOOT, is_live=lambda *_: False, on_conflict=lambda _: None, cooldown=0.05,
+        instance="i", boot_id=BOOT, is_live=lambda *_: False, on_conflict=conflicts.append, cooldown=0.05,
     )  # fmt: skip
     await holder.sync()
     kernel = StubKernel()
@@ -168,7 +183,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
         prepare=kernel.prepare, around=lambda: surroundings(catalogue, holder.assigned()),
     )  # fmt: skip
     tasks = [asyncio.create_task(holder.serve()), asyncio.create_task(endpoints.reap())]
-    yield Node(endpoints, kernel, holder, journal, store, catalogue)
+    yield Node(endpoints, kernel, holder, journal, store, catalogue, conflicts)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -495,3 +510,215 @@ async def test_an_endpoint_in_conflict_is_collected_when_its_namespace_is_gone(n
     node.kernel.there.clear()
     await node.endpoints.collect()
     await node.gone()
+
+
+async def test_an_endpoint_that_was_cut_off_is_connected_again_in_the_order_of_an_add(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    await node.endpoints.cut_off(conflict(endpoint))
+    node.kernel.calls.clear()
+    (cut,) = node.endpoints.all()
+    assert await node.endpoints.reconnect(cut)
+    assert node.kernel.calls == ["forget", "readmit c1", "repair c1"]
+    assert [e.state for e in (*node.endpoints.all(), *node.journal.load_endpoints())] == ["attached"] * 2
+
+
+async def test_what_the_kernel_refuses_to_connect_again_stays_cut_off(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    await node.endpoints.cut_off(conflict(endpoint))
+    node.kernel.fail["repair"] = lambda _: KernelRefused("busy")
+    (cut,) = node.endpoints.all()
+    with pytest.raises(KernelRefused):
+        await node.endpoints.reconnect(cut)
+    assert node.endpoints.all() == node.journal.load_endpoints() == [cut]
+
+
+# -- whose an address is that the store gave to somebody else
+
+HERE = NodeRecord(name="b", version="1", machine_id="m")
+"""This machine, as it was called before."""
+ELSEWHERE = NodeRecord(name="b", version="1", machine_id="other", state_id="other")
+
+
+@pytest.fixture
+async def judge(node: Node, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Conflicts]:
+    """Judges and brings back what the node's syncs find."""
+    monkeypatch.setattr(conflicts_module, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(conflicts_module, "RETRY", 0.02)
+    me = Namesakes(node.store, "a", Identity(machine_id="m", state_id="s"))
+    made = Conflicts(node.store, node.journal, node.catalogue, node.holder, node.endpoints, me, "a")
+    tasks = [asyncio.create_task(made.run()), asyncio.create_task(made.bring_back())]
+    yield made
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def written(node: Node, *operations: Op) -> None:
+    assert (await node.store.txn(Txn((), operations))).succeeded
+
+
+async def given_away(node: Node, judge: Conflicts, *operations: Op, **changes: Any) -> IPAddress:
+    """The address of an endpoint here, which node ``b`` has in the store by now; operations: what else is there."""
+    (ip,) = (await node.endpoints.attach(node.spec())).ips
+    await node.holder.confirmed([ip])
+    kv = await node.store.get(keys.address_key(ip))
+    assert kv is not None
+    record = Address.decode(kv.key, kv.value).with_(node="b", **changes)
+    await written(node, Put(kv.key, record.encode()), *operations)
+    await node.holder.sync()
+    (found,) = node.conflicts
+    judge.note(found)
+    return ip
+
+
+async def state_is(node: Node, state: EndpointState, holder: str, ip: IPAddress) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            kv = await node.store.get(keys.address_key(ip))
+            stored = Address.decode(kv.key, kv.value).node if kv is not None else ""
+            if [e.state for e in node.endpoints.all()] == [state] and stored == holder:
+                return
+            await asyncio.sleep(0.01)
+
+
+def registered(record: NodeRecord) -> Put:
+    return Put(keys.NODES + record.name, record.encode())
+
+
+async def test_a_conflict_with_itself_under_an_earlier_name_cuts_nothing(
+    node: Node, judge: Conflicts
+) -> None:
+    ip = await given_away(node, judge, registered(HERE))
+    await state_is(node, EndpointState.ATTACHED, "a", ip)
+    assert "disconnect c1" not in node.kernel.calls
+    assert ip in node.holder.assigned()
+
+
+@pytest.mark.parametrize(
+    ("record", "container"), [(ELSEWHERE, "c1"), (HERE, "c2")], ids=["another machine", "another container"]
+)
+async def test_a_conflict_with_anybody_else_is_cut_off(
+    node: Node, judge: Conflicts, record: NodeRecord, container: str
+) -> None:
+    ip = await given_away(node, judge, registered(record), container_id=container)
+    await state_is(node, EndpointState.CONFLICT, "b", ip)
+    assert "disconnect c1" in node.kernel.calls
+
+
+async def test_nothing_is_cut_while_the_earlier_names_sign_of_life_may_be_left_over(
+    node: Node, judge: Conflicts
+) -> None:
+    alive = Alive(instance="before", boot_id=BOOT)
+    ip = await given_away(node, judge, registered(HERE), Put(keys.ALIVE + "b", alive.encode()))
+    await asyncio.sleep(0.2)
+    assert [e.state for e in node.endpoints.all()] == ["attached"]
+    await written(node, Delete(keys.ALIVE + "b"))
+    await state_is(node, EndpointState.ATTACHED, "a", ip)
+    assert "disconnect c1" not in node.kernel.calls
+
+
+async def test_an_address_that_the_other_container_gave_up_connects_the_endpoint_again(
+    node: Node, judge: Conflicts
+) -> None:
+    ip = await given_away(node, judge, registered(ELSEWHERE), container_id="c2")
+    await state_is(node, EndpointState.CONFLICT, "b", ip)
+    async with asyncio.timeout(PATIENCE):
+        while "container c2" not in "".join(judge.problems()):
+            await asyncio.sleep(0.01)
+    await written(node, Delete(keys.address_key(ip)))
+    await state_is(node, EndpointState.ATTACHED, "a", ip)
+    assert judge.problems() == []
+
+
+# -- endpoints that nobody sees
+
+
+async def gone_together(node: Node, *containers: str) -> Missing:
+    """An agent that finds none of its endpoints' interfaces when it starts."""
+    for name in containers:
+        await node.endpoints.attach(node.spec(name))
+    node.kernel.there.clear()
+    node.endpoints.miss(missing(node.endpoints.all(), {}, BOOT))
+    return Missing(cast("Kernel", node.kernel), node.endpoints)
+
+
+def states(node: Node) -> list[str]:
+    return [endpoint.state.value for endpoint in node.endpoints.all()]
+
+
+async def test_endpoints_that_are_all_gone_at_a_start_keep_their_addresses(node: Node) -> None:
+    question = await gone_together(node, "c1", "c2")
+    await node.endpoints.collect()
+    await question.look()
+    assert not await node.endpoints.end(EndpointKey("c1", "eth0"), only_if_gone=True)
+    assert states(node) == [e.state for e in node.journal.load_endpoints()] == ["missing"] * 2
+    assert len(node.holder.assigned()) == 2
+    assert "all 2 containers" in question.question()
+
+
+async def test_a_single_endpoint_that_is_gone_at_a_start_has_ended(node: Node) -> None:
+    question = await gone_together(node, "c1")
+    assert question.all() == []
+    await node.endpoints.collect()
+    await node.gone()
+
+
+async def test_endpoints_of_another_boot_are_no_question(node: Node) -> None:
+    await gone_together(node)
+    for name in ("c1", "c2"):
+        await node.endpoints.attach(node.spec(name))
+    assert missing(node.endpoints.all(), {}, "another boot") == []
+
+
+async def test_containers_start_while_others_are_missing(node: Node) -> None:
+    await gone_together(node, "c1", "c2")
+    await node.endpoints.attach(node.spec("c3"))
+    assert states(node) == ["missing", "missing", "attached"]
+
+
+async def test_the_port_of_a_missing_endpoint_may_be_mapped_by_another(node: Node) -> None:
+    mapped = (PortMapping("tcp", 31022, 22),)
+    await node.endpoints.attach(replace(node.spec("c1"), port_mappings=mapped))
+    await gone_together(node, "c2")
+    await node.endpoints.attach(replace(node.spec("c3"), port_mappings=mapped))
+    assert states(node) == ["missing", "missing", "attached"]
+
+
+async def test_its_del_ends_a_missing_endpoint(node: Node) -> None:
+    await gone_together(node, "c1", "c2")
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    await node.gone("c1")
+    assert states(node) == ["missing"]
+
+
+async def test_a_gc_that_does_not_name_it_ends_a_missing_endpoint(node: Node) -> None:
+    for name in ("c1", "c2"):
+        await node.endpoints.attach(replace(node.spec(name), engine_network="pods"))
+    await gone_together(node)
+    await node.endpoints.collect_garbage(valid("c2"))
+    assert states(node) == ["missing"]
+
+
+async def test_an_interface_that_is_seen_again_connects_its_endpoint(node: Node) -> None:
+    question = await gone_together(node, "c1", "c2")
+    node.kernel.there.add(host_ifname(EndpointKey("c2", "eth0")))
+    await question.look()
+    assert states(node) == ["missing", "attached"]
+
+
+async def test_an_operator_says_which_missing_endpoints_have_ended(node: Node) -> None:
+    question = await gone_together(node, "c1", "c2", "c3")
+    await question.release([EndpointKey("c2", "eth0")])
+    assert [e.key.container_id for e in node.endpoints.all()] == ["c1", "c3"]
+    await question.release([])
+    assert node.endpoints.all() == []
+    assert not node.holder.assigned()
+
+
+async def test_an_operator_says_that_missing_endpoints_live(node: Node) -> None:
+    question = await gone_together(node, "c1", "c2")
+    question.keep([])
+    assert question.question() == ""
+    assert states(node) == ["missing"] * 2
+    with pytest.raises(NotFound, match="c9/eth0 is not missing"):
+        question.keep([EndpointKey("c9", "eth0")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -107,6 +108,29 @@ def test_a_path_that_leads_elsewhere_by_now_tells_nothing(node: Node, name: str)
     assert not is_vacant(node, endpoint(name, netns="/run/netns/mrg-not-there"))
     assert not is_vacant(node, endpoint(name, netns="/proc/self/ns/net"))
     assert not is_vacant(node, endpoint(name, netns=""))
+
+
+LOOK = """
+import sys
+from isolator.netlink import Node
+from isolator.vacancy import is_vacant
+from tests.isolator.test_vacancy import endpoint
+with Node() as node:
+    print(is_vacant(node, endpoint(sys.argv[1])))
+"""
+
+
+def test_from_a_pid_namespace_of_its_own_nothing_looks_vacant(name: str) -> None:
+    """A process lives there, or none does: it is not seen."""
+    command = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", LOOK, name)
+    living = subprocess.Popen(["ip", "netns", "exec", name, "sleep", "1000"])
+    try:
+        occupied = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    finally:
+        living.kill()
+        living.wait()
+    empty = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert (occupied, empty) == ("False\n", "False\n")
 
 
 def test_another_engines_container_may_have_no_process_yet() -> None:

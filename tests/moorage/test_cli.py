@@ -37,6 +37,7 @@ def test_the_command_tree() -> None:
         "block release",
         "doctor",
         "endpoint list",
+        "endpoint missing",
         "endpoint set-netgroups",
         "endpoint show",
         "endpoint trace",

@@ -124,6 +124,7 @@ def test_the_agent_runs_with_all_layers_and_its_exit_code_is_ours(
     assert started == [
         AgentConfig(
             node="n1",
+            node_given=True,
             store=moorage.store,
             state_dir=tmp_path,
             socket=moorage.socket,

@@ -35,6 +35,7 @@ def test_without_anything_there_are_defaults(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("socket.gethostname", lambda: "Host7.example.org")
     assert config.load({}, {}) == config.AgentConfig(
         node="host7.example.org",
+        node_given=False,
         store="sqlite:///var/lib/moorage/store.db",
         state_dir=Path("/var/lib/moorage"),
         socket=Path("/run/moorage/agent.sock"),
@@ -87,6 +88,14 @@ def test_flags_win_over_environment_over_file_over_default(key: str, tmp_path: P
     assert value({key: in_flag}, environ, file) == in_flag
     assert value({key: None}, environ, file) == in_environment
     assert value({}, {}, file) == in_file
+
+
+@pytest.mark.parametrize("layer", ["flag", "environment", "file"])
+def test_a_node_name_of_any_layer_is_a_chosen_one(layer: str, tmp_path: Path) -> None:
+    file = written(tmp_path, 'node = "a"\n' if layer == "file" else "")
+    flags: dict[str, str | None] = {"node": "a" if layer == "flag" else None}
+    environ = {"MOORAGE_NODE": "a"} if layer == "environment" else {}
+    assert config.load(flags, environ, file).node_given
 
 
 def test_numbers_and_switches_may_be_written_as_toml_has_them(tmp_path: Path) -> None:

@@ -22,6 +22,22 @@ def test_an_agent_of_an_earlier_version_is_no_bug(monkeypatch: pytest.MonkeyPatc
     assert said(monkeypatch) == []
 
 
+def test_an_endpoint_that_is_cut_off_is_told_with_what_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(monkeypatch, conflicts=["c1/eth0"], cut_off=["c1/eth0 is cut off: why"]) == [
+        "c1/eth0 is cut off: why"
+    ]
+    assert said(monkeypatch, conflicts=["c1/eth0"]) == ["c1/eth0 is cut off"], (
+        "by an agent of an earlier version"
+    )
+
+
+def test_clones_and_endpoints_that_nobody_sees_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(monkeypatch, identity=["a clone"], missing="have they ended?") == [
+        "a clone",
+        "have they ended?",
+    ]
+
+
 def test_a_tunnel_that_takes_anybodys_packets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (sentence,) = said(monkeypatch, fabric=QUIET["fabric"] | {"tunnel": TUNNEL | {"open": True}})
     assert "takes packets from anybody" in sentence

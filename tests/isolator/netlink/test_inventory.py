@@ -6,7 +6,8 @@ from ipaddress import ip_network
 
 import pytest
 
-from isolator.netlink import delete_links, delete_routes, endpoint_links, our_routes, our_rules
+from isolator.netlink import delete_links, delete_routes, name_back, our_links, our_routes, our_rules
+from isolator.netlink.inventory import link_by_name
 from tests.isolator.rooms import NOTHING, Machine, Room
 
 pytestmark = pytest.mark.kernel
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.kernel
 
 def test_endpoints_links_and_routes_are_found(machine: Machine, container: Room) -> None:
     names = [machine.attach(container, f"eth{i}", f"10.0.0.{i}", f"fd00::{i}").host_ifname for i in (1, 2)]
-    links = machine.do(endpoint_links, machine.node)
+    links = machine.do(our_links, machine.node)
     assert sorted(links) == sorted(names)
     first = links[names[0]]
     assert (first.up, first.mac, first.mtu) == (True, "ee:ee:ee:ee:ee:ee", 1450)
@@ -24,6 +25,37 @@ def test_endpoints_links_and_routes_are_found(machine: Machine, container: Room)
         for prefix in ("10.0.0.", "fd00::")
         for i, name in enumerate(names, 1)
     }
+
+
+def test_a_link_that_somebody_renamed_is_found_by_its_own_name_and_named_back(
+    machine: Machine, container: Room
+) -> None:
+    name = machine.attach(container, "eth0", "10.0.0.1").host_ifname
+    machine.sh(f"ip link set {name} name lan0")
+    (link,) = machine.do(our_links, machine.node).values()
+    assert (link.own_name, link.name) == (name, "lan0")
+    assert machine.do(name_back, machine.node, [link]) == []
+    assert machine.do(our_links, machine.node)[name].name == name
+    assert name in machine.sh("ip route show 10.0.0.1")
+
+
+def test_a_link_whose_name_another_one_has_keeps_the_one_it_was_given(
+    machine: Machine, container: Room
+) -> None:
+    name = machine.attach(container, "eth0", "10.0.0.1").host_ifname
+    machine.sh(f"ip link set {name} name lan0; ip link add {name} type veth peer name peer")
+    renamed = machine.do(our_links, machine.node)[name]
+    assert renamed.name == name, "the one that has the name now"
+    link = machine.do(lambda: link_by_name(machine.node.route, "lan0"))
+    assert link is not None
+    assert len(machine.do(name_back, machine.node, [link])) == 1
+    machine.sh(f"ip link delete {name}")
+    assert machine.do(name_back, machine.node, [link]) == []
+
+
+def test_a_link_of_somebody_else_is_not_taken_for_ours_by_its_alias(machine: Machine) -> None:
+    machine.sh("ip link add other type veth peer name peer; ip link set other alias 'moorage other'")
+    assert machine.do(our_links, machine.node) == {}
 
 
 def test_routes_of_every_table_and_kind_are_found_and_deleted(machine: Machine) -> None:

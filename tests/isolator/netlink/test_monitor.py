@@ -57,6 +57,21 @@ async def test_vanished_endpoint_links_are_told_and_no_others(container: Room) -
     assert seen.resyncs == 0
 
 
+async def test_a_link_of_ours_that_is_renamed_is_told_by_the_name_it_had(container: Room) -> None:
+    seen = Seen()
+    monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
+    monitor.start(asyncio.get_running_loop())
+    try:
+        for name in ("mrga", "mrgb"):
+            container.sh(
+                f"ip link add {name} type veth peer name {name}1; ip link set {name} alias 'moorage {name}'"
+            )
+        container.sh("ip link set mrga name lan0; ip link set mrgb mtu 1400")
+        await seen.until("mrga")
+    finally:
+        monitor.stop()
+
+
 async def test_a_dying_namespace_takes_its_link_and_is_noticed(
     container: Room, make_container: MakeRoom
 ) -> None:

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from isolator.netlink import Witness, endpoint_links
+from isolator.netlink import Witness, our_links
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import Machine, Room
 
@@ -24,7 +24,7 @@ def witness(machine: Machine) -> Iterator[Witness]:
 
 
 def number_of(machine: Machine, host_ifname: str) -> int:
-    number = machine.do(endpoint_links, machine.node)[host_ifname].peer_namespace
+    number = machine.do(our_links, machine.node)[host_ifname].peer_namespace
     assert number is not None
     return number
 

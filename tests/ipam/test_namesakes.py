@@ -1,0 +1,156 @@
+"""Whose a node's name is: restarted, replaced and cloned machines, and copies of state directories."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ipam.namesakes as namesakes_module
+from ipam import keys
+from ipam.errors import Fenced
+from ipam.namesakes import Identity, Namesakes
+from ipam.records import Alive
+from ipam.records import Node as NodeRecord
+from ipam.store import Store
+from ipam.store.base import Put, Txn
+from tests.ipam.nodes import Node
+
+MACHINE, OTHER = "1" * 32, "2" * 32
+
+
+async def started(path: Path, store: Store, boot: str = "boot-1", machine: str = MACHINE) -> Node:
+    """A node n1 whose journal is at ``path``, serving."""
+    path.mkdir(exist_ok=True)
+    node = Node(path, store, "n1", boot_id=boot, machine_id=machine)
+    await node.start()
+    await node.join()
+    return node
+
+
+async def ended(node: Node) -> None:
+    """Its agent is stopped, and its sign of life is gone."""
+    await node.crash()
+    await node.membership.leave()
+
+
+def copied(before: Path, after: Path) -> Path:
+    shutil.copytree(before, after)
+    return after
+
+
+async def test_an_agent_that_is_killed_and_started_again_has_no_namesake(
+    store: Store, tmp_path: Path
+) -> None:
+    node = await started(tmp_path / "a", store)
+    await node.crash()
+    node = await started(tmp_path / "a", store)
+    await ended(node)
+    node = await started(tmp_path / "a", store, boot="boot-2")
+    assert node.namesakes.told == []
+    await ended(node)
+
+
+async def test_a_machine_that_lost_its_journal_takes_its_name_over(store: Store, tmp_path: Path) -> None:
+    await ended(await started(tmp_path / "a", store))
+    node = await started(tmp_path / "b", store)
+    assert node.namesakes.told == []
+    await ended(node)
+
+
+async def test_a_machine_that_replaces_another_has_its_name_and_says_so(store: Store, tmp_path: Path) -> None:
+    await ended(await started(tmp_path / "a", store))
+    node = await started(tmp_path / "b", store, boot="boot-2", machine=OTHER)
+    assert "node n1 was another machine" in node.namesakes.told[0]
+    await ended(node)
+
+
+@pytest.mark.parametrize(
+    ("machine", "what"), [(MACHINE, "state directory and machine id"), (OTHER, "state directory:")]
+)
+async def test_a_clone_is_refused_beside_its_living_original_and_told_what_to_do(
+    store: Store, tmp_path: Path, machine: str, what: str
+) -> None:
+    original = await started(tmp_path / "a", store)
+    clone = Node(copied(tmp_path / "a", tmp_path / "b"), store, "n1", boot_id="boot-2", machine_id=machine)
+    clone.load()
+    with pytest.raises(Fenced, match="one of the two is a clone") as refused:
+        await clone.holder.sync()
+    assert f"a copy of this machine's {what}" in str(refused.value)
+    assert clone.namesakes.told == [str(refused.value)]
+    clone.journal.close()
+    await ended(original)
+
+
+async def test_an_empty_machine_from_the_same_image_is_told_of_the_machine_id(
+    store: Store, tmp_path: Path
+) -> None:
+    original = await started(tmp_path / "a", store)
+    other = Node(tmp_path, store, "n1", boot_id="boot-2", machine_id=MACHINE)
+    other.load()
+    with pytest.raises(Fenced, match="a machine with this one's machine id"):
+        await other.holder.sync()
+    other.journal.close()
+    await ended(original)
+
+
+async def test_clones_that_run_in_turn_are_told(store: Store, tmp_path: Path) -> None:
+    await ended(await started(tmp_path / "a", store))
+    copied(tmp_path / "a", tmp_path / "b")
+    await ended(await started(tmp_path / "b", store, boot="boot-2"))
+    back = await started(tmp_path / "a", store)
+    assert "a copy of this state directory" in back.namesakes.told[0]
+    await ended(back)
+    again = await started(tmp_path / "b", store, boot="boot-2")
+    assert "a copy of this state directory" in again.namesakes.told[0]
+    await ended(again)
+
+
+async def test_an_agent_that_died_before_it_had_the_name_is_no_namesake(store: Store, tmp_path: Path) -> None:
+    await ended(await started(tmp_path / "a", store))
+    died = Node(tmp_path / "a", store, "n1", machine_id=MACHINE)
+    died.load()
+    died.journal.close()
+    node = await started(tmp_path / "a", store)
+    assert node.namesakes.told == []
+    await ended(node)
+
+
+# -- whether a node of the store is this machine
+
+ME = Identity(machine_id=MACHINE, state_id="state")
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_this"),
+    [
+        ({"machine_id": MACHINE, "state_id": "another"}, True),
+        ({"machine_id": OTHER, "state_id": "state"}, True),
+        ({"machine_id": OTHER, "state_id": "another"}, False),
+        ({"state_id": "another"}, False),
+        ({"underlay": ["192.0.2.1", "fe80::1"]}, True),
+        ({"underlay": ["192.0.2.2"]}, False),
+        ({}, True),
+    ],
+)
+async def test_this_machine_is_known_by_its_ids_or_by_its_address(
+    store: Store, fields: dict[str, object], is_this: bool
+) -> None:
+    record = NodeRecord(name="before", version="1").with_(**fields)
+    await store.txn(Txn((), (Put(keys.NODES + "before", record.encode()),)))
+    assert await Namesakes(store, "n1", ME, lambda: ["192.0.2.1"]).is_this_machine("before") is is_this
+
+
+async def test_a_sign_of_life_is_doubted_for_as_long_as_it_may_be_left_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = NodeRecord(name="before", version="1", machine_id=MACHINE)
+    alive = Alive(instance="i", boot_id="b")
+    await store.txn(
+        Txn((), (Put(keys.NODES + "before", record.encode()), Put(keys.ALIVE + "before", alive.encode())))
+    )
+    namesakes = Namesakes(store, "n1", ME)
+    assert await namesakes.is_this_machine("before") is None
+    monkeypatch.setattr(namesakes_module, "LEFT_OVER", 0.0)
+    assert await namesakes.is_this_machine("before") is False

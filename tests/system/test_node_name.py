@@ -1,0 +1,186 @@
+"""A node keeps its name, and a container is never cut off for that name's sake.
+
+``WAYS_OUT=1`` also waits, for a minute, for a container whose address another one has. Its short twin is in
+tests/isolator/test_endpoints.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from ipam import keys
+from ipam.records import Node
+from ipam.store import open_store
+from ipam.store.base import Put, Txn
+from isolator.identity import boot_id
+from isolator.journal import Journal
+from isolator.model import EndpointState
+from moorage.lab import Container, LabNode
+from tests.system.conftest import eventually
+
+pytestmark = pytest.mark.kernel
+
+
+@dataclass
+class Scene:
+    """node: called vnode, stopped; its container lives, with ``ip``."""
+
+    node: LabNode
+    container: Container
+    ip: str
+
+    @property
+    def journal(self) -> contextlib.closing[Journal]:
+        return contextlib.closing(Journal(self.node.state_dir / "journal.db", boot_id()))
+
+    def holder(self) -> tuple[str, str]:
+        """Node and container that the store says the address is of."""
+        (row,) = [r for r in self.node.ask("ip", "list", "--state", "assigned") if r["address"] == self.ip]
+        return row["node"], row["container_id"]
+
+    def state(self) -> list[str]:
+        return [endpoint["state"] for endpoint in self.node.ask("endpoint", "list")]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Scene]:
+    with LabNode("vnode") as node, node.container() as container:
+        node.start()
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/16")
+        ip = container.add("web").ips[4]
+        eventually(lambda: node.ask("status")["outbox"] == 0)
+        node.stop()
+        yield Scene(node, container, ip)
+
+
+@pytest.fixture
+def scene(running: Scene) -> Iterator[Scene]:
+    """Each test finds the node as another left it, and has it back under its first name."""
+    yield running
+    running.node.stop()
+
+
+def refusal(node: LabNode) -> str:
+    node.launch()
+    eventually(lambda: not node.is_running)
+    return node.log.read_text()
+
+
+def test_an_agent_that_is_given_another_name_refuses_to_start_and_says_how_to_rename(scene: Scene) -> None:
+    scene.node.name = "renamed"
+    said = refusal(scene.node)
+    assert "is node vnode's, and this agent was told to be node renamed" in said
+    assert "moorage node drain vnode" in said
+    scene.node.name = "vnode"
+    scene.node.start()
+    assert (scene.state(), scene.holder()) == (["attached"], ("vnode", scene.container.id))
+    assert scene.node.namespace.pings(scene.ip)
+
+
+def forget_the_name(scene: Scene) -> None:
+    """As an earlier version left it: neither journal nor node record say whose they are."""
+    with scene.journal as journal:
+        journal.save_node("")
+        journal.save_window("")
+        journal.drop_addresses([row.ip for row in journal.load_addresses()])
+        journal.save_confirmed_seq(0)
+        for endpoint in journal.load_endpoints():
+            journal.save_endpoint(replace(endpoint, state=EndpointState.CONFLICT))
+
+
+async def forget_the_machine(node: LabNode) -> None:
+    store = await open_store(node.store)
+    try:
+        key = keys.NODES + "vnode"
+        kv = await store.get(key)
+        assert kv is not None
+        record = Node.decode(key, kv.value).with_(machine_id="", state_id="")
+        await store.txn(Txn((), (Put(key, record.encode()),)))
+    finally:
+        await store.close()
+
+
+def nothing(_: LabNode) -> None:
+    """Only the agent is started again."""
+
+
+def go_back(node: LabNode) -> None:
+    node.name = "vnode"
+
+
+def adopt(node: LabNode) -> None:
+    node.cli("node", "adopt", "vnode")
+
+
+def remove(node: LabNode) -> None:
+    node.cli("node", "remove", "vnode", "--force", "--yes", "vnode")
+
+
+@pytest.mark.parametrize("way", [nothing, go_back, adopt, remove])
+async def test_a_container_that_an_earlier_version_cut_off_for_a_new_name_is_connected_again(
+    scene: Scene, way: Callable[[LabNode], None]
+) -> None:
+    forget_the_name(scene)
+    await forget_the_machine(scene.node)
+    scene.node.name = "renamed"
+    way(scene.node)
+    scene.node.start()
+    eventually(lambda: scene.state() == ["attached"])
+    assert scene.holder() == (scene.node.name, scene.container.id)
+    assert scene.node.namespace.pings(scene.ip)
+    assert scene.node.ask("status")["conflicts"] == []
+
+
+def test_a_container_whose_address_stands_under_an_earlier_name_of_its_machine_is_not_cut_off(
+    scene: Scene,
+) -> None:
+    with scene.journal as journal:
+        # The name that its agent had before is known by the ids in the store alone.
+        journal.save_node("renamed")
+    scene.node.name = "renamed"
+    pinged = scene.node.namespace.start("ping", "-n", "-q", "-i", "0.1", "-c", "50", scene.ip, stdout=-1)
+    scene.node.start()
+    eventually(lambda: scene.holder() == ("renamed", scene.container.id))
+    stdout, _ = pinged.communicate()
+    assert b" 0% packet loss" in stdout, stdout.decode()
+    assert scene.state() == ["attached"]
+    assert "CONFLICT" not in scene.node.log.read_text()
+
+
+HASTY = Path(__file__).parent.parent / "cluster" / "hasty_agent.py"
+
+
+@pytest.mark.skipif(not os.environ.get("WAYS_OUT"), reason="a removed node takes nothing new for 30 s")
+def test_a_container_that_is_cut_off_is_connected_again_when_the_other_one_has_ended() -> None:
+    agent = (sys.executable, str(HASTY), "agent")
+    with (
+        LabNode("n1", agent=agent) as first,
+        LabNode("n2", agent=agent, store=first.store) as second,
+        first.container() as robbed,
+        second.container() as taker,
+    ):
+        first.start()
+        first.cli("network", "create", "web", "--pool", "10.64.0.0/16", "--allow-static", "all")
+        ip = robbed.add("web").ips[4]
+        eventually(lambda: first.ask("status")["outbox"] == 0)
+        first.stop()
+        second.start()
+        second.cli("node", "remove", "n1", "--force", "--yes", "n1")
+        assert taker.add("web", labels={"moorage.ip": ip}).exit == 0
+        eventually(lambda: second.ask("status")["outbox"] == 0)
+        first.start()
+        eventually(lambda: first.ask("status")["conflicts"])
+        eventually(lambda: f"container {taker.id}" in first.ask("status")["cut_off"][0])
+        assert not first.namespace.pings(ip, wait=1)
+        assert taker.delete("web").exit == 0
+        eventually(lambda: first.namespace.pings(ip, wait=1))
+        assert [e["state"] for e in first.ask("endpoint", "list")] == ["attached"]
+        (row,) = [r for r in first.ask("ip", "list", "--state", "assigned") if r["address"] == ip]
+        assert (row["node"], row["container_id"]) == ("n1", robbed.id)
