@@ -160,7 +160,7 @@ class Continuity:
         if not why and vouched is not None and not is_vouched and self._touched is None:
             why = "its servers began anew, and no node was in touch with it all the time"
         if why and not (is_other and is_vouched):
-            moved = Incarnation(id=uuid.uuid4().hex, by=self._node, why=why, since=time.time())
+            moved = Incarnation(id=uuid.uuid4().hex, by=f"node {self._node}", why=why, since=time.time())
             revision = await self._say(standing, vouched, incarnation, moved)
             if revision:
                 self._go_on(standing, moved.id, revision)
@@ -367,7 +367,7 @@ def _said(incarnation: KeyValue | None) -> str:
         record = Incarnation.decode(incarnation.key, incarnation.value)
     except StoreError as error:
         return str(error)
-    return f"node {record.by} found that {record.why}"
+    return f"{record.by} found that {record.why}"
 
 
 def _digest(value: bytes) -> str:

@@ -4,12 +4,14 @@
     {"key": "networks/web", "value": "{...}"}
     {"key": "pools/10.64.0.0-16", "value": "{...}"}        in key order; "base64" for what is no text
 
-What belongs to living agents and listeners is left out: leases, intents, fences (writers/), leaders. Revisions are not
-kept either. An agent that finds no fence in a store knows that the store is not the one that its journal is about: it
-reads everything anew and asserts what its endpoints use, as after a restored backup (ipam/sync.py).
+What belongs to living agents and listeners is left out: leases, intents, fences (writers/), leaders, the incarnation.
+Revisions are not kept either. An agent that finds another incarnation, or no fence of its own, knows that the store is
+not the one that its journal is about: it reads everything anew and asserts what its endpoints use, as after a restored
+backup (ipam/sync.py).
 
 A load marks the store first and writes its schema version last; in between nobody uses it, and an interrupted
-load is begun again.
+load is begun again. With the mark it moves the store's incarnation (ipam/continuity.py): an agent that was cut off then
+has no sign of life, and could write into what is being loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -25,6 +28,7 @@ import msgspec
 
 from ipam import keys
 from ipam.errors import Compacted, InvalidInput, TryAgain
+from ipam.records import Incarnation
 from ipam.schema import OLDEST, VERSION, check_schema, encode, read_schema
 from ipam.store.base import (
     Compare,
@@ -44,7 +48,16 @@ TITLE = "store dump"
 FIRST, LAST = "!", "\x7f"
 """Every key lies in between."""
 
-LEFT_OUT = (keys.SCHEMA, keys.ALIVE, keys.INTENTS, keys.WRITERS, keys.LEADERS, keys.LISTENERS)
+LEFT_OUT = (
+    keys.SCHEMA,
+    keys.ALIVE,
+    keys.INTENTS,
+    keys.WRITERS,
+    keys.LEADERS,
+    keys.LISTENERS,
+    keys.INCARNATION,
+    keys.VOUCHED,
+)
 PRECIOUS = (keys.NETWORKS, keys.POOLS, keys.BLOCKS, keys.ADDRESSES, keys.RESERVATIONS)
 """What no load may overwrite or mix with."""
 
@@ -198,7 +211,11 @@ async def _begin(store: Store) -> Compare:
     empty = () if schema.loading else tuple(none_between(p, prefix_end(p)) for p in PRECIOUS)
     no_agent = none_between(keys.ALIVE, prefix_end(keys.ALIVE))
     mark = Put(keys.SCHEMA, encode(0, loading=True))
-    result = await store.txn(Txn((schema.guard, no_agent, *empty), (mark,)))
+    moved = Incarnation(
+        id=uuid.uuid4().hex, by="`moorage store load`", why="a dump was loaded", since=time.time()
+    )
+    incarnation = Put(keys.INCARNATION, moved.encode())
+    result = await store.txn(Txn((schema.guard, no_agent, *empty), (mark, incarnation)))
     if not result.succeeded:
         raise TryAgain(
             "the store holds networks or addresses already, or somebody uses it at this moment; a dump is loaded into "

@@ -6,13 +6,13 @@ after a restore, would otherwise find nothing odd and give out what others' cont
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from typing import Protocol
 
 import msgspec
 import structlog
 
+from ipam.boottime import boottime
 from ipam.errors import TryAgain
 
 log = structlog.get_logger(__name__)
@@ -117,4 +117,4 @@ class Grace:
 
 
 def _now() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return boottime() / 1e9

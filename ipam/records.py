@@ -251,7 +251,7 @@ class Alive(Record, frozen=True, kw_only=True):
 class Incarnation(Record, frozen=True, kw_only=True):
     """``incarnation``: moved by whoever doubts that the store goes on from where it was; ipam/continuity.py.
 
-    by: the node. why: what it found of the store. since: wall clock, seconds.
+    by: whoever moved it. why: what it found of the store. since: wall clock, seconds.
     """
 
     id: str

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from ipam.allocations import Promise
+from ipam.boottime import boottime
 from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, NotAllocated
 from ipam.holder import Holder
@@ -33,7 +34,6 @@ from isolator.authorise import authorise, netgroups_of
 from isolator.endpoints import Endpoints
 from isolator.engines import NET_MODULES
 from isolator.errors import EndpointExists, JournalUnwritable
-from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.locks import KeyedLocks

@@ -27,6 +27,7 @@ from dataclasses import replace
 
 import structlog
 
+from ipam.boottime import boottime
 from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import Holder, Owner
@@ -48,7 +49,6 @@ from isolator.errors import (
 )
 from isolator.fabric import VXLAN_PORT
 from isolator.hostports import refuse_claimed, refuse_families, refuse_tunnel
-from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel, admission
 from isolator.locks import KeyedLocks

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import re
 import socket
-import time
 from pathlib import Path
 
 from isolator.errors import AgentBusy
@@ -34,11 +33,6 @@ def machine_id() -> str:
     if not re.fullmatch("[0-9a-f]{32}", text):
         return ""  # an image that has not been booted yet says "uninitialized"
     return hmac.new(bytes.fromhex(text), _APPLICATION, hashlib.sha256).hexdigest()[:32]
-
-
-def boottime() -> int:
-    """Nanoseconds since boot, suspended time included; the same clock in every process of this boot."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def claim_namespace() -> socket.socket:

@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipam.boottime import boottime
 from isolator.engines import MESOS, NET_MODULES
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
-from isolator.identity import boottime
 from isolator.model import Endpoint
 from isolator.netlink import Node, unpinned
 from isolator.netlink.far_end import far_end

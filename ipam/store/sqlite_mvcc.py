@@ -19,10 +19,10 @@ from __future__ import annotations
 import contextlib
 import math
 import sqlite3
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipam.boottime import boottime
 from ipam.errors import Compacted, StoreError
 from ipam.store.base import (
     Compare,
@@ -68,7 +68,7 @@ class Clock:
 
     def now(self) -> float:
         """Seconds since boot."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        return boottime() / 1e9
 
 
 # --- reading -----------------------------------------------------------------------------------------

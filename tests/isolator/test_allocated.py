@@ -14,6 +14,7 @@ from typing import cast
 
 import pytest
 
+from ipam.boottime import boottime
 from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, NotAllocated, NotFound
 from ipam.holder import Holder
@@ -34,7 +35,7 @@ from isolator.errors import (
     Refused,
     Superseded,
 )
-from isolator.identity import boot_id, boottime
+from isolator.identity import boot_id
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.model import Asked, AttachSpec, EndpointKey

@@ -14,6 +14,7 @@ import pytest
 import isolator.conflicts as conflicts_module
 import isolator.removal as removal_module
 from ipam import keys
+from ipam.boottime import boottime
 from ipam.catalogue import Catalogue
 from ipam.errors import NotFound, TryAgain
 from ipam.holder import Holder
@@ -31,7 +32,6 @@ from isolator.conflicts import Conflicts
 from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.endpoints import Endpoints
 from isolator.errors import JournalUnwritable, KernelRefused, PortTaken, Refused, Superseded
-from isolator.identity import boottime
 from isolator.journal import Journal
 from isolator.kernel import Kernel
 from isolator.missing import Missing, missing

@@ -13,8 +13,8 @@ from ipaddress import ip_address
 
 import pytest
 
+from ipam.boottime import boottime
 from isolator.drivers.naming import mac_for
-from isolator.identity import boottime
 from isolator.model import Asked, Endpoint, EndpointKey, EndpointState
 from isolator.netlink import Node
 from isolator.vacancy import SETTLED, is_vacant, may_be_vacant

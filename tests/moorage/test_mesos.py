@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isolator.identity import boottime
+from ipam.boottime import boottime
 from isolator.model import Asked, Endpoint, EndpointKey, EndpointState
 from marathon.mesos import AgentFacts
 from moorage.mesos import GRACE, Suspicion

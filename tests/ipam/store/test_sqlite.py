@@ -315,6 +315,21 @@ async def test_leases_of_another_boot_are_over(store: Store, path: Path) -> None
     assert await store.get("alive/node") is None
 
 
+@pytest.mark.kernel
+async def test_a_command_in_a_time_namespace_ends_no_lease(store: Store, path: Path) -> None:
+    lease = await store.lease(30)
+    await store.txn(Txn(then=(Put("k", b"", lease.id),)))
+    reading = (
+        "import asyncio, sys\nfrom pathlib import Path\nfrom ipam.store.sqlite import SqliteStore\n"
+        "async def read():\n    store = await SqliteStore.open(Path(sys.argv[1]))\n"
+        "    print(await store.get('k') is not None)\n    await store.close()\nasyncio.run(read())"
+    )
+    unshare = ("unshare", "--time", "--boottime", "100000", sys.executable, "-c", reading, str(path))
+    shown = await asyncio.to_thread(subprocess.run, unshare, capture_output=True, text=True)
+    assert (shown.stdout, shown.stderr) == ("True\n", "")
+    assert await store.get("k") is not None
+
+
 async def test_a_read_shows_nothing_expired_though_nobody_watches(store: Store, path: Path) -> None:
     lease = await store.lease(1000)
     await store.txn(Txn(then=(Put("a", b"", lease.id),)))
