@@ -471,7 +471,9 @@ class Holder:
             "transactions": self._writer.transactions,
             "grace": {"seconds": round(self._holdings.grace.left, 1), "why": self._holdings.grace.why},
             "contested": [
-                f"{ip}, which node {conflict.holder.node} has in the store"
+                f"{ip} is used here, and the store has it on node {conflict.holder.node}, which has not looked at the "
+                "store since that was in doubt; start the agent there, or if the machine is gone: `moorage node remove "
+                f"{conflict.holder.node}`"
                 for ip, conflict in self._holdings.contested.items()
             ],
             "outbox": len(self._shelf.dirty()),

@@ -59,6 +59,14 @@ def agent(session: Session) -> Iterator[Finding]:
     # An agent of an earlier version does not say why, and knows neither of the others.
     for sentence in status.get("cut_off", [f"{name} is cut off" for name in status["conflicts"]]):
         yield Finding("agent", sentence)
+    for sentence in status.get("contested", []):
+        yield Finding("addresses", sentence)
+    if (grace := status.get("grace", {})).get("seconds"):
+        yield Finding(
+            "store",
+            f"nothing new is taken until all nodes have asserted what they hold, or for {grace['seconds']:.0f} s: "
+            f"{grace['why']}",
+        )
     for sentence in status.get("identity", []):
         yield Finding("identity", sentence)
     if question := status.get("missing"):

@@ -75,3 +75,12 @@ def test_a_connection_table_that_runs_full_is_told_with_who_has_most(
 )
 def test_whether_the_store_is_shown_who_asks(url: str, asks: bool) -> None:
     assert doctor.asks_for_login(url) is asks
+
+
+def test_a_store_in_doubt_and_addresses_that_two_nodes_may_have_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said_of_both = said(monkeypatch, contested=["10.64.0.1 is"], grace={"seconds": 12.3, "why": "n1 found"})
+    assert said_of_both[0] == "10.64.0.1 is"
+    assert "for 12 s: n1 found" in said_of_both[1]
+    assert said(monkeypatch, contested=[], grace={"seconds": 0.0, "why": ""}) == []
