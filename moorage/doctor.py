@@ -56,6 +56,8 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("pools", sentence)
     for sentence in status.get("damage", []):
         yield Finding("agent", f'{sentence}; see docs/runbook.md, "Something cannot be put back"')
+    for sentence in status.get("lost", []):
+        yield Finding("agent", sentence)
     for name in status["conflicts"]:
         yield Finding("agent", f"{name} is cut off because its address belongs to another container; end it")
     for sentence in status["fabric"].get("problems", []):

@@ -15,8 +15,6 @@ from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, SHAPER_PR
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
 
-_DOOMED = 0x6D7267FF  # the link group that is deleted as one; links only ever join it to go
-
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -25,6 +23,7 @@ class HostLink:
     """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP.
 
     peer: the index of the other end of a veth pair. peer_namespace: the number of its peer's; None if that is here.
+    alias: what was said with it (messages.set_alias). group: of links.
     """
 
     name: str
@@ -35,6 +34,18 @@ class HostLink:
     arp: bool = True
     peer: int = 0
     peer_namespace: int | None = None
+    alias: str = ""
+    group: int = 0
+
+    @property
+    def is_doomed(self) -> bool:
+        """Whether its end has begun."""
+        return self.group == messages.DOOMED
+
+    @property
+    def leads_elsewhere(self) -> bool:
+        """Whether a namespace is behind it."""
+        return self.peer_namespace is not None
 
     def is_peer_of(self, other: HostLink) -> bool:
         """Whether the two are the ends of one pair, wherever they are: names and paths are given anew, and each of
@@ -157,8 +168,8 @@ def delete_links(node: Node, names: Iterable[str]) -> None:
     if len(ours) == 1:
         node.route.execute([messages.delete_link(ours[0])])
     elif ours:
-        node.route.execute([messages.set_group(name, _DOOMED) for name in ours])
-        node.route.execute([messages.delete_group(_DOOMED)])
+        node.route.execute([messages.set_group(name, messages.DOOMED) for name in ours])
+        node.route.execute([messages.delete_group(messages.DOOMED)])
 
 
 def delete_routes(node: Node, routes: Iterable[HostRoute]) -> None:
@@ -184,6 +195,8 @@ def parse_link(message: Message) -> HostLink:
         peer_namespace=(
             codec.as_u32(found[messages.IFLA_LINK_NETNSID]) if messages.IFLA_LINK_NETNSID in found else None
         ),
+        alias=codec.as_text(found.get(messages.IFLA_IFALIAS)),
+        group=codec.as_u32(found.get(messages.IFLA_GROUP)),
     )
 
 

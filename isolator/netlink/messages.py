@@ -30,6 +30,8 @@ ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
 SHAPER_PREFIX = "mrg-"
 """Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
+DOOMED = 0x6D7267FF
+"""The link group that is deleted as one; links only ever join it to go."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
 FABRIC_METRIC = 2048
@@ -52,6 +54,7 @@ RULE = Struct("=BBBBBxxBI")  # family, dst length, src length, tos, table, actio
 
 IFF_UP, IFF_NOARP = 0x1, 0x80
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO = 1, 3, 4, 5, 18
+IFLA_IFALIAS = 20
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD, IFLA_LINK_NETNSID = 26, 27, 28, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING, IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 1, 4, 7, 15, 17
@@ -209,6 +212,12 @@ def link_down(name: str) -> Request:
     """Bring a link down; its routes and neighbours go with that."""
     body = LINK.pack(0, 0, 0, 0, IFF_UP) + text(IFLA_IFNAME, name)
     return Request(RTM_SETLINK, 0, body, f"bring {name} down", (errno.ENODEV,))
+
+
+def set_alias(name: str, alias: str) -> Request:
+    """Say with a link what it is, in at most 255 bytes that the kernel keeps and does not read."""
+    body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name) + attribute(IFLA_IFALIAS, alias.encode())
+    return Request(RTM_SETLINK, 0, body, f"give the link {name} its alias", (errno.ENODEV,))
 
 
 def set_mac(index: int, name: str, mac: str) -> Request:
