@@ -99,6 +99,13 @@ def _assigned(ip: IPv4Address, node: str) -> Put:
         task=task,
         framework="20260101-000000-1234567890-5050-1234-0000",
         since=time.time(),
+        endpoint={
+            "asked": time.monotonic_ns(),
+            "request_id": uuid.uuid4().hex,
+            "mtu": 1450,
+            "port_mappings": [["tcp", 31080, 80]],
+            "pools": [str(POOL)],
+        },
     )
     return Put(keys.address_key(ip), record.encode())
 

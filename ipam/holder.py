@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any
 
@@ -34,7 +35,7 @@ from ipam.namesakes import Namesakes
 from ipam.outage import Outage
 from ipam.pools import Geometry
 from ipam.pressure import Generosity
-from ipam.records import AddressState, Intent, Label, Network
+from ipam.records import Address, AddressState, Intent, Label, Network
 from ipam.refill import REFILL_PATIENCE
 from ipam.return_block import return_block
 from ipam.shelf import Held, Waiter, cooling, netgroups_told
@@ -54,7 +55,7 @@ SYNC_RETRY = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom an address is assigned to; goes into its record."""
+    """Whom addresses are assigned to; goes into their records. endpoint: into that of the first; records.Address."""
 
     container_id: str
     ifname: str
@@ -62,6 +63,7 @@ class Owner:
     netgroups: tuple[str, ...] = ()
     labels: tuple[Label, ...] = ()
     reservation: str = ""
+    endpoint: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Holder:
@@ -71,8 +73,8 @@ class Holder:
     on_conflict: told when the store names another owner for an address that an endpoint uses.
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
     in touch with the store. yields_to: see Holdings. on_asserted: told when the store, after a doubt, has all of what
-    is held here. nodes: the names of all that were heard of.
-    in touch with the store. namesakes: looks who else has, or had, the node's name; None where nobody could.
+    is held here. nodes: the names of all that were heard of. namesakes: looks who else has, or had, the node's name;
+    None where nobody could. journal_was_behind: the journal that this began with was older than the store.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Holder:
             yields_to=yields_to,
         )
         self._shelf = self._holdings.shelf
+        self.journal_was_behind = False
         self._upkeep = Upkeep(store, self._writer, self._holdings, self._written)
         self._named = Named(store, self._holdings)
         self._generosity = Generosity(self._holdings)
@@ -139,6 +142,7 @@ class Holder:
             if self._namesakes is not None and (why := await self._namesakes.refusal()):
                 raise Fenced(why) from error
             raise
+        self.journal_was_behind = self.journal_was_behind or report.behind
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(
                 "journal and store agree again",
@@ -311,17 +315,33 @@ class Holder:
 
     def plan_assign(self, lent: Sequence[Held], owner: Owner) -> list[AddressRow]:
         """The rows that make lent addresses assigned; changes nothing."""
-        return given(
-            lent,
-            AddressState.ASSIGNED,
-            id=uuid.uuid4().hex,
-            container_id=owner.container_id,
-            ifname=owner.ifname,
-            engine=owner.engine,
-            netgroups=list(owner.netgroups),
-            labels=list(owner.labels),
-            reservation=owner.reservation,
-        )
+        rows = given(lent, AddressState.ASSIGNED, id=uuid.uuid4().hex, **_whose(owner))
+        return [
+            replace(row, record=row.record.with_(endpoint=dict(owner.endpoint))) if number == 0 else row
+            for number, row in enumerate(rows)
+        ]
+
+    def carry(self, ips: Sequence[IPAddress], network: str, owner: Owner) -> None:
+        """Addresses that an endpoint has by what the kernel says, and that the journal does not know for its. For a
+        start, before anything is given out."""
+        name = uuid.uuid4().hex
+        for number, ip in enumerate(ips):
+            held = self._shelf.held.get(ip)
+            known = held.record if held is not None and held.state is AddressState.ASSIGNED else None
+            if known is not None and (known.container_id, known.ifname) == (owner.container_id, owner.ifname):
+                continue
+            pool = self._catalogue.pool_of(ip)
+            record = Address(
+                pool=pool.name if pool is not None else "",  # then once the store was heard
+                state=AddressState.ASSIGNED,
+                node=self._holdings.node,
+                id=name,
+                network=network,
+                since=time.time(),
+                endpoint={} if number else dict(owner.endpoint),
+                **_whose(owner),
+            )
+            self._holdings.carry(ip, record)
 
     # -- DEL
 
@@ -343,7 +363,7 @@ class Holder:
         ]
 
     def plan_change(
-        self, ips: Sequence[IPAddress], endpoint: tuple[str, str], **fields: Any
+        self, ips: Sequence[IPAddress], endpoint: tuple[str, str], /, **fields: Any
     ) -> list[AddressRow]:
         """The rows that change fields of the records of an endpoint's addresses; changes nothing."""
         entries = [self._shelf.held.get(ip) for ip in ips]
@@ -487,6 +507,18 @@ class Holder:
                 for (network, family, state), count in sorted(counts.items())
             ],
         }
+
+
+def _whose(owner: Owner) -> dict[str, Any]:
+    """The fields of the records of an owner's addresses."""
+    return {
+        "container_id": owner.container_id,
+        "ifname": owner.ifname,
+        "engine": owner.engine,
+        "netgroups": list(owner.netgroups),
+        "labels": list(owner.labels),
+        "reservation": owner.reservation,
+    }
 
 
 def _missing(request: AddressRequest, pools: Sequence[Geometry], named: Sequence[IPAddress]) -> list[Family]:

@@ -69,7 +69,7 @@ def given(lent: Iterable[Held], state: AddressState, **whose: Any) -> list[Addre
     return [
         AddressRow(
             held.ip,
-            held.record.with_(state=state, app="", task="", framework="", since=now, **whose),
+            held.record.with_(state=state, app="", task="", framework="", endpoint={}, since=now, **whose),
             held.revision,
             True,
         )
@@ -182,7 +182,7 @@ class Holdings:
         # Revision 0: claimed or given back, and the store had not confirmed it.
         self.blocks = {row.block: row for row in self.journal.load_blocks() if row.revision}
         for row in self.journal.load_addresses():
-            held = Held(row.ip, row.record, row.revision, row.dirty, journalled=True)
+            held = Held(row.ip, row.record, row.revision, row.dirty, journalled=True, recalled=True)
             # Of one that is dirty nobody remembers what the store had before; a warm one may have been announced.
             unknown = (row.record.network,) if held.state is AddressState.WARM else ()
             held.told = unknown if held.dirty else netgroups_told(held.record)
@@ -191,6 +191,18 @@ class Holdings:
             if held.state is AddressState.WARM and not held.dirty and self.serving:
                 self.shelf.offer(held)
         self.open_spaces()
+
+    def carry(self, ip: IPAddress, record: Address) -> None:
+        """An endpoint has the address, by what the kernel says, and the journal does not know. For a start, before
+        anything is given out: the store is told, and says whether it is another's."""
+        held = self.shelf.held.get(ip)
+        if held is None:
+            held = Held(ip, record)
+            self.shelf.add(held)
+        held.carried, held.recalled = True, False
+        self.shelf.want(held, record)
+        self.note_use(record)
+        self.save([held])
 
     def note_use(self, record: Address) -> None:
         """Containers here have, or had, addresses of that network."""

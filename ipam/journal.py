@@ -73,6 +73,15 @@ class Journal(Protocol):
     def save_confirmed_seq(self, seq: int) -> None: ...
 
     @property
+    def unconfirmed(self) -> int:
+        """How many writes of this node the store may have confirmed at most since ``confirmed_seq`` was saved."""
+        ...
+
+    def note_attempt(self) -> None:
+        """The fence is about to be claimed, which may move it; forgotten with the next ``save_confirmed_seq``."""
+        ...
+
+    @property
     def drained(self) -> bool:
         """Whether the node is drained; ipam/drain.py."""
         ...

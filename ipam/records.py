@@ -45,7 +45,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         """The JSON to store."""
         fields = cast("dict[str, Any]", msgspec.to_builtins(self))
         unknown = fields.pop("unknown")
-        return msgspec.json.encode({**unknown, **fields})
+        return msgspec.json.encode({**unknown, **self._written(fields)})
+
+    @staticmethod
+    def _written(fields: dict[str, Any]) -> dict[str, Any]:
+        """Those of its fields that are written."""
+        return fields
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -155,13 +160,20 @@ class AddressState(enum.StrEnum):
         return self in (AddressState.ALLOCATED, AddressState.ASSIGNED)
 
 
+_ALWAYS_WRITTEN = frozenset({"v", "pool", "state", "node"})
+
+
 class Address(Record, frozen=True, kw_only=True):
     """``addresses/<family>/<hex of ip>``: one IP in use. Its IP is the key, and only the key.
+
+    What is empty is not written: there may be hundreds of thousands.
 
     id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
     netgroups: while it is warm, what other nodes take it for a member of already; ipam/stock.py.
     uid: whom an engine allocated it for. It stays while the address is assigned, until that engine releases it.
     since: wall clock, seconds, of the last change of state.
+    endpoint: of the first address of an endpoint, what its node has to know of it and the other fields do not say, for
+    a node that loses its journal (isolator/written.py). Nobody else reads it.
     """
 
     pool: str
@@ -180,6 +192,12 @@ class Address(Record, frozen=True, kw_only=True):
     reservation: str = ""
     uid: str = ""
     since: float = 0.0
+    endpoint: dict[str, Any] = {}
+
+    @staticmethod
+    def _written(fields: dict[str, Any]) -> dict[str, Any]:
+        # What is left out is empty by default, in this version and in earlier ones.
+        return {name: value for name, value in fields.items() if value or name in _ALWAYS_WRITTEN}
 
     @property
     def is_nodes_own(self) -> bool:

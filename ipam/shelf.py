@@ -36,7 +36,9 @@ UNKNOWN = "unknown"
 
 def cooling(record: Address) -> Address:
     """The record of a released address; it still says who had it, so that a reservation finds its own."""
-    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
+    return record.with_(
+        state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="", endpoint={}
+    )
 
 
 def doubtful(record: Address) -> Address:
@@ -67,6 +69,8 @@ class Held:
     told: what other nodes take it for a member of, by what the store has confirmed last.
     unheard: the store has confirmed that it is no member of something any more, and others may not have heard yet.
     ready_at: when the cooldown is over, or others have heard (event loop's clock); None until confirmed.
+    recalled: the journal says so, and the store was not compared with it since.
+    carried: the kernel says so: an endpoint has it, of which the journal knew nothing, or something older.
     """
 
     ip: IPAddress
@@ -80,6 +84,8 @@ class Held:
     ready_at: float | None = None
     told: tuple[str, ...] = ()
     unheard: bool = False
+    recalled: bool = False
+    carried: bool = False
 
     @property
     def state(self) -> AddressState | None:

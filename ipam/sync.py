@@ -5,12 +5,17 @@ address that an endpoint uses (it is asserted anew). What the store has for this
 does not know was written by an agent whose journal is lost: a live endpoint keeps it, anything else
 cools down before it is used.
 
+So does what the journal has an earlier word of: a copy of it was put back, its log was lost, or its disk was full. The
+fence tells: it is ahead of the last write that the journal knows of by more than what may have been confirmed in the
+moment the agent was killed (docs/decisions/whose-word-counts.md).
+
 Reads only what is this node's: its blocks and journalled addresses outside of them. Everything is
-scanned only if the journal knows nothing, or the store went back in time.
+scanned only if the journal knows nothing, or of an earlier moment, or the store went back in time.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -41,13 +46,17 @@ Stored: TypeAlias = dict[IPAddress, tuple[Address | None, int]]
 
 @dataclass(slots=True)
 class SyncReport:
-    """What a sync brought to light. unreadable: keys whose records are left as they are, and why."""
+    """What a sync brought to light. unreadable: keys whose records are left as they are, and why.
+
+    behind: the journal was older than the store, put back or cut off: store and kernel won.
+    """
 
     adopted: list[IPAddress] = field(default_factory=list)
     released: list[IPAddress] = field(default_factory=list)
     asserted: list[IPAddress] = field(default_factory=list)
     lost: list[IPAddress] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+    behind: bool = False
 
 
 async def sync(
@@ -61,23 +70,34 @@ async def sync(
     # Of one that somebody loads a dump into nothing can be said yet.
     check_schema(await read_schema(store))
     await continuity.look()
-    remembers = holdings.journal.confirmed_seq > 0
-    as_new = await writer.claim(max(holdings.journal.confirmed_seq, writer.seq))
+    confirmed, unconfirmed = holdings.journal.confirmed_seq, holdings.journal.unconfirmed
+    with contextlib.suppress(TryAgain):
+        holdings.journal.note_attempt()
+    as_new = await writer.claim(max(confirmed, writer.seq))
     if not as_new and writer.was_removed:
         log.warning("node was removed from the store; what it holds is asserted anew")
     elif not as_new and not continuity.doubted:
         await continuity.move(f"it forgot writes of node {holdings.node}")
     fresh = as_new and not continuity.doubted
-    report = SyncReport()
+    # The claim itself is the last of its writes.
+    report = SyncReport(behind=bool(confirmed) and as_new and writer.seq - 1 > confirmed + unconfirmed)
     if fresh:
         await holdings.catalogue.refresh()
     else:
         await holdings.catalogue.start_over()
     journalled = set(holdings.blocks) | {row.block for row in holdings.journal.load_blocks()}
-    full = not fresh or not (journalled or holdings.shelf.held)
+    full = not fresh or report.behind or not confirmed or not (journalled or holdings.shelf.held)
     await _sync_blocks(store, holdings, report, journalled, full=full)
     stored = await _stored_addresses(store, holdings, report, full=full)
-    merge(holdings, stored, is_live, report, rewound=not fresh and remembers)
+    if report.behind and any(held.recalled for held in holdings.shelf.held.values()):
+        log.warning(
+            "journal is older than the store; store and kernel say what this node holds",
+            journal=confirmed,
+            store=writer.seq - 1,
+        )
+    # A journal that is older itself does not know better than the store.
+    rewound = not fresh and confirmed > 0 and not report.behind
+    merge(holdings, stored, is_live, report, rewound=rewound)
     holdings.open_spaces()
     holdings.save(holdings.shelf.held.values(), writer.seq)
     if not holdings.has_unsaved:
@@ -182,6 +202,9 @@ def merge(
     """
     for held in list(holdings.shelf.held.values()):
         record, revision = stored.get(held.ip, (None, 0))
+        is_recalled, held.recalled = held.recalled, False
+        if held.carried:
+            _complete(holdings, held, record, is_live)
         if record is None and revision:
             _leave_unreadable(holdings, held)
         elif record is None:
@@ -190,6 +213,9 @@ def merge(
             if not holdings.contest(held, record):
                 report.lost.append(held.ip)
                 holdings.lose(held, record)
+        elif is_recalled and _is_outdated(held, record, revision, is_live, report):
+            holdings.shelf.drop(held, reusable=False)
+            _take_over(holdings, held.ip, record, revision, is_live, report, rewound=rewound)
         elif held.record != record:
             held.revision, held.told = revision, netgroups_told(record)
             holdings.shelf.want(held, held.record)
@@ -201,6 +227,39 @@ def merge(
                 holdings.foreign(ip)
         elif ip not in holdings.shelf.held:
             _take_over(holdings, ip, record, revision, is_live, report, rewound=rewound)
+
+
+def _is_outdated(held: Held, record: Address, revision: int, is_live: IsLive, report: SyncReport) -> bool:
+    """Whether the journal had an earlier word of an address than the store has.
+
+    What the store has confirmed and the journal was not told any more is later; what the journal calls dirty is
+    later than that, unless the journal itself is from before. An endpoint that is there is what counts in any case.
+    """
+    is_used = (
+        held.record is not None and held.state is AddressState.ASSIGNED and is_live(held.ip, held.record)
+    )
+    if is_used and held.record is not None and not _same_owner(held.record, record):
+        return False
+    if report.behind and held.state is AddressState.WARM:
+        return True  # somebody may have had it since
+    return held.record != record and revision > held.revision and (report.behind or not held.dirty)
+
+
+def _same_owner(one: Address, other: Address) -> bool:
+    return (one.state, one.container_id, one.ifname) == (other.state, other.container_id, other.ifname)
+
+
+def _complete(holdings: Holdings, held: Held, record: Address | None, is_live: IsLive) -> None:
+    """What the kernel did not say of an address that an endpoint has."""
+    assert held.record is not None, "what is carried has a record"
+    held.carried = False
+    if record is not None and record.node == holdings.node and _same_owner(held.record, record):
+        held.record = record
+        is_live(held.ip, record)  # its endpoint may have lost what this says
+        return
+    pool = holdings.catalogue.pool_of(held.ip)
+    uid = record.uid if record is not None and record.node == holdings.node and record.state.is_taken else ""
+    held.record = held.record.with_(pool=pool.name if pool is not None else "", uid=uid)
 
 
 def _assert_or_drop(holdings: Holdings, held: Held, report: SyncReport, *, rewound: bool) -> None:

@@ -22,7 +22,7 @@ import contextlib
 import errno
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -32,6 +32,7 @@ from ipam.catalogue import Catalogue
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
+from ipam.journal import AddressRow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.named import AddressRequest
 from ipam.netgroups import Netgroup
@@ -62,10 +63,12 @@ from isolator.model import (
     ValidAttachments,
     Work,
 )
+from isolator.netlink import HostLink
 from isolator.policy import NETGROUPS, Isolation, Surroundings, isolation_of
 from isolator.removal import Removal
 from isolator.steps import reached
 from isolator.vacancy import may_be_vacant
+from isolator.written import for_record
 
 log = structlog.get_logger(__name__)
 
@@ -92,6 +95,18 @@ COLLECTED = (EndpointState.ATTACHED, EndpointState.CONFLICT)
 
 ENDED_BY_GC = (*COLLECTED, EndpointState.MISSING)
 """States that end when an engine has the container no more."""
+
+
+def owner(endpoint: Endpoint) -> Owner:
+    """Whom its addresses are assigned to."""
+    return Owner(
+        container_id=endpoint.key.container_id,
+        ifname=endpoint.key.ifname,
+        engine=endpoint.engine,
+        netgroups=endpoint.netgroups,
+        labels=endpoint.labels,
+        endpoint=for_record(endpoint),
+    )
 
 
 class Endpoints:
@@ -128,6 +143,7 @@ class Endpoints:
         self._tombstones: dict[EndpointKey, Asked] = {}
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
         self._attached_at: dict[EndpointKey, int] = {}
+        self._not_admitted: dict[str, str] = {}
         self._removal = Removal(
             kernel, journal, holder, self._endpoints, lambda key: self._attached_at.pop(key, None)
         )
@@ -138,6 +154,13 @@ class Endpoints:
         buried = self._journal.load_tombstones()
         # Another boot's clock says nothing about this one's calls.
         self._tombstones = {key: asked for key, asked in buried.items() if asked.boot_id == self._boot_id}
+        if over := buried.keys() - self._tombstones.keys():
+            try:
+                self._journal.drop_tombstones(over)
+            except JournalUnwritable as error:
+                log.warning(
+                    "tombstones of an earlier boot stay in the journal", count=len(over), why=str(error)
+                )
 
     # -- looking in
 
@@ -283,15 +306,8 @@ class Endpoints:
             self._holder.put_back(lent)
             raise
         endpoint = self._endpoint(spec, network, lent)
-        owner = Owner(
-            container_id=spec.key.container_id,
-            ifname=spec.key.ifname,
-            engine=spec.engine,
-            netgroups=endpoint.netgroups,
-            labels=spec.labels,
-            reservation=spec.reservation or "",
-        )
-        rows = self._holder.plan_assign(lent, owner)
+        rows = self._holder.plan_assign(lent, replace(owner(endpoint), reservation=spec.reservation or ""))
+        endpoint = replace(endpoint, since=rows[0].record.since)
         try:
             with self._journal.transaction():
                 self._journal.save_endpoint(endpoint)
@@ -405,9 +421,13 @@ class Endpoints:
             for endpoint in self._endpoints.values()
             if endpoint.state in ADMITTED
         ]
-        await self._kernel.restore_policy(
+        refused = await self._kernel.restore_policy(
             admitted, around, keep_endpoints=keep_endpoints, keep_others=keep_others
         )
+        for name, why in refused.items():
+            if self._not_admitted.get(name) != why:
+                log.error("endpoint is not admitted by the firewall", interface=name, why=why)
+        self._not_admitted = refused
 
     def _isolation(self, name: str) -> Isolation:
         """A network's; that of one that is not known allows netgroups only."""
@@ -769,9 +789,71 @@ class Endpoints:
     # -- for recovery
 
     def adopt(self, endpoint: Endpoint) -> None:
-        """An endpoint that the journal does not know and kernel and store do."""
+        """An endpoint of which kernel or store know more than the journal."""
         self._endpoints[endpoint.key] = endpoint
-        self._journal.save_endpoint(endpoint)
+        try:
+            self._journal.save_endpoint(endpoint)
+        except JournalUnwritable as error:
+            log.warning(
+                "adopted endpoint is not journalled; a restart adopts it once more",
+                endpoint=str(endpoint.key),
+                why=str(error),
+            )
+
+    def trust_attaching(self, links: Mapping[str, HostLink]) -> None:
+        """The journal is older than the store: what it calls attaching, and what has an interface that is up, was
+        attached since."""
+        for endpoint in self.all():
+            link = links.get(endpoint.host_ifname)
+            if endpoint.state is EndpointState.ATTACHING and link is not None and link.up:
+                self.adopt(replace(endpoint, state=EndpointState.ATTACHED))
+
+    def tell_store(self) -> None:
+        """Have the address records say what the endpoints are, where they do not: of an earlier version, or of an
+        agent that had lost its journal."""
+        rows = [row for e in self.all() if e.state is EndpointState.ATTACHED for row in self._untold(e)]
+        if not rows:
+            return
+        try:
+            self._journal.save_addresses(rows)
+        except JournalUnwritable as error:
+            log.warning(
+                "address records do not say what their endpoints are", count=len(rows), why=str(error)
+            )
+            return
+        self._holder.accept(rows)
+
+    def _untold(self, endpoint: Endpoint) -> list[AddressRow]:
+        rows = []
+        told = for_record(endpoint)
+        for ip in endpoint.ips:
+            held = self._holder.held(ip)
+            record = held.record if held is not None else None
+            if record is None:
+                continue
+            wanted = told if told and ip == endpoint.ips[0] else record.endpoint
+            if (record.endpoint, tuple(record.netgroups)) != (wanted, endpoint.netgroups):
+                rows += self._holder.plan_change(
+                    [ip], endpoint.key, endpoint=wanted, netgroups=list(endpoint.netgroups)
+                )
+        return rows
+
+    def not_admitted(self) -> list[str]:
+        """Sentences about endpoints that the kernel did not take into the firewall's table when it was restored."""
+        return [
+            f"{endpoint.key} is not admitted by the firewall: {self._not_admitted[endpoint.host_ifname]}"
+            for endpoint in self.all()
+            if endpoint.state in ADMITTED and endpoint.host_ifname in self._not_admitted
+        ]
+
+    def incomplete(self) -> list[str]:
+        """Sentences about endpoints that were found again without all that they were."""
+        return [
+            f"{endpoint.key} was found again after the journal was lost, but not {', '.join(endpoint.lost)}; start "
+            "its container anew to have that again"
+            for endpoint in self.all()
+            if endpoint.lost
+        ]
 
     def forget(self, endpoint: Endpoint) -> None:
         """An endpoint of which nothing can be left in the kernel: its boot is over."""

@@ -60,7 +60,7 @@ from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.node_name import settle
 from isolator.pool_routes import PoolRoutes
-from isolator.recovery import adopted_endpoint, owner_of, recover
+from isolator.recovery import adopted_endpoint, carries, owner_of, recall, recover, routed_to
 from isolator.store_addresses import StoreAddresses
 from isolator.surrounds import kept
 from isolator.underlay import DEFAULT_MTU, Underlay
@@ -89,6 +89,9 @@ HEAL_EVERY = 1.0
 
 LIMITS_EVERY = 2.0
 """Seconds between looks at the limits on endpoints' traffic."""
+
+JOURNAL_EVERY = 2.0
+"""Seconds between looks whether the journal's file is where it was."""
 
 UNDERLAY_EVERY = 10.0
 """Seconds between looks at the underlay; the kernel tells of changes sooner."""
@@ -247,9 +250,10 @@ class Isolator:
         self._underlay = Underlay((), DEFAULT_MTU, ())
         self._underlay_changed = asyncio.Event()
         self._links: dict[str, HostLink] = {}
+        self._routed: dict[int, set[IPAddress]] = {}
         self._macs: dict[str, str] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
-        self._recovered_in_sync = False
+        self._recovered = asyncio.Event()
         self._mesos_agent: str | None = None if settings.asks_mesos else ""
 
     # -- life
@@ -271,6 +275,16 @@ class Isolator:
         self._links = await self._kernel.links()
         self._endpoints.miss(missing(self._endpoints.all(), self._links, self._boot_id))
         self._macs = await self._kernel.macs()
+        self._routed = routed_to(await self._kernel.routes())
+        await recall(
+            self._kernel,
+            self._endpoints,
+            self._holder,
+            self._catalogue,
+            self._boot_id,
+            self._links,
+            self._routed,
+        )
         self._underlay = await self._find_underlay()
         self._fabric.underlay_changed(self._underlay)
         self._membership = Membership(
@@ -306,13 +320,14 @@ class Isolator:
         await recover(
             self._kernel,
             self._endpoints,
+            self._holder,
             self._catalogue,
             self._boot_id,
             in_sync=in_sync,
             keep_others=not self._cluster.listed.is_set(),
         )
-        self._recovered_in_sync = in_sync
         if in_sync:
+            self._recovered.set()
             self._remember_instances([self.instance])
 
     def _remember_instances(self, instances: list[str]) -> None:
@@ -358,6 +373,7 @@ class Isolator:
                     ("pool routes", self._pool_routes.keep),
                     ("mending", self._mending.run),
                     ("unfinished", self._undo_unfinished),
+                    ("journal", self._keep_journal),
                     ("cluster", self._cluster.follow),
                     ("fabric", self._fabric.run),
                     ("underlay", self._follow_underlay),
@@ -479,11 +495,16 @@ class Isolator:
                 for key, ips in self._endpoints.unknown_to_others().items()
             ],
             "journal_rebuilt": self._journal.rebuilt,
+            "lost": self._endpoints.incomplete(),
             **self._holder.status(),
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
             "connections": self._connections.status(),
             "collisions": self._collisions(),
-            "damage": [*self._forwarding.problems(), *self._mending.problems()],
+            "damage": [
+                *self._forwarding.problems(),
+                *self._mending.problems(),
+                *self._endpoints.not_admitted(),
+            ],
             **self._firewalls.status(),
         }
 
@@ -680,19 +701,23 @@ class Isolator:
             return False
         if record.is_nodes_own:
             return True
+        key = EndpointKey(record.container_id, record.ifname)
         known = self._endpoints.of_ip(ip)
-        if known is not None:
+        if known is not None and (known.key != key or not known.lost):
             return True
         link = owner_of(self._links, record)
-        if link is None:
+        if link is None or not carries(link, ip, self._routed):
             return False
-        key = EndpointKey(record.container_id, record.ifname)
         network = next((n for n in self._catalogue.networks() if n.name == record.network), None)
+        before = self._endpoints.get(key)
         adopted = adopted_endpoint(
-            self._endpoints.get(key), ip, record, link, network, self._boot_id, self._macs.get(link.own_name)
+            before, ip, record, link, network, self._boot_id, self._macs.get(link.own_name)
         )
-        log.warning("endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip))
-        self._endpoints.adopt(adopted)
+        if adopted != before:
+            log.warning(
+                "endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip), lost=adopted.lost
+            )
+            self._endpoints.adopt(adopted)
         return True
 
     def _on_conflict(self, conflict: Conflict) -> None:
@@ -735,7 +760,7 @@ class Isolator:
                 await self._missing.look()
 
     async def _restore_policy(self) -> None:
-        await self._endpoints.restore_policy(keep_endpoints=not self._recovered_in_sync)
+        await self._endpoints.restore_policy(keep_endpoints=not self._recovered.is_set())
 
     async def _heal(self) -> None:
         """Keeps the firewall as it should be, and catches up on recovery when the store came back."""
@@ -750,7 +775,9 @@ class Isolator:
                 )
             if every.is_due():
                 await self._restore_elements()
-            if not self._recovered_in_sync and not self._holder.problem:
+                if self._endpoints.not_admitted():
+                    await self._restore_policy()
+            if not self._recovered.is_set() and not self._holder.problem:
                 await self._recover()
 
     async def _restore_elements(self) -> None:
@@ -764,10 +791,18 @@ class Isolator:
             await asyncio.sleep(LIMITS_EVERY)
             await self._endpoints.restore_limits()
 
+    async def _keep_journal(self) -> None:
+        """Notices also where nothing is written that the journal is not the file any more that a start finds."""
+        while True:
+            await asyncio.sleep(JOURNAL_EVERY)
+            self._journal.keep_in_place()
+
     async def _undo_unfinished(self) -> None:
         """An ADD that a killed agent had begun waits for its hook to come back, but not for ever."""
         begun = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHING]
         await asyncio.sleep(RETURN_WINDOW)
+        # The journal may be older than it looks: only the store tells.
+        await self._recovered.wait()
         for endpoint in begun:
             await self._endpoints.undo_unfinished(endpoint.key, endpoint.request_id)
         await asyncio.Event().wait()

@@ -14,6 +14,9 @@ the outbox, so the two can never disagree.
 Commits are written to the write-ahead log without waiting for the disk: a killed agent loses nothing,
 and after a power failure every namespace is gone anyway, so only a lost commit that *forgets* an address
 could hurt. ``make_durable`` is awaited before such an address is given away.
+
+Every row has a checksum. What cannot be read, or is not what was written, is moved aside, and the journal is begun
+anew; a file that cannot be opened, locked or written is left alone (journal_file.py, which also has the layout).
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ import asyncio
 import contextlib
 import os
 import sqlite3
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import msgspec
 import structlog
@@ -35,109 +37,97 @@ import structlog
 from ipam.errors import StoreError
 from ipam.journal import AddressRow, BlockRow
 from ipam.keys import IPAddress, IPNetwork
-from ipam.records import Address, Label
-from isolator.errors import JournalCorrupt, JournalUnwritable
-from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointState, PortMapping
+from ipam.records import Address
+from isolator import journal_file
+from isolator.errors import JournalCorrupt
+from isolator.journal_file import COLUMNS, Row
+from isolator.model import Asked, Endpoint, EndpointKey
+from isolator.written import decode_endpoint, encode_endpoint
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 5
-"""2: endpoints have port mappings and limits. 3: and what their engine calls the network; addresses may be allocated.
-4: endpoints have a next hop, and the pools that their container has routes to. 5: it says whose it is, and an endpoint
-may be missing.
-What an earlier version wrote is read as it is, but never the reverse."""
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS endpoints (
-    container_id TEXT NOT NULL, ifname TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (container_id, ifname)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS addresses (
-    ip TEXT PRIMARY KEY, record BLOB NOT NULL, revision INTEGER NOT NULL, dirty INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS blocks (
-    block TEXT PRIMARY KEY, pool TEXT NOT NULL, revision INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS cache (
-    key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tombstones (
-    container_id TEXT NOT NULL, ifname TEXT NOT NULL, boot_id TEXT NOT NULL, at INTEGER NOT NULL,
-    PRIMARY KEY (container_id, ifname)
-) WITHOUT ROWID;
-"""
+_Identity: TypeAlias = tuple[tuple[int, int] | None, ...]
+"""Device and inode of the file and its log; None of one that is not there."""
 
 
 class Journal:
     """See the module's docstring. Used from the event loop's thread only; every call is synchronous.
 
-    rebuilt: the file was unreadable and moved aside; kernel and store have to say what was in it.
+    rebuilt: the file was damaged and moved aside; kernel and store have to say what was in it.
     Writes raise JournalUnwritable and then changed nothing.
     """
 
     def __init__(self, path: Path, boot_id: str) -> None:
-        """Open or create the journal. Raises JournalUnwritable; an unreadable file is moved aside."""
+        """Open or create the journal; a damaged file is moved aside.
+
+        Raises JournalUnwritable for one that cannot be used now, StoreError for a newer moorage's.
+        """
         self._path = path
         self._boot_id = boot_id
         self._depth = 0
         self.rebuilt = False
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._db = self._open()
-        except JournalCorrupt as error:
-            aside = _move_aside(path)
-            log.error(
-                "journal was unreadable and is rebuilt from kernel and store", kept=str(aside), why=str(error)
-            )
-            self.rebuilt = True
-            self._db = self._open()
+            try:
+                self._db = self._open()
+            except JournalCorrupt as error:
+                aside = journal_file.move_aside(path)
+                log.error(
+                    "journal is damaged and is rebuilt from kernel and store", kept=str(aside), why=str(error)
+                )
+                self.rebuilt = True
+                self._db = self._open()
+            self._identity = self._on_disk()
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise journal_file.unusable(path, error) from error
+        if not self.state_id:
+            self._set_meta("state_id", uuid.uuid4().hex)
         self.is_of_this_boot = self._meta("boot_id") == boot_id
+        self._attempts = int(self._meta("attempts") or 0)
 
     def _open(self) -> sqlite3.Connection:
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        journal_file.check_header(self._path)
+        db = None
         try:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             db = sqlite3.connect(self._path, isolation_level=None)
-        except (OSError, sqlite3.OperationalError) as error:
-            raise _unwritable(self._path, error) from error
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            db.executescript(_TABLES)
-            verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if verdict != "ok":
-                raise JournalCorrupt(f"the journal {self._path} is damaged: {verdict}")
-            self._db = db
-            version = int(self._meta("schema") or SCHEMA_VERSION)
-            if version > SCHEMA_VERSION:
-                raise StoreError(
-                    f"the journal {self._path} was written by a newer moorage (schema {version}); "
-                    "start that version, or move the file away to rebuild it from kernel and store"
-                )
-            if self._meta("schema") != str(SCHEMA_VERSION):
-                self._set_meta("schema", str(SCHEMA_VERSION))
-            if not self._meta("state_id"):
-                self._set_meta("state_id", uuid.uuid4().hex)
-            int(self._meta("confirmed_seq") or 0)
-            for load in (
-                self.load_endpoints,
-                self.load_addresses,
-                self.load_blocks,
-                self.load_cache,
-                self.load_tombstones,
-            ):
-                load()
-        except sqlite3.OperationalError as error:
-            db.close()
-            raise _unwritable(self._path, error) from error
-        except (sqlite3.DatabaseError, msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
-            db.close()
+            self._check(db)
+        except sqlite3.Error as error:
+            _close(db)
+            if journal_file.is_damage(error):
+                raise JournalCorrupt(f"the journal {self._path} is damaged: {error}") from error
+            raise journal_file.unusable(self._path, error) from error
+        except (JournalCorrupt, msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
+            # A ValueError also of text that is no UTF-8, be it in a message of SQLite's.
+            _close(db)
             raise JournalCorrupt(f"the journal {self._path} is damaged: {error}") from error
-        except JournalCorrupt:
-            db.close()
+        except BaseException:
+            _close(db)
             raise
         return db
+
+    def _check(self, db: sqlite3.Connection) -> None:
+        """Raises StoreError for a newer one; anything else but sqlite3.Error and OSError for a damaged one."""
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise JournalCorrupt(str(verdict))
+        journal_file.check_log(self._path)
+        try:
+            journal_file.prepare(db)
+        except StoreError as error:
+            raise StoreError(f"the journal {self._path} cannot be used: {error}") from error
+        self._db = db
+        for number in ("confirmed_seq", "attempts"):
+            int(self._meta(number) or 0)
+        _ = self.instances
+        try:
+            self.load_addresses()
+        except StoreError as error:
+            raise JournalCorrupt(str(error)) from error
+        for load in (self.load_endpoints, self.load_blocks, self.load_cache, self.load_tombstones):
+            load()
 
     def close(self) -> None:
         self._db.close()
@@ -150,6 +140,7 @@ class Journal:
         if self._depth:
             yield
             return
+        self.keep_in_place()
         self._run("BEGIN IMMEDIATE")
         self._depth = 1
         try:
@@ -162,14 +153,28 @@ class Journal:
         finally:
             self._depth = 0
 
-    def _run(self, statement: str, rows: Iterable[tuple[Any, ...]] | None = None) -> None:
+    def _run(self, statement: str) -> None:
         try:
-            if rows is None:
-                self._db.execute(statement)
-            else:
-                self._db.executemany(statement, rows)
+            self._db.execute(statement)
         except sqlite3.Error as error:
-            raise _unwritable(self._path, error) from error
+            raise journal_file.unusable(self._path, error) from error
+
+    def _put(self, table: str, rows: Iterable[Row]) -> None:
+        """Write rows, all or none."""
+        with self.transaction():
+            try:
+                journal_file.put(self._db, table, rows)
+            except sqlite3.Error as error:
+                raise journal_file.unusable(self._path, error) from error
+
+    def _drop(self, table: str, keys: Iterable[Row]) -> None:
+        """Delete rows, all or none."""
+        which = " AND ".join(f"{column} = ?" for column in journal_file.keys_of(table))
+        with self.transaction():
+            try:
+                self._db.executemany(f"DELETE FROM {table} WHERE {which}", keys)
+            except sqlite3.Error as error:
+                raise journal_file.unusable(self._path, error) from error
 
     def check_writable(self) -> None:
         """Commit something. Raises JournalUnwritable."""
@@ -180,7 +185,7 @@ class Journal:
         try:
             await asyncio.to_thread(self._sync_log)
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise journal_file.unusable(self._path, error) from error
 
     def _sync_log(self) -> None:
         # In WAL mode a commit is durable once the log is; a checkpoint syncs what it moves by itself.
@@ -193,14 +198,49 @@ class Journal:
         finally:
             os.close(file)
 
+    # -- that it is the file on the disk
+
+    def _on_disk(self) -> _Identity:
+        return tuple(_inode(Path(f"{self._path}{suffix}")) for suffix in ("", "-wal"))
+
+    def keep_in_place(self) -> None:
+        """Write everything anew if somebody removed or replaced the file, or its log: SQLite would go on with what
+        nobody finds after a restart. Two calls of stat(2) if all is well. Raises JournalUnwritable."""
+        if self._depth:
+            return
+        try:
+            found = self._on_disk()
+            if found == self._identity:
+                return
+            log.error(
+                "journal was removed or replaced under the agent; it is written anew", path=str(self._path)
+            )
+            anew = self._path.with_name(f"{self._path.name}.anew")
+            journal_file.write_copy(
+                anew, {table: list(journal_file.rows_of(self._db, table)) for table in COLUMNS}
+            )
+            if found[0] not in (None, self._identity[0]):
+                journal_file.move_aside(self._path, "replaced")
+            # It takes a log along that may be somebody else's by now.
+            self._db.close()
+            for suffix in ("-wal", "-shm"):
+                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+            anew.rename(self._path)
+            self._db = self._open()
+            self._identity = self._on_disk()
+        except OSError as error:
+            raise journal_file.unusable(self._path, error) from error
+        except sqlite3.Error as error:
+            raise journal_file.unusable(self._path, error) from error
+
     # -- meta
 
     def _meta(self, key: str) -> str | None:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+        row = next(journal_file.rows_of(self._db, "meta", "WHERE key = ?", (key,)), None)
+        return None if row is None else str(row[1])
 
     def _set_meta(self, key: str, value: str) -> None:
-        self._run("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(key, value)])
+        self._put("meta", [(key, value)])
 
     def own_boot(self) -> None:
         """Store and journal agree: from now on what it holds is of this boot, also after a restart."""
@@ -213,7 +253,21 @@ class Journal:
         return int(self._meta("confirmed_seq") or 0)
 
     def save_confirmed_seq(self, seq: int) -> None:
-        self._set_meta("confirmed_seq", str(seq))
+        with self.transaction():
+            self._set_meta("confirmed_seq", str(seq))
+            if self._attempts:
+                self._set_meta("attempts", "0")
+        self._attempts = 0
+
+    @property
+    def unconfirmed(self) -> int:
+        """How many writes of this node the store may have confirmed at most since ``confirmed_seq`` was saved."""
+        return self._attempts + 1
+
+    def note_attempt(self) -> None:
+        """The fence is about to be claimed, which may move it."""
+        self._set_meta("attempts", str(self._attempts + 1))
+        self._attempts += 1
 
     @property
     def drained(self) -> bool:
@@ -273,106 +327,74 @@ class Journal:
     # -- endpoints and tombstones
 
     def load_endpoints(self) -> list[Endpoint]:
-        rows = self._db.execute("SELECT value FROM endpoints")
-        return [_decode_endpoint(value) for (value,) in rows]
+        return [decode_endpoint(value) for *_, value in journal_file.rows_of(self._db, "endpoints")]
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
-        row = (endpoint.key.container_id, endpoint.key.ifname, _encode_endpoint(endpoint))
-        self._run("INSERT OR REPLACE INTO endpoints VALUES (?, ?, ?)", [row])
+        self._put("endpoints", [(*endpoint.key, encode_endpoint(endpoint))])
 
-    def drop_endpoint(self, key: EndpointKey) -> None:
-        self._run("DELETE FROM endpoints WHERE container_id = ? AND ifname = ?", [tuple(key)])
+    def drop_endpoints(self, keys: Iterable[EndpointKey]) -> None:
+        self._drop("endpoints", keys)
 
     def load_tombstones(self) -> dict[EndpointKey, Asked]:
-        rows = self._db.execute("SELECT container_id, ifname, boot_id, at FROM tombstones")
-        return {EndpointKey(cid, ifname): Asked(boot_id, at) for cid, ifname, boot_id, at in rows}
+        return {
+            EndpointKey(cid, ifname): Asked(boot_id, at)
+            for cid, ifname, boot_id, at in journal_file.rows_of(self._db, "tombstones")
+        }
 
     def save_tombstone(self, key: EndpointKey, asked: Asked) -> None:
-        row = (*key, asked.boot_id, asked.at)
-        self._run("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?, ?)", [row])
+        self._put("tombstones", [(*key, asked.boot_id, asked.at)])
 
     def drop_tombstones(self, keys: Iterable[EndpointKey]) -> None:
-        self._run(
-            "DELETE FROM tombstones WHERE container_id = ? AND ifname = ?", [tuple(key) for key in keys]
-        )
+        self._drop("tombstones", keys)
 
     # -- what IPAM keeps here (ipam/journal.py)
 
     def load_addresses(self) -> list[AddressRow]:
-        rows = self._db.execute("SELECT ip, record, revision, dirty FROM addresses")
         return [
             AddressRow(ip_address(ip), Address.decode(ip, record), revision, bool(dirty))
-            for ip, record, revision, dirty in rows
+            for ip, record, revision, dirty in journal_file.rows_of(self._db, "addresses")
         ]
 
     def save_addresses(self, rows: Iterable[AddressRow]) -> None:
-        encoded = [(str(row.ip), row.record.encode(), row.revision, row.dirty) for row in rows]
-        self._run("INSERT OR REPLACE INTO addresses VALUES (?, ?, ?, ?)", encoded)
-
-    def drop_addresses(self, ips: Iterable[IPAddress]) -> None:
-        self._run("DELETE FROM addresses WHERE ip = ?", [(str(ip),) for ip in ips])
-
-    def load_blocks(self) -> list[BlockRow]:
-        rows = self._db.execute("SELECT block, pool, revision FROM blocks")
-        return [BlockRow(ip_network(block), pool, revision) for block, pool, revision in rows]
-
-    def save_block(self, row: BlockRow) -> None:
-        self._run(
-            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", [(str(row.block), row.pool, row.revision)]
+        self._put(
+            "addresses", [(str(row.ip), row.record.encode(), row.revision, int(row.dirty)) for row in rows]
         )
 
+    def drop_addresses(self, ips: Iterable[IPAddress]) -> None:
+        self._drop("addresses", [(str(ip),) for ip in ips])
+
+    def load_blocks(self) -> list[BlockRow]:
+        return [
+            BlockRow(ip_network(block), pool, revision)
+            for block, pool, revision in journal_file.rows_of(self._db, "blocks")
+        ]
+
+    def save_block(self, row: BlockRow) -> None:
+        self._put("blocks", [(str(row.block), row.pool, row.revision)])
+
     def drop_block(self, block: IPNetwork) -> None:
-        self._run("DELETE FROM blocks WHERE block = ?", [(str(block),)])
+        self._drop("blocks", [(str(block),)])
 
     # -- what the catalogue keeps here (ipam/catalogue.py)
 
     def load_cache(self) -> list[tuple[str, bytes, int]]:
-        return list(self._db.execute("SELECT key, value, revision FROM cache"))
+        return [(key, value, revision) for key, value, revision in journal_file.rows_of(self._db, "cache")]
 
     def save_cache(self, changed: Iterable[tuple[str, bytes, int]], gone: Iterable[str]) -> None:
         with self.transaction():
-            self._run("INSERT OR REPLACE INTO cache VALUES (?, ?, ?)", changed)
-            self._run("DELETE FROM cache WHERE key = ?", [(key,) for key in gone])
+            self._put("cache", changed)
+            self._drop("cache", [(key,) for key in gone])
 
 
-def _unwritable(path: Path, error: Exception) -> JournalUnwritable:
-    return JournalUnwritable(
-        f"the journal {path} cannot be written ({error}); free space on its disk or make it writable, "
-        "then try again"
-    )
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
-def _move_aside(path: Path) -> Path:
-    """Keep a damaged journal for whoever wants to look at it. Its log goes with it: it belongs to it."""
-    aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
-    return aside
-
-
-def _encode_endpoint(endpoint: Endpoint) -> bytes:
-    return msgspec.json.encode(endpoint, enc_hook=str)
-
-
-def _decode_endpoint(raw: bytes) -> Endpoint:
-    fields = msgspec.json.decode(raw, type=dict[str, Any])
-    return Endpoint(
-        **{
-            **fields,
-            "key": EndpointKey(*fields["key"]),
-            "state": EndpointState(fields["state"]),
-            "asked": Asked(**fields["asked"]),
-            "ips": tuple(ip_address(ip) for ip in fields["ips"]),
-            "labels": tuple(Label(**label) for label in fields["labels"]),
-            **{name: tuple(fields[name]) for name in ("netgroups", "nameservers", "search")},
-            "port_mappings": tuple(map(_port_mapping, fields.get("port_mappings", ()))),
-            "bandwidth": msgspec.convert(fields.get("bandwidth", {}), Bandwidth),
-            "pools": tuple(ip_network(cidr) for cidr in fields.get("pools", ())),
-        }
-    )
-
-
-def _port_mapping(fields: dict[str, Any]) -> PortMapping:
-    host_ip = fields["host_ip"]
-    return PortMapping(**{**fields, "host_ip": None if host_ip is None else ip_address(host_ip)})
+def _close(db: sqlite3.Connection | None) -> None:
+    if db is not None:
+        with contextlib.suppress(sqlite3.Error):
+            db.close()

@@ -20,7 +20,7 @@ from ipam.ranges import Ranges
 from isolator import sysctl
 from isolator.drivers import Driver, Repair, Wiring, load_driver
 from isolator.hostports import first_collision, taken_by, who_listens
-from isolator.model import AttachSpec, Endpoint, IPAddress, PortMapping
+from isolator.model import AttachSpec, Endpoint, EndpointState, IPAddress, PortMapping
 from isolator.netlink import (
     HostLink,
     HostRoute,
@@ -31,6 +31,7 @@ from isolator.netlink import (
     flush_conntrack,
     flush_ports,
     forget,
+    messages,
     name_back,
     our_links,
     pinned,
@@ -40,7 +41,7 @@ from isolator.netlink import (
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
 from isolator.netlink.messages import SHAPER_PREFIX, mark
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
-from isolator.netlink.whereabouts import find_namespace
+from isolator.netlink.whereabouts import find_namespace, look_inside
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
 from isolator.policy.adopted import let_go
 from isolator.policy.look import Look, look
@@ -53,6 +54,7 @@ from isolator.thread import KernelThread
 from isolator.tracking import Table, connection_table, fair_share
 from isolator.underlay import Underlay, underlay
 from isolator.vacancy import is_vacant
+from isolator.written import for_alias
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +72,7 @@ def wiring(endpoint: Endpoint) -> Wiring:
         bandwidth=endpoint.bandwidth,
         next_hop=endpoint.next_hop,
         pools=endpoint.pools,
+        alias=for_alias(endpoint),
     )
 
 
@@ -179,13 +182,20 @@ class Kernel:
 
     def _disconnect(self, endpoint: Endpoint) -> None:
         try:
-            self._wiring.driver(endpoint.driver).withdraw(wiring(endpoint))
+            ends = endpoint.state is EndpointState.DETACHING
+            self._wiring.driver(endpoint.driver).withdraw(wiring(endpoint), for_good=ends)
         finally:
             self._policy.revoke([endpoint.host_ifname])
 
     async def readmit(self, endpoint: Endpoint, isolation: Isolation) -> None:
         """The endpoint's netgroups are different: who may call it, and what it is a member of."""
         await self._wiring.run(self._policy.admit, admission(endpoint, isolation))
+        await self.mark([endpoint])
+
+    async def mark(self, endpoints: Sequence[Endpoint]) -> None:
+        """Have the interfaces say what their endpoints are, for an agent that has lost its journal."""
+        requests = [messages.set_alias(endpoint.host_ifname, for_alias(endpoint)) for endpoint in endpoints]
+        await self._wiring.run(self._wiring.node.route.attempt, requests)
 
     async def remove(self, endpoints: Sequence[Endpoint]) -> None:
         """Remove disconnected endpoints' interfaces, and every connection of their addresses."""
@@ -239,6 +249,10 @@ class Kernel:
     async def find_namespace(self, endpoint: Endpoint) -> str | None:
         """Where its namespace is, if the path to it is lost; see netlink/whereabouts.py."""
         return await self._reaping.run(find_namespace, self._reaping.node, endpoint.host_ifname)
+
+    async def inside(self, host_ifname: str) -> tuple[str, str] | None:
+        """The namespace that an interface leads to, and its name there; None if it is not found."""
+        return await self._reaping.run(look_inside, self._reaping.node, host_ifname)
 
     async def repair(self, endpoint: Endpoint) -> Repair:
         """Put back what somebody took of its wiring. Raises KernelRefused."""
@@ -359,16 +373,16 @@ class Kernel:
         *,
         keep_endpoints: bool = False,
         keep_others: bool = False,
-    ) -> None:
+    ) -> dict[str, str]:
         """Put the whole table in place, in one transaction; see Policy.restore."""
-        await self._wiring.run(
+        return await self._wiring.run(
             self._restore_policy, list(admissions), surroundings, keep_endpoints, keep_others
         )
 
     def _restore_policy(
         self, admissions: list[Admission], surroundings: Surroundings, keep_endpoints: bool, keep_others: bool
-    ) -> None:
-        self._policy.restore(
+    ) -> dict[str, str]:
+        return self._policy.restore(
             admissions,
             replace(surroundings, connections=fair_share()),
             keep_endpoints=keep_endpoints,

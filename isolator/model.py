@@ -181,9 +181,10 @@ class Endpoint:
     host_ifname: the node's end, ``mrg`` + hash of the key.
     mac: the container end's MAC.
     since: wall clock, seconds, when the ADD was accepted.
-    engine_network: as in AttachSpec; "" also if the journal was lost since, or the ADD is older than the field.
+    engine_network: as in AttachSpec; "" also if the ADD is older than the field.
     next_hop: number of the one inside its container (ipam/next_hops.py).
     pools: of its network, in the families of its addresses: what its container has routes to.
+    lost: names of fields that nobody could say after the journal was lost; they hold defaults.
     """
 
     key: EndpointKey
@@ -209,6 +210,7 @@ class Endpoint:
     engine_network: str = ""
     next_hop: int = 1
     pools: tuple[IPNetwork, ...] = ()
+    lost: tuple[str, ...] = ()
 
     def gateway(self, family: Family) -> IPAddress:
         """What its container sends packets of a family by."""

@@ -56,6 +56,7 @@ class Removal:
         self._doomed: dict[EndpointKey, Endpoint] = {}
         self._reap = asyncio.Event()
         self._gone: dict[EndpointKey, asyncio.Event] = {}
+        self._undropped: set[EndpointKey] = set()
 
     async def begin(self, endpoint: Endpoint) -> None:
         """Journal 'detaching', cut it off, and leave the rest to ``run``. Never fails."""
@@ -90,6 +91,7 @@ class Removal:
     async def run(self) -> None:
         """Remove what was cut off, in batches, until cancelled."""
         self._reap.set()
+        again: asyncio.TimerHandle | None = None
         while True:
             await self._reap.wait()
             await asyncio.sleep(REAP_TOGETHER)
@@ -99,8 +101,25 @@ class Removal:
                 # One that the kernel refuses must not hold up the others.
                 for endpoint in batch:
                     await self._removed([endpoint])
-            if self._doomed:
-                asyncio.get_running_loop().call_later(REMOVE_RETRY, self._reap.set)
+            self._drop_rest()
+            if again is not None:
+                again.cancel()  # one at a time, however often something wakes this
+            again = None
+            if self._doomed or self._undropped:
+                again = asyncio.get_running_loop().call_later(REMOVE_RETRY, self._reap.set)
+
+    def _drop_rest(self) -> None:
+        """Rows of ended endpoints that the journal could not let go of: a start would take them for attached."""
+        # One that was attached anew has written its row over the old one.
+        self._undropped -= self._endpoints.keys()
+        if not self._undropped:
+            return
+        try:
+            self._journal.drop_endpoints(self._undropped)
+        except JournalUnwritable:
+            return  # it was said when it began
+        log.info("endpoints dropped from the journal, which can be written again", count=len(self._undropped))
+        self._undropped.clear()
 
     async def _removed(self, batch: Sequence[Endpoint]) -> bool:
         if not batch:
@@ -119,13 +138,13 @@ class Removal:
         rows = [row for e in batch for row in self._holder.plan_release(e.ips, e.key)]
         try:
             with self._journal.transaction():
-                for endpoint in batch:
-                    self._journal.drop_endpoint(endpoint.key)
+                self._journal.drop_endpoints(endpoint.key for endpoint in batch)
                 self._journal.save_addresses(rows)
         except JournalUnwritable as error:
             # The store is told all the same. A restart with the old journal finds the interface gone and
             # releases once more.
-            log.warning("release is not journalled", count=len(batch), why=str(error))
+            log.warning("release is not journalled; tried again", count=len(batch), why=str(error))
+            self._undropped |= {endpoint.key for endpoint in batch}
         self._holder.accept(rows)
         for endpoint in batch:
             del self._endpoints[endpoint.key]

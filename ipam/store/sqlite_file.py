@@ -82,10 +82,13 @@ class Database:
         with translated(path):
             self.connection = _connect(path)
             self._identity = _identity(path)
+            self._log = path.with_name(f"{path.name}-wal")
             try:
                 _check_schema(self.connection, path)
                 _set_up(self.connection)
                 self._version = self._data_version()
+                # There from the first look on, and until the last connection is closed.
+                self._log_identity = _identity(self._log)
             except BaseException:
                 self.connection.close()
                 raise
@@ -169,8 +172,14 @@ class Database:
     def _check_identity(self) -> None:
         # SQLite would go on with a file that was deleted or renamed, and every write would be lost.
         with translated(self.path):
-            if _identity(self.path) == self._identity:
+            is_there = _identity(self.path) == self._identity
+            if is_there and _identity(self._log) == self._log_identity:
                 return
+        if is_there:
+            raise StoreUnavailable(
+                f"the write-ahead log {self._log.name} of the store {self.path} was removed or replaced while in use, "
+                "so others would not see what is written; restart moorage on this node, which keeps what was"
+            )
         raise StoreUnavailable(
             f"the store {self.path} was moved or replaced while in use; "
             "put it back, or restart moorage on this node to open the one that is there now"

@@ -29,6 +29,7 @@ class Wiring:
     bandwidth: limits on its traffic.
     next_hop: number of the one inside the container (ipam/next_hops.py).
     pools: what the container reaches by this interface and from its address, whatever holds the default route.
+    alias: of the node's end, for who finds it and knows nothing of it.
     """
 
     host_ifname: str
@@ -41,6 +42,7 @@ class Wiring:
     bandwidth: Bandwidth = UNLIMITED
     next_hop: int = 1
     pools: tuple[IPNetwork, ...] = ()
+    alias: str = ""
 
 
 CONTAINER_SIDE = "the container"
@@ -75,8 +77,11 @@ class Driver(Protocol):
         """
         ...
 
-    def withdraw(self, wiring: Wiring) -> None:
-        """Stop all traffic now, cheaply: host routes out, host link down. Never raises for what is gone."""
+    def withdraw(self, wiring: Wiring, *, for_good: bool = False) -> None:
+        """Stop all traffic now, cheaply: host routes out, host link down. Never raises for what is gone.
+
+        for_good: it will be removed, and says so to whoever finds it (``HostLink.is_doomed``).
+        """
         ...
 
     def remove(self, wirings: Sequence[Wiring]) -> None:

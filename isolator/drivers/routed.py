@@ -63,6 +63,7 @@ class Routed:
                     _allow_ipv6(wiring.host_ifname)
                 self._node.route.execute(
                     [
+                        messages.set_alias(wiring.host_ifname, wiring.alias),
                         *shaping.ingress_requests(wiring, index),
                         *shaping.egress_requests(wiring, index),
                         *host_requests(wiring, index),
@@ -79,13 +80,16 @@ class Routed:
                 self._undo(wiring, container)
                 raise
 
-    def withdraw(self, wiring: Wiring) -> None:
+    def withdraw(self, wiring: Wiring, *, for_good: bool = False) -> None:
         """See Driver.withdraw.
 
         Link down is all it takes: the kernel drops the link's routes and neighbours with it, in both
         families, and only those of this very link. About 0.05 ms; it does not wait for a grace period.
         """
-        self._node.route.execute([messages.link_down(wiring.host_ifname)])
+        requests = [messages.link_down(wiring.host_ifname)]
+        if for_good:
+            requests.append(messages.set_group(wiring.host_ifname, messages.DOOMED))
+        self._node.route.execute(requests)
 
     def remove(self, wirings: Sequence[Wiring]) -> None:
         """See Driver.remove.

@@ -16,8 +16,6 @@ from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, SHAPER_PR
 from isolator.netlink.node import Node
 from isolator.netlink.socket import NetlinkSocket
 
-_DOOMED = 0x6D7267FF  # the link group that is deleted as one; links only ever join it to go
-
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -27,6 +25,7 @@ class HostLink:
     own, if it is one of ours; "" otherwise.
 
     peer: the index of the other end of a veth pair. peer_namespace: the number of its peer's; None if that is here.
+    alias: what was said with it besides (messages.set_alias). group: of links.
     """
 
     name: str
@@ -43,6 +42,19 @@ class HostLink:
     def own_name(self) -> str:
         """What it is called by us; "" if it is none of ours."""
         return self.marked or (self.name if self.name.startswith(ENDPOINT_PREFIX) else "")
+
+    alias: str = ""
+    group: int = 0
+
+    @property
+    def is_doomed(self) -> bool:
+        """Whether its end has begun."""
+        return self.group == messages.DOOMED
+
+    @property
+    def leads_elsewhere(self) -> bool:
+        """Whether a namespace is behind it."""
+        return self.peer_namespace is not None
 
     def is_peer_of(self, other: HostLink) -> bool:
         """Whether the two are the ends of one pair, wherever they are: names and paths are given anew, and each of
@@ -176,8 +188,8 @@ def delete_links(node: Node, names: Iterable[str]) -> None:
     if len(ours) == 1:
         node.route.execute([messages.delete_link(ours[0])])
     elif ours:
-        node.route.execute([messages.set_group(name, _DOOMED) for name in ours])
-        node.route.execute([messages.delete_group(_DOOMED)])
+        node.route.execute([messages.set_group(name, messages.DOOMED) for name in ours])
+        node.route.execute([messages.delete_group(messages.DOOMED)])
 
 
 def delete_routes(node: Node, routes: Iterable[HostRoute]) -> None:
@@ -191,6 +203,7 @@ def parse_link(message: Message) -> HostLink:
     """A link from RTM_NEWLINK."""
     _, _, index, flags, _ = messages.LINK.unpack_from(message.body)
     found = codec.attributes(message.body, messages.LINK.size)
+    marked, said = messages.marked(codec.as_text(found.get(messages.IFLA_IFALIAS)))
     return HostLink(
         name=codec.as_text(found.get(messages.IFLA_IFNAME)),
         index=index,
@@ -198,12 +211,14 @@ def parse_link(message: Message) -> HostLink:
         mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
         arp=not flags & messages.IFF_NOARP,
-        marked=messages.marked_name(codec.as_text(found.get(messages.IFLA_IFALIAS))),
+        marked=marked,
         # The kernel leaves it out where it is the link's own index.
         peer=codec.as_u32(found.get(messages.IFLA_LINK), index),
         peer_namespace=(
             codec.as_u32(found[messages.IFLA_LINK_NETNSID]) if messages.IFLA_LINK_NETNSID in found else None
         ),
+        alias=said,
+        group=codec.as_u32(found.get(messages.IFLA_GROUP)),
     )
 
 

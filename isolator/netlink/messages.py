@@ -31,7 +31,12 @@ ENDPOINT_PREFIX = "mrg"
 SHAPER_PREFIX = "mrg-"
 """Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
 _MARK = "moorage "
-"""What the aliases of our links begin with; their names follow. Others rename links, hardly their aliases."""
+"""What the aliases of our links begin with; their names follow, and what there is to say of them. Others rename links,
+hardly their aliases."""
+MOST_SAID = 230
+"""Bytes that an alias (255, IFALIASZ) has for what there is to say: behind the mark, a name of 15, and a space."""
+DOOMED = 0x6D7267FF
+"""The link group that is deleted as one; links only ever join it to go."""
 ROUTE_PROTOCOL = 157
 """Marks our routes and rules (``ip route show proto 157``)."""
 FABRIC_METRIC = 2048
@@ -198,10 +203,10 @@ def link_up(index: int, name: str) -> Request:
     return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP, IFF_UP), f"bring {name} up")
 
 
-def marked_name(alias: str) -> str:
-    """The name that a link has by its alias; "" if it is not ours."""
-    name = alias.removeprefix(_MARK)
-    return name if name != alias and name.startswith(ENDPOINT_PREFIX) else ""
+def marked(alias: str) -> tuple[str, str]:
+    """The name that a link has by its alias, and what else that says; "" and "" if it is not ours."""
+    name, _, said = alias.removeprefix(_MARK).partition(" ")
+    return (name, said) if alias.startswith(_MARK) and name.startswith(ENDPOINT_PREFIX) else ("", "")
 
 
 def mark(index: int, name: str) -> Request:
@@ -210,9 +215,9 @@ def mark(index: int, name: str) -> Request:
     return Request(RTM_SETLINK, 0, body, f"mark {name} as ours", (errno.ENODEV,))
 
 
-def _alias(name: str) -> bytes:
+def _alias(name: str, said: str = "") -> bytes:
     # Without a final zero, which the kernel would count to the text.
-    return attribute(IFLA_IFALIAS, f"{_MARK}{name}".encode())
+    return attribute(IFLA_IFALIAS, f"{_MARK}{name} {said}".rstrip().encode())
 
 
 def rename_link(index: int, name: str) -> Request:
@@ -228,19 +233,24 @@ def link_down_by_index(index: int, name: str) -> Request:
 
 
 def link_up_without_arp(index: int, name: str) -> Request:
-    """Bring a link of ours up that neither asks nor answers by ARP, and learns nothing from it; and mark it.
+    """Bring a link up that neither asks nor answers by ARP, and learns nothing from it.
 
     Turning ARP off drops all of the link's neighbours, permanent ones too: add them afterwards.
     """
     flags = IFF_UP | IFF_NOARP
-    body = LINK.pack(0, 0, index, flags, flags) + _alias(name)
-    return Request(RTM_SETLINK, 0, body, f"bring {name} up without ARP")
+    return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, flags, flags), f"bring {name} up without ARP")
 
 
 def link_down(name: str) -> Request:
     """Bring a link down; its routes and neighbours go with that."""
     body = LINK.pack(0, 0, 0, 0, IFF_UP) + text(IFLA_IFNAME, name)
     return Request(RTM_SETLINK, 0, body, f"bring {name} down", (errno.ENODEV,))
+
+
+def set_alias(name: str, said: str) -> Request:
+    """Mark a link, and say with it what it is, in at most MOST_SAID bytes that the kernel keeps and does not read."""
+    body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name) + _alias(name, said)
+    return Request(RTM_SETLINK, 0, body, f"give the link {name} its alias", (errno.ENODEV,))
 
 
 def set_mac(index: int, name: str, mac: str) -> Request:

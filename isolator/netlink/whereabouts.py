@@ -33,6 +33,18 @@ def find_namespace(node: Node, host_ifname: str) -> str | None:
     return None
 
 
+def look_inside(node: Node, host_ifname: str) -> tuple[str, str] | None:
+    """That path, and what the other end is called there."""
+    path = find_namespace(node, host_ifname)
+    if path is None:
+        return None
+    try:
+        with node.open_namespace(path) as namespace, far_end(node, namespace, host_ifname) as end:
+            return path, end.link.name
+    except (NamespaceGone, NotANamespace, KernelRefused, OSError):
+        return None  # it has ended
+
+
 def _mounts() -> Iterator[tuple[str, int]]:
     for inode, mounted in _MOUNT.findall(Path("/proc/self/mountinfo").read_text()):
         yield _ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), mounted), int(inode)

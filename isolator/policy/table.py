@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -18,7 +19,7 @@ from isolator.policy import kernel, ruleset
 from isolator.policy.book import INTERVALS, PROTOCOL_NUMBERS, Admission, Book, Change, Hosts, Surroundings
 from isolator.policy.callers import Caller, Verdict, judge
 from isolator.policy.names import set_of_netgroup
-from isolator.policy.nft import Nft
+from isolator.policy.nft import DryNft, Nft
 from isolator.policy.sending import Packet, may_send, may_tunnel
 
 _FAMILIES = (4, 6)
@@ -75,33 +76,76 @@ class Policy:
         *,
         keep_endpoints: bool = False,
         keep_others: bool = False,
-    ) -> None:
-        """Make the whole table anew, at once: no packet sees a state in between, established flows go on.
+    ) -> dict[str, str]:
+        """Make the whole table anew, at once: no packet sees a state in between, established flows go on. Returns the
+        endpoints that the kernel refuses, by interface, and why: the others do without them.
 
         admissions: of everything that may communicate. The kernel may know what we do not: keep_endpoints, because
         the journal is lost: who may communicate goes on to. keep_others, because the store was not heard yet: who is
         in a netgroup stays in it.
         """
-        book = Book()
-        book.set_others(self._book.others().items())
-        book.set_surroundings(surroundings)
-        book.halt(self._book.halted)
-        book.set_hosts(self._hosts_before() if self._is_first else self._book.hosts)
-        for admission in admissions:
-            book.admit(admission)
-        if keep_endpoints:
-            self._inherit_endpoints(book)
-        if keep_others:
-            self._inherit_others(book)
+        admissions = list(admissions)
+        hosts = self._hosts_before() if self._is_first else self._book.hosts
+
+        def book_of(admitted: Sequence[Admission]) -> Book:
+            book = Book()
+            book.set_others(self._book.others().items())
+            book.set_surroundings(surroundings)
+            book.halt(self._book.halted)
+            book.set_hosts(hosts)
+            for admission in admitted:
+                book.admit(admission)
+            if keep_endpoints:
+                self._inherit_endpoints(book)
+            if keep_others:
+                self._inherit_others(book)
+            return book
+
+        refused: dict[str, str] = {}
+        book = book_of(admissions)
+        before = kernel.generation(self._netfilter)
+        try:
+            self._write(ruleset.table(book), "restore all rules")
+        except KernelRefused:
+            self._fingerprints = None
+            refused = self._refused(book_of, admissions)
+            book = book_of([one for one in admissions if one.host_ifname not in refused])
+            before = kernel.generation(self._netfilter)
+            self._write(ruleset.table(book), "restore all rules")
         self._book = book
         self._is_adopted = self._is_first = False
         self._fingerprints = None
-        before = kernel.generation(self._netfilter)
-        self._write(ruleset.table(book), "restore all rules")
         self._trust()
         if kernel.generation(self._netfilter) != before + 1:
             # What somebody took meanwhile may be missing from what is trusted now.
             self._fingerprints = None
+        return refused
+
+    def _refused(
+        self, book_of: Callable[[Sequence[Admission]], Book], admissions: Sequence[Admission]
+    ) -> dict[str, str]:
+        """The endpoints that the kernel does not take into the table, by interface, and why.
+
+        Tried without changing anything, half of them at a time. Raises KernelRefused if it is not for them.
+        """
+        taken: list[Admission] = []
+        refused: dict[str, str] = {}
+        waiting = [list(admissions)] if admissions else []
+        with contextlib.closing(DryNft()) as dry:
+            dry.run(ruleset.table(book_of([])), "restore all rules")
+            while waiting:
+                some = waiting.pop()
+                try:
+                    dry.run(ruleset.table(book_of([*taken, *some])), f"admit {some[0].host_ifname}")
+                except KernelRefused as error:
+                    half = len(some) // 2
+                    if half:
+                        waiting += [some[half:], some[:half]]
+                    else:
+                        refused[some[0].host_ifname] = str(error)
+                else:
+                    taken += some
+        return refused
 
     def adopt(self) -> None:
         """Leave the table as an earlier agent left it, and take it for right until it is restored."""

@@ -12,6 +12,7 @@ import pytest
 
 from ipam import grace, keys
 from ipam.errors import Fenced, TryAgain
+from ipam.holder import Owner
 from ipam.records import Address, AddressState, Alive, Block
 from ipam.store import Delete, Put, Store, Txn, open_store, read_prefix
 from tests.ipam.faulty import FaultyStore, eventually
@@ -471,3 +472,95 @@ async def test_unreadable_blocks_in_a_full_scan_block_nothing(store: Store, node
     report = await node.start()
     assert len(report.unreadable) == 3
     assert await node.add(net, "c1")
+
+
+# -- a journal that is older than the store
+
+
+def copied(node: Node, tmp_path: Path) -> Callable[[], None]:
+    """A copy of the journal as it is now; what is returned puts it back, once the agent was killed."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in node.path.parent.glob(f"{node.path.name}*"):
+        if not file.name.endswith("-shm"):
+            shutil.copy(file, copy)
+
+    def put_back() -> None:
+        for file in node.path.parent.glob(f"{node.path.name}*"):
+            file.unlink()
+        for file in copy.iterdir():
+            shutil.copy(file, node.path.parent)
+
+    return put_back
+
+
+async def test_a_journal_that_was_put_back_gives_nobody_what_the_store_has_as_another_containers(
+    store: Store, new_node: NewNode, tmp_path: Path
+) -> None:
+    node = new_node(cooldown=60)
+    net = await network(store, "10.64.0.0/24", warm=3)
+    await node.start()
+    (first,) = await node.add(net, "c1")
+    await eventually(lambda: node.is_quiet() and node.states().get("warm") == 3)
+    put_back = copied(node, tmp_path)
+    node.delete(first)
+    new = []
+    for number in range(3):
+        new += await node.add(net, f"new-{number}")
+        await eventually(node.is_quiet)
+    await node.crash()
+    put_back()
+    node.live = set(new)
+    report = await node.start()
+    assert report.behind
+    assert node.holder.assigned().keys() == set(new)
+    found = await stored_when(store, lambda found: found[first].state == "cooling")
+    assert {found[ip].container_id for ip in new} == {"new-0", "new-1", "new-2"}
+    taken = [(await node.add(net, f"later-{number}"))[0] for number in range(3)]
+    assert not {first, *new} & set(taken)
+
+
+async def test_a_plain_crash_is_no_journal_that_was_put_back(faulty: FaultyStore, node: Node) -> None:
+    net = await network(faulty.store, "10.64.0.0/24", warm=2)
+    await node.start()
+    (ip,) = await node.add(net, "c1")
+    await eventually(lambda: node.is_quiet() and node.states().get("warm") == 2)
+    await node.add(net, "c2")
+    await crash_after_the_next_commit(node)
+    for _ in range(5):
+        # However often a start gets no further than the fence.
+        node.load()
+        node.journal.note_attempt()
+        assert await node.holder._writer.claim(node.journal.confirmed_seq)
+        node.journal.close()
+    report = await node.start()
+    assert not report.behind
+    assert {
+        row.record.container_id for row in node.journal.load_addresses() if row.record.state == "assigned"
+    } == {
+        "c1",
+        "c2",
+    }
+    assert ip in node.holder.assigned()
+
+
+async def test_what_the_kernel_has_is_asserted_whatever_journal_and_store_say(
+    store: Store, new_node: NewNode
+) -> None:
+    node = new_node(cooldown=60)
+    net = await network(store, "10.64.0.0/24", warm=3)
+    await node.start()
+    await node.add(net, "c1")
+    await eventually(lambda: node.is_quiet() and node.states().get("warm") == 3)
+    warm = next(ip for ip, record in (await stored(store)).items() if record.state == "warm")
+    absent = ip_address("10.64.0.99")
+    await node.crash()
+    node.load()
+    node.holder.carry([warm, absent], "prod", Owner("c9", "eth0", "mesos", ("prod",)))
+    assert warm not in [held.ip for held in node.holder._shelf.all_ready()]
+    await node.holder.sync()
+    node.serve()
+    found = await stored_when(
+        store, lambda found: {found[ip].container_id for ip in (warm, absent) if ip in found} == {"c9"}
+    )
+    assert [(found[ip].state, found[ip].pool) for ip in (warm, absent)] == [("assigned", "10.64.0.0-24")] * 2

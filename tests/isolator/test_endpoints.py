@@ -48,6 +48,7 @@ from isolator.model import (
     ValidAttachments,
 )
 from isolator.neighbours import surroundings
+from isolator.written import assembled, from_record
 from tests.patience import PATIENCE
 
 BOOT = "boot"
@@ -141,9 +142,10 @@ class StubKernel:
     async def wrong_sets(self) -> dict[str, set[str]]:
         return {}
 
-    async def restore_policy(self, *_: object, **__: object) -> None:
+    async def restore_policy(self, *_: object, **__: object) -> dict[str, str]:
         self.calls.append("restore")
         self.intact = True
+        return {}
 
 
 @dataclass
@@ -722,3 +724,52 @@ async def test_an_operator_says_that_missing_endpoints_live(node: Node) -> None:
     assert states(node) == ["missing"] * 2
     with pytest.raises(NotFound, match="c9/eth0 is not missing"):
         question.keep([EndpointKey("c9", "eth0")])
+
+
+async def test_tombstones_of_earlier_boots_are_dropped_at_a_start(node: Node) -> None:
+    here, earlier = EndpointKey("c1", "eth0"), EndpointKey("c2", "eth0")
+    node.journal.save_tombstone(here, Asked(BOOT, 7))
+    node.journal.save_tombstone(earlier, Asked("an earlier boot", 7))
+    node.endpoints.load()
+    assert node.journal.load_tombstones() == {here: Asked(BOOT, 7)}
+
+
+async def test_an_address_record_says_all_of_its_endpoint_and_nothing_once_that_has_ended(node: Node) -> None:
+    mapped = replace(node.spec(), port_mappings=(PortMapping("tcp", 31022, 22),))
+    endpoint = await node.endpoints.attach(mapped)
+    (held,) = node.holder.assigned().values()
+    assert held.record is not None
+    found = assembled(from_record(held.record, BOOT), {"ips": [str(held.ip)]})
+    assert replace(found, netns=endpoint.netns) == endpoint
+    await node.endpoints.detach(endpoint.key, Asked(BOOT, 2000))
+    await node.gone()
+    assert held.record.endpoint == {}
+
+
+async def test_records_of_an_earlier_version_are_told_of_their_endpoints_at_a_start(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    (held,) = node.holder.assigned().values()
+    assert held.record is not None
+    told = held.record.endpoint
+    node.holder.accept(node.holder.plan_change(endpoint.ips, endpoint.key, endpoint={}))
+    node.endpoints.tell_store()
+    assert held.record.endpoint == told != {}
+
+
+async def test_the_reaper_waits_for_one_moment_however_often_it_is_woken(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isolator.removal.REMOVE_RETRY", 0.2)
+    node.kernel.fail["remove"] = lambda endpoint: (
+        KernelRefused("busy") if endpoint.key.container_id == "c0" else None
+    )
+    for number in range(12):
+        await node.endpoints.attach(node.spec(f"c{number}"))
+    for number in range(12):
+        await node.endpoints.detach(EndpointKey(f"c{number}", "eth0"), Asked(BOOT, 2000))
+        await asyncio.sleep(0.05)
+    await node.gone("c11")
+    before = node.kernel.calls.count("remove c0")
+    await asyncio.sleep(1)
+    # Twice each time: with the others, and alone. Five of these fit a second.
+    assert node.kernel.calls.count("remove c0") - before <= 12

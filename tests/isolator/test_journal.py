@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +22,8 @@ from ipam.errors import StoreError
 from ipam.journal import AddressRow, BlockRow
 from ipam.records import Address, AddressState, Label
 from isolator.errors import JournalUnwritable
-from isolator.journal import SCHEMA_VERSION, Journal
+from isolator.journal import Journal
+from isolator.journal_file import SCHEMA_VERSION, is_damage
 from isolator.model import (
     UNLIMITED,
     Asked,
@@ -28,6 +34,7 @@ from isolator.model import (
     Limit,
     PortMapping,
 )
+from isolator.written import encode_endpoint
 
 BOOT = "5c5a1c1e-0000-4000-8000-000000000001"
 KEY = EndpointKey("c1", "eth0")
@@ -95,21 +102,40 @@ def test_everything_written_is_there_when_it_is_opened_again(path: Path) -> None
     again.close()
 
 
+BEFORE_CHECKSUMS = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE endpoints (
+    container_id TEXT NOT NULL, ifname TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (container_id, ifname)
+) WITHOUT ROWID;
+CREATE TABLE addresses (
+    ip TEXT PRIMARY KEY, record BLOB NOT NULL, revision INTEGER NOT NULL, dirty INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+"""Tables of schema 4 and before, as far as they matter here."""
+
+
 def test_a_journal_of_an_older_moorage_is_read_and_no_longer_one_of_its_own(path: Path) -> None:
-    journal = Journal(path, BOOT)
     older = replace(ENDPOINT, port_mappings=(), bandwidth=UNLIMITED, engine_network="", next_hop=1, pools=())
-    journal.save_endpoint(older)
-    fields = msgspec.json.decode(journal._db.execute("SELECT value FROM endpoints").fetchone()[0])
-    for newer in ("port_mappings", "bandwidth", "engine_network", "next_hop", "pools"):
+    fields = msgspec.json.decode(encode_endpoint(older))
+    for newer in ("port_mappings", "bandwidth", "engine_network", "next_hop", "pools", "lost"):
         del fields[newer]
-    journal._db.execute("UPDATE endpoints SET value = ?", (msgspec.json.encode(fields),))
-    journal._set_meta("schema", "1")
-    journal.close()
-    again = Journal(path, BOOT)
-    assert again.load_endpoints() == [older]
-    assert again._meta("schema") == str(SCHEMA_VERSION)
-    assert not again.rebuilt
-    again.close()
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(BEFORE_CHECKSUMS)
+        db.execute(
+            "INSERT INTO meta VALUES ('schema', '1'), ('boot_id', ?), ('confirmed_seq', '12')", (BOOT,)
+        )
+        db.execute("INSERT INTO endpoints VALUES ('c1', 'eth0', ?)", (msgspec.json.encode(fields),))
+        db.execute("INSERT INTO addresses VALUES ('10.0.0.1', ?, 7, 1)", (ADDRESS.record.encode(),))
+    for _ in range(2):
+        again = Journal(path, BOOT)
+        assert again.load_endpoints() == [older]
+        assert again.load_addresses() == [ADDRESS]
+        assert (again.confirmed_seq, again.is_of_this_boot) == (12, True)
+        assert again._meta("schema") == str(SCHEMA_VERSION)
+        assert not again.rebuilt
+        again.close()
 
 
 def test_it_is_of_this_boot_only_once_it_agreed_with_the_store(path: Path) -> None:
@@ -167,7 +193,7 @@ def test_a_write_that_the_disk_refuses_changes_nothing_and_names_the_file(path: 
     journal._db.execute(f"PRAGMA max_page_count = {journal._db.execute('PRAGMA page_count').fetchone()[0]}")
     rows = [AddressRow(ip_address(f"10.0.{n}.1"), ADDRESS.record, 1, False) for n in range(250)]
     with pytest.raises(JournalUnwritable, match=str(path)), journal.transaction():
-        journal.drop_endpoint(KEY)
+        journal.drop_endpoints([KEY])
         journal.save_addresses(rows)
     assert journal.load_endpoints() == [ENDPOINT]
     assert journal.load_addresses() == []
@@ -200,6 +226,125 @@ def test_a_journal_of_a_newer_moorage_is_refused_and_left_alone(path: Path) -> N
     with pytest.raises(StoreError, match="newer moorage"):
         Journal(path, BOOT)
     assert not list(path.parent.glob("*.corrupt-*"))
+
+
+# -- what is no damage
+
+
+def test_rows_that_do_not_all_fit_are_none_of_them_written(path: Path) -> None:
+    journal = Journal(path, BOOT)
+    journal._db.execute(f"PRAGMA max_page_count = {journal._db.execute('PRAGMA page_count').fetchone()[0]}")
+    rows = [AddressRow(ip_address(f"10.0.{n}.1"), ADDRESS.record, 1, False) for n in range(250)]
+    with pytest.raises(JournalUnwritable):
+        journal.save_addresses(rows)
+    assert journal.load_addresses() == []
+    journal.close()
+
+
+def untouched(path: Path) -> bool:
+    return not list(path.parent.glob("*.corrupt-*"))
+
+
+def test_a_locked_journal_is_refused_naming_the_lock_and_left_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, timeout=0.1))
+    Journal(path, BOOT).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(JournalUnwritable, match="end the program that has it locked"):
+            Journal(path, BOOT)
+    assert untouched(path)
+    Journal(path, BOOT).close()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EROFS, errno.ENOSPC])
+def test_a_journal_that_cannot_be_opened_is_refused_and_left_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    Journal(path, BOOT).close()
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(JournalUnwritable, match=os.strerror(number)):
+            Journal(path, BOOT)
+    assert untouched(path)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_BUSY,
+    ],
+)
+def test_what_sqlite_says_of_a_disk_is_no_damage(code: int) -> None:
+    error = sqlite3.OperationalError("it is so")
+    error.sqlite_errorcode = code
+    assert not is_damage(error)
+
+
+# -- that it is the file on the disk
+
+
+@pytest.mark.parametrize("gone", ["the log", "all of it", "replaced by an older copy"])
+def test_a_journal_whose_files_were_taken_away_is_written_anew_with_all_that_it_had(
+    path: Path, gone: str
+) -> None:
+    journal = Journal(path, BOOT)
+    journal.save_addresses([ADDRESS])
+    shutil.copy(path, path.with_suffix(".older"))
+    journal.save_endpoint(ENDPOINT)
+    log = Path(f"{path}-wal")
+    log.unlink()
+    if gone != "the log":
+        path.unlink()
+    if gone == "replaced by an older copy":
+        path.with_suffix(".older").rename(path)
+    journal.save_confirmed_seq(12)
+    # Not closed: an agent that is killed.
+    found = path.with_name("found.db")
+    shutil.copy(path, found)
+    shutil.copy(log, f"{found}-wal")
+    again = Journal(found, BOOT)
+    assert (again.load_endpoints(), again.load_addresses(), again.confirmed_seq) == (
+        [ENDPOINT],
+        [ADDRESS],
+        12,
+    )
+    again.close()
+    kept = [file for file in path.parent.glob("journal.db.replaced-*") if "-shm" not in file.name]
+    assert len(kept) == (gone == "replaced by an older copy")
+    journal.close()
+
+
+def test_a_journal_that_cannot_be_written_anew_goes_on_where_it_is_and_is_tried_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(path, BOOT)
+    journal.save_endpoint(ENDPOINT)
+    Path(f"{path}-wal").unlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("isolator.journal_file.write_copy", refuse)
+        with pytest.raises(JournalUnwritable):
+            journal.save_addresses([ADDRESS])
+    assert journal.load_endpoints() == [ENDPOINT]
+    journal.save_addresses([ADDRESS])
+    journal.close()
+    again = Journal(path, BOOT)
+    assert (again.load_endpoints(), again.load_addresses()) == ([ENDPOINT], [ADDRESS])
+    again.close()
 
 
 def test_every_commit_survives_kill_9(path: Path) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moorage.lab import LabNode
 from netmodules.hook import WINDOW
+from tests import journals
 from tests.patience import PATIENCE
 from tests.system.conftest import assert_nothing_left, eventually, links, routes
 
@@ -87,8 +87,7 @@ def test_a_lost_journal_is_rebuilt_from_kernel_and_store(node: LabNode) -> None:
         ips = container.add("web").ips
         eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
         node.kill()
-        for file in node.state_dir.glob("journal.db*"):
-            file.unlink()
+        journals.lose(node.state_dir)
         node.start()
         assert [e["container_id"] for e in node.ask("endpoint", "list")] == [container.id]
         assert node.namespace.pings(ips[4])
@@ -105,7 +104,7 @@ def test_a_corrupt_journal_is_kept_aside_and_rebuilt(node: LabNode) -> None:
         Path(f"{journal}-wal").unlink(missing_ok=True)
         journal.write_bytes(b"this is no database" * 500)
         node.start()
-        assert "journal was unreadable" in node.log.read_text()
+        assert "journal is damaged" in node.log.read_text()
         assert list(node.state_dir.glob("journal.db.corrupt-*"))
         assert node.namespace.pings(ips[4])
         assert [e["container_id"] for e in node.ask("endpoint", "list")] == [container.id]
@@ -121,8 +120,7 @@ def test_a_rebuilt_journal_knows_the_mac_that_a_container_chose(node: LabNode) -
         b.add("web")
         eventually(lambda: node.ask("status")["outbox"] == 0)
         node.kill()
-        for file in node.state_dir.glob("journal.db*"):
-            file.unlink()
+        journals.lose(node.state_dir)
         node.start()
         eventually(lambda: len(node.ask("endpoint", "list")) == 2)
         assert node.ask("endpoint", "show", f"{a.id}/eth0")["mac"] == "02:00:00:00:00:77"
@@ -254,12 +252,12 @@ def test_endpoints_of_an_earlier_boot_are_released_at_start(node: LabNode) -> No
         container.add("web")
         eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
         node.stop()
+
     # What a reboot leaves: a journal and a store written before it, and no interface.
-    with contextlib.closing(sqlite3.connect(node.state_dir / "journal.db")) as journal, journal:
-        journal.execute("UPDATE meta SET value = 'an earlier boot' WHERE key = 'boot_id'")
-        journal.execute(
-            "UPDATE endpoints SET value = json_set(CAST(value AS TEXT), '$.asked.boot_id', 'an earlier boot')"
-        )
+    def earlier(endpoint: dict[str, Any]) -> None:
+        endpoint["asked"]["boot_id"] = "an earlier boot"
+
+    journals.edit(node.state_dir, earlier, boot_id="an earlier boot")
     node.start()
     assert_nothing_left(node)
     assert "earlier boot released" in node.log.read_text()
@@ -306,8 +304,7 @@ def test_a_lost_journal_costs_no_check(node: LabNode) -> None:
         result = container.call("ADD", config).json
         eventually(lambda: len(node.ask("ip", "list", "--state", "assigned")) == 2)
         node.kill()
-        for file in node.state_dir.glob("journal.db*"):
-            file.unlink()
+        journals.lose(node.state_dir)
         node.start()
         check = container.call("CHECK", {**config, "prevResult": result})
         assert (check.exit, check.stdout) == (0, "")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from isolator.drivers.naming import route_metric
 from moorage.lab import Container, LabNode, Namespace
 from moorage.lab.modules import ModulesContainer
 from netmodules.cni.config import SUPPORTED_VERSIONS
+from tests import journals
 from tests.system.conftest import eventually
 
 pytestmark = [pytest.mark.kernel, pytest.mark.xdist_group("several-networks")]
@@ -253,15 +253,12 @@ def test_containers_of_an_older_agent_keep_their_next_hop_and_get_their_routes(n
 
 def _as_of_schema_3(node: LabNode) -> None:
     """Make a stopped agent's journal what an older agent had written."""
-    with sqlite3.connect(node.state_dir / "journal.db") as journal:
-        for container, ifname, value in journal.execute("SELECT * FROM endpoints").fetchall():
-            fields: dict[str, Any] = json.loads(value)
-            del fields["next_hop"], fields["pools"]
-            journal.execute(
-                "UPDATE endpoints SET value = ? WHERE container_id = ? AND ifname = ?",
-                (json.dumps(fields).encode(), container, ifname),
-            )
-        journal.execute("UPDATE meta SET value = '3' WHERE key = 'schema'")
+
+    def without(fields: dict[str, Any]) -> None:
+        del fields["next_hop"], fields["pools"]
+
+    journals.edit(node.state_dir, without)
+    journals.make_older(node.state_dir, 3)
 
 
 def test_a_container_of_old_mesos_reaches_the_members_of_both_of_its_networks(node: LabNode) -> None:

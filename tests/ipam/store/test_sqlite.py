@@ -173,6 +173,23 @@ async def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         await open_store(f"sqlite://{tmp_path}/directory")
 
 
+async def test_a_log_removed_while_in_use_is_noticed_and_a_restart_keeps_what_was_written(
+    store: Store, path: Path
+) -> None:
+    await put(store, "a")
+    path.with_name(f"{path.name}-wal").unlink()
+    for attempt in (store.get("a"), put(store, "b"), store.page("a", "b")):
+        with pytest.raises(StoreUnavailable, match=r"write-ahead log store\.db-wal .* was removed"):
+            await attempt
+    await store.close()
+    again = await open_store(f"sqlite://{path}")
+    try:
+        assert await again.get("a") is not None
+        await put(again, "b")
+    finally:
+        await again.close()
+
+
 async def test_a_file_moved_while_in_use_is_noticed_until_it_is_back(store: Store, path: Path) -> None:
     await put(store, "a")
     aside = path.with_name("aside.db")

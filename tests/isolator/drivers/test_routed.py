@@ -17,7 +17,7 @@ import pytest
 from isolator.drivers import Wiring
 from isolator.drivers.naming import route_metric
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
-from isolator.netlink import messages
+from isolator.netlink import messages, our_links
 from isolator.netlink.codec import Request
 from isolator.netlink.socket import NetlinkSocket
 from tests.isolator.conftest import MakeRoom
@@ -417,7 +417,7 @@ def test_a_setup_that_fails_anywhere_leaves_nothing(machine: Machine, container:
     wiring = dataclasses.replace(wire(container, "eth0", A4, A6), pools=pools)
     total = all_requests(wiring, machine)
     machine.do(machine.driver.remove, [wiring])
-    assert total == 24
+    assert total == 25
     original = NetlinkSocket._attempt
     for failing in range(1, total + 1):
         seen = 0
@@ -454,6 +454,15 @@ def test_withdraw_stops_traffic_at_once_and_may_be_repeated(machine: Machine, co
     machine.do(machine.driver.withdraw, wiring)
     machine.do(machine.driver.remove, [wiring])
     machine.do(machine.driver.withdraw, wiring)
+
+
+def test_an_interface_that_is_withdrawn_for_good_says_so(machine: Machine, container: Room) -> None:
+    wiring = machine.attach(container, "eth0", A4, A6)
+    doomed = []
+    for for_good in (False, True):
+        machine.do(machine.driver.withdraw, wiring, for_good=for_good)
+        doomed.append(machine.do(our_links, machine.node)[wiring.host_ifname].is_doomed)
+    assert doomed == [False, True]
 
 
 def test_remove_leaves_nothing_and_may_be_repeated(machine: Machine, container: Room) -> None:

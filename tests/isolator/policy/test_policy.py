@@ -488,3 +488,22 @@ def test_what_is_taken_while_the_table_is_restored_is_noticed(
         container.do(policy.restore, [endpoint(1)], AROUND)
     assert "drop" in container.sh("nft list chain inet moorage sources")
     assert container.do(policy.is_intact)
+
+
+def test_a_table_with_one_endpoint_that_the_kernel_refuses_is_restored_without_it_at_once(
+    machine: Machine,
+) -> None:
+    """Two that have the same port of the node, as after a DEL that the journal could not be told of."""
+    port = PortMapping("tcp", 31080, 80)
+    several = [endpoint(number) for number in range(1, 8)]
+    several[2] = replace(several[2], ports=(port,))
+    several[5] = replace(several[5], ports=(port,))
+    refused = machine.do(machine.policy.restore, several, AROUND)
+    assert list(refused) == [several[5].host_ifname]
+    assert (
+        "File exists" in refused[several[5].host_ifname] or "conflicting" in refused[several[5].host_ifname]
+    )
+    admitted = {name for name, _ in machine.do(machine.policy.elements)}
+    assert admitted == {one.host_ifname for one in several} - {several[5].host_ifname}
+    assert machine.do(lambda: wrong_sets(machine.policy)) == {}
+    assert machine.do(machine.policy.restore, several[3:], AROUND) == {}
