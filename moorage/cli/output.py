@@ -75,9 +75,10 @@ class Output:
 
 
 def fields(record: Record) -> dict[str, Any]:
-    """A store record's fields as JSON has them, without those that only matter to the store itself."""
+    """A store record's fields as JSON has them, without those that only matter to the store, or to its node."""
     found: dict[str, Any] = msgspec.to_builtins(record)
     found.pop("v")
+    found.pop("endpoint", None)  # `moorage endpoint list` shows what it is
     unknown = found.pop("unknown")
     return {**found, **unknown}
 

@@ -26,7 +26,7 @@ from isolator.journal import Journal
 from isolator.model import Asked, EndpointKey, EndpointState
 from tests.isolator.test_journal import ADDRESS, BOOT, ENDPOINT
 
-DAMAGES = int(os.environ.get("MOORAGE_DAMAGES", "500"))
+DAMAGES = int(os.environ.get("MOORAGE_DAMAGES", "300"))
 SEED = int(os.environ.get("MOORAGE_SEED", "20261201"))
 PAGE = 4096
 

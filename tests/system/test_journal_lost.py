@@ -284,9 +284,8 @@ def fill(disk: Path, node: LabNode, nobody: Container) -> Path:
     raise AssertionError("the disk does not fill up")
 
 
-@pytest.mark.parametrize("killed_at", ["detach:released", "detach:withdrawn"])
 def test_a_del_on_a_full_disk_is_done_after_a_restart_too_and_its_port_is_free(
-    small_disk: Path, tmp_path: Path, killed_at: str
+    small_disk: Path, tmp_path: Path
 ) -> None:
     steps = tmp_path / "steps"
     steps.mkdir()
@@ -298,7 +297,7 @@ def test_a_del_on_a_full_disk_is_done_after_a_restart_too_and_its_port_is_free(
             ips = ended.add("web", port_mappings=PORTS[:1]).ips
             settled(node)
             filler = fill(small_disk, node, nobody)
-            (steps / "step").write_text(killed_at)
+            (steps / "step").write_text("detach:withdrawn")
             call = ended.start_call("DEL", ended.config("web", port_mappings=PORTS[:1]))
             eventually(lambda: not node.is_running)
             call.kill()
