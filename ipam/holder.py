@@ -22,6 +22,7 @@ import structlog
 
 from ipam.allocations import Allocations
 from ipam.catalogue import Catalogue
+from ipam.coming_back import Asker, ComingBack
 from ipam.continuity import Continuity
 from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
@@ -70,7 +71,7 @@ class Holder:
     on_conflict: told when the store names another owner for an address that an endpoint uses.
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
     in touch with the store. yields_to: see Holdings. on_asserted: told when the store, after a doubt, has all of what
-    is held here.
+    is held here. state_id: see Membership.
     """
 
     def __init__(
@@ -89,15 +90,17 @@ class Holder:
         others_away: Callable[[], bool] = lambda: False,
         yields_to: Callable[[str], bool] = lambda _: True,
         on_asserted: Callable[[], None] = lambda: None,
+        state_id: str = "",
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._is_live = is_live
         self._on_asserted = on_asserted
+        self._taken_over: Fenced | None = None
         outage = Outage(self._on_away)
         grace = Grace(journal, boot_id, at_least=cooldown)
         self.continuity = Continuity(store, node, journal, grace, self._doubt)
-        self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard)
+        self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard, state_id)
         self._holdings = Holdings(
             node,
             catalogue,
@@ -112,7 +115,8 @@ class Holder:
         )
         self._shelf = self._holdings.shelf
         self._upkeep = Upkeep(store, self._writer, self._holdings, self._written)
-        self._named = Named(store, self._holdings)
+        self._coming_back = ComingBack(self._holdings)
+        self._named = Named(store, self._holdings, self._coming_back)
         self._generosity = Generosity(self._holdings)
         self.drain = Drain(self._holdings, self._fail_all)
         self.allocations = Allocations(self._holdings)
@@ -122,7 +126,8 @@ class Holder:
         self._holdings.load()
 
     async def sync(self) -> SyncReport:
-        """Take the fence and make journal and store agree. Raises Fenced, StoreUnavailable."""
+        """Take the fence and make journal and store agree. Raises Fenced, StoreRewound, StoreUnavailable."""
+        self._taken_over = None
         try:
             report = await sync(self._store, self._writer, self._holdings, self._is_live, self.continuity)
         except Fenced:
@@ -130,6 +135,9 @@ class Holder:
             self._holdings.serving = False
             self._holdings.disputed = True
             raise
+        if self._taken_over is not None:
+            # Told while journal and store were compared.
+            self._lose_sync(self._taken_over)
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(
                 "journal and store agree again",
@@ -168,6 +176,7 @@ class Holder:
 
     def fenced(self, error: Fenced) -> None:
         """Another agent is known to write for this node: nothing is given out until that is settled."""
+        self._taken_over = error
         if self._holdings.serving:
             self._lose_sync(error)
             self._holdings.wake.set()
@@ -204,6 +213,11 @@ class Holder:
     def catalogue_changed(self) -> None:
         """Networks, pools or reservations are different now."""
         self._holdings.catalogue_changed()
+
+    @property
+    def has_claimed(self) -> bool:
+        """See Membership."""
+        return self._writer.has_claimed
 
     @property
     def problem(self) -> str:
@@ -243,8 +257,12 @@ class Holder:
             for family in missing:
                 pool = only.name if only is not None and only.family == family else None
                 held = self._shelf.lend(network.name, family, pool, netgroups)
+                back = held or self._coming_back.unnamed(request.asker, network.name, family, pool)
                 if held is not None:
                     lent.append(held)
+                elif back is not None:
+                    # Nothing is warm: sooner than to wait, or to fail, it has what it had.
+                    lent.append(await self._coming_back.lend(back))
                 else:
                     waiters.append(Waiter(network.name, family, pool, netgroups))
             if waiters:
@@ -293,6 +311,10 @@ class Holder:
                 f"no address of network {network.name} became ready within {REFILL_PATIENCE:.0f} s on node "
                 f"{self._holdings.node}; see `moorage status` and `moorage network show {network.name}`"
             ) from error
+
+    def coming_back(self, asker: Asker, network: str) -> set[IPAddress]:
+        """The addresses that cool down here and the asker had last in that network, which it may have at once."""
+        return {held.ip for held in self._coming_back.of(asker, network)}
 
     def put_back(self, lent: Sequence[Held]) -> None:
         """An ADD did not use these after all; nothing of them had reached the kernel."""

@@ -69,7 +69,7 @@ def given(lent: Iterable[Held], state: AddressState, **whose: Any) -> list[Addre
     return [
         AddressRow(
             held.ip,
-            held.record.with_(state=state, app="", task="", framework="", since=now, **whose),
+            held.record.with_(state=state, app="", task="", framework="", former="", since=now, **whose),
             held.revision,
             True,
         )

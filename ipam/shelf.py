@@ -35,8 +35,11 @@ UNKNOWN = "unknown"
 
 
 def cooling(record: Address) -> Address:
-    """The record of a released address; it still says who had it, so that a reservation finds its own."""
-    return record.with_(state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="")
+    """The record of a released address; it still says who had it, who may have it back before others."""
+    former = record.uid or record.former
+    return record.with_(
+        state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="", former=former
+    )
 
 
 def doubtful(record: Address) -> Address:
@@ -61,6 +64,7 @@ class Held:
     leaving: when that is None, the record before it.
     revision: the mod_revision known to stand there, 0 if nothing is.
     dirty: the two differ.
+    in_flight: a record of it was sent to the store, which has not answered yet.
     journalled: the journal has it. One that is not is only being asked for.
     forgotten: the journal has it as an address that nobody may use, because it is being given away.
     lent: an ADD is about to use it.
@@ -73,6 +77,7 @@ class Held:
     record: Address | None
     revision: int = 0
     dirty: bool = False
+    in_flight: bool = False
     journalled: bool = False
     forgotten: bool = False
     leaving: Address | None = None

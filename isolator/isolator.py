@@ -249,6 +249,7 @@ class Isolator:
             self._boot_id,
             self._holder.fenced,
             self._holder.drain,
+            has_claimed=lambda: self._holder.has_claimed,
         )
         self._membership.agree(self._continuity.incarnation)
         try:
