@@ -302,6 +302,7 @@ class Intent(Record, frozen=True, kw_only=True):
     """``intents/<node>/<uuid>``: a request to one node's agent, on a lease; the agent adds ``answer``.
 
     id, mod_revision: the address as the asker saw it; the agent acts only if both still match.
+    expires: for agents of earlier versions; ipam/intents.py.
     """
 
     kind: IntentKind
