@@ -103,7 +103,8 @@ class Settings:
 
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
-    store_endpoints: (name or IP, TCP port) of the store's servers. cooldown: seconds. unused_for: seconds that
+    store_endpoints: (name or IP, TCP port) of the store's servers. ending_certificates: a sentence for each of the
+    store's that ends soon. cooldown: seconds. unused_for: seconds that
     allocated addresses may stay without a container. manage_docker_user: whether Docker's chain of that name may be
     opened for containers.
     """
@@ -115,6 +116,7 @@ class Settings:
     vxlan_port: int = VXLAN_PORT
     gateway: bool = False
     store_endpoints: tuple[tuple[str, int], ...] = ()
+    ending_certificates: Callable[[], list[str]] = list
     cooldown: float = COOLDOWN
     unused_for: float = UNUSED_FOR
     manage_docker_user: bool = True
@@ -421,6 +423,7 @@ class Isolator:
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
             "connections": self._connections.status(),
             "collisions": self._collisions(),
+            "certificates": self._settings.ending_certificates(),
             "damage": [*self._forwarding.problems(), *self._mending.problems()],
             **self._firewalls.status(),
         }

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from ipam.errors import InvalidInput, MoorageError
-from ipam.store import endpoints, open_store
+from ipam.store import ending_certificates, endpoints, open_store
 from isolator.identity import claim_namespace
 from isolator.isolator import Isolator, Settings
 from isolator.model import Endpoint
@@ -91,6 +91,7 @@ async def _serve(config: AgentConfig) -> None:
                     gateway=config.gateway,
                     manage_docker_user=config.manage_docker_user,
                     store_endpoints=endpoints(config.store),
+                    ending_certificates=functools.partial(ending_certificates, config.store),
                 ),
                 store,
             )
