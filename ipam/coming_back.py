@@ -79,7 +79,7 @@ class ComingBack:
         self._shelf.lend_this(held)
         try:
             async with asyncio.timeout(IN_FLIGHT):
-                while held.in_flight:
+                while held.is_uncertain:
                     await self._shelf.change_of(held.ip).wait()
         except TimeoutError:
             # Others take it for what it was, or have heard already that it is a member of nothing.

@@ -64,7 +64,7 @@ class Held:
     leaving: when that is None, the record before it.
     revision: the mod_revision known to stand there, 0 if nothing is.
     dirty: the two differ.
-    in_flight: a record of it was sent to the store, which has not answered yet.
+    in_flight: the record that was sent to the store, which has not answered yet; None if none was.
     journalled: the journal has it. One that is not is only being asked for.
     forgotten: the journal has it as an address that nobody may use, because it is being given away.
     lent: an ADD is about to use it.
@@ -77,7 +77,7 @@ class Held:
     record: Address | None
     revision: int = 0
     dirty: bool = False
-    in_flight: bool = False
+    in_flight: Address | None = None
     journalled: bool = False
     forgotten: bool = False
     leaving: Address | None = None
@@ -104,6 +104,11 @@ class Held:
     def is_withdrawn(self) -> bool:
         """Whether it cools although nobody had it, until others have heard that it is a member of nothing."""
         return self.record is not None and self.record.is_withdrawn
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether nobody can say what other nodes take it for, because the store has not answered yet."""
+        return self.in_flight is not None and netgroups_told(self.in_flight) != self.told
 
     @property
     def is_silent(self) -> bool:

@@ -99,15 +99,16 @@ class Upkeep:
             self._refill.cancel()
 
     async def _commit(self, changes: Sequence[Change]) -> list[Outcome]:
-        sent = [change.held for change in changes if change.held is not None]
-        for held in sent:
-            held.in_flight = True
+        for change in changes:
+            if change.held is not None:
+                change.held.in_flight = change.sent
         try:
             return await self._writer.commit([change.write for change in changes])
         finally:
-            for held in sent:
-                held.in_flight = False
-                self._shelf.announce(held.ip)
+            for change in changes:
+                if change.held is not None:
+                    change.held.in_flight = None
+                    self._shelf.announce(change.held.ip)
 
     async def _woken(self) -> None:
         """Wait until something became dirty or a cooldown is over."""
