@@ -130,4 +130,6 @@ def _uid(held: Held) -> str:
 
 
 def _released(record: Address) -> Address:
-    return cooling(record) if record.state is AddressState.ALLOCATED else record.with_(uid="")
+    return (
+        cooling(record) if record.state is AddressState.ALLOCATED else record.with_(uid="", former=record.uid)
+    )

@@ -105,10 +105,9 @@ class Catalogue:
         async with self._refreshing:
             changed: list[KeyValue] = []
             gone: list[str] = []
-            revisions = []
-            for prefix in prefixes:
-                items, at = await read_prefix(self._store, prefix)
-                revisions.append(at)
+            read = [(prefix, *await read_prefix(self._store, prefix)) for prefix in prefixes]
+            # Nothing is waited for from here on: what the watch told while they were read is newer.
+            for prefix, items, at in read:
                 if at >= self._heard.get(prefix, 0):
                     self._heard[prefix] = at
                     fresh = {kv.key for kv in items}
@@ -116,7 +115,7 @@ class Catalogue:
                     changed += [kv for kv in items if self._revisions.get(kv.key) != kv.mod_revision]
             self._apply(changed, gone)
             # Watching starts from the oldest of them, so nothing between them is missed.
-            return min(revisions)
+            return min(at for _, _, at in read)
 
     async def start_over(self) -> None:
         """The store went back in time: believe it, and follow it from there. Raises StoreUnavailable."""

@@ -239,6 +239,8 @@ class Cluster:
             self.pools_changed()
             forgets = self._grace is None
             listed = {prefix: await self._list(prefix, forgets) for prefix in FOLLOWED}
+            if self._again.is_set():
+                continue  # what was read may be of before that
             self.listed.set()
             self._tell()
             self._on_members(())  # who waited for the end of a doubt hears of it

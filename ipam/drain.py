@@ -33,6 +33,7 @@ class Drain:
         self._fail_waiters = fail_waiters
         self._confirmed = False
         self._withdrawn = False
+        """An operator has undone the drain, or is about to; what the store says of before counts no more."""
 
     @property
     def is_on(self) -> bool:
@@ -56,6 +57,11 @@ class Drain:
         self._fail_waiters(refusal(self._holdings.node))
         self._holdings.wake.set()
 
+    def remember(self) -> None:
+        """The store says that the node is drained, and the journal may have been lost. Raises JournalUnwritable."""
+        if not self._withdrawn and not self._holdings.drained:
+            self.begin()
+
     def withdraw(self) -> None:
         """The store's record is to say that the node is not drained; nothing is taken yet."""
         self._withdrawn = True
@@ -64,7 +70,7 @@ class Drain:
     def end(self) -> None:
         """Take addresses again; the store's record says so already. Raises JournalUnwritable."""
         self._holdings.journal.save_drained(False)
-        self._holdings.drained = False
+        self._holdings.drained = self._confirmed = False
         self._holdings.wake.set()
 
     async def settle(self, patience: float) -> None:

@@ -23,6 +23,7 @@ import structlog
 
 from ipam.allocations import Allocations
 from ipam.catalogue import Catalogue
+from ipam.coming_back import Asker, ComingBack
 from ipam.continuity import Continuity
 from ipam.drain import Drain, refusal
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreUnavailable, TryAgain
@@ -74,7 +75,8 @@ class Holder:
     cooldown: seconds. preloads: not on a node that runs no containers. others_away: whether a registered node is not
     in touch with the store. yields_to: see Holdings. on_asserted: told when the store, after a doubt, has all of what
     is held here. nodes: the names of all that were heard of. namesakes: looks who else has, or had, the node's name;
-    None where nobody could. journal_was_behind: the journal that this began with was older than the store.
+    None where nobody could. state_id: see Membership. journal_was_behind: the journal that this began with was older
+    than the store.
     """
 
     def __init__(
@@ -95,16 +97,18 @@ class Holder:
         on_asserted: Callable[[], None] = lambda: None,
         nodes: Callable[[], Collection[str]] = lambda: (),
         namesakes: Namesakes | None = None,
+        state_id: str = "",
     ) -> None:
         self._store = store
         self._namesakes = namesakes
         self._catalogue = catalogue
         self._is_live = is_live
         self._on_asserted = on_asserted
+        self._taken_over: Fenced | None = None
         outage = Outage(self._on_away)
         grace = Grace(journal, boot_id, at_least=cooldown)
         self.continuity = Continuity(store, node, journal, grace, self._doubt, nodes)
-        self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard)
+        self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard, state_id)
         self._holdings = Holdings(
             node,
             catalogue,
@@ -120,7 +124,8 @@ class Holder:
         self._shelf = self._holdings.shelf
         self.journal_was_behind = False
         self._upkeep = Upkeep(store, self._writer, self._holdings, self._written)
-        self._named = Named(store, self._holdings)
+        self._coming_back = ComingBack(self._holdings)
+        self._named = Named(store, self._holdings, self._coming_back)
         self._generosity = Generosity(self._holdings)
         self.drain = Drain(self._holdings, self._fail_all)
         self.allocations = Allocations(self._holdings)
@@ -130,7 +135,8 @@ class Holder:
         self._holdings.load()
 
     async def sync(self) -> SyncReport:
-        """Take the fence and make journal and store agree. Raises Fenced, StoreUnavailable."""
+        """Take the fence and make journal and store agree. Raises Fenced, StoreRewound, StoreUnavailable."""
+        self._taken_over = None
         if self._namesakes is not None:
             await self._namesakes.look()
         try:
@@ -143,6 +149,9 @@ class Holder:
                 raise Fenced(why) from error
             raise
         self.journal_was_behind = self.journal_was_behind or report.behind
+        if self._taken_over is not None:
+            # Told while journal and store were compared.
+            self._lose_sync(self._taken_over)
         if report.adopted or report.released or report.asserted or report.lost:
             log.info(
                 "journal and store agree again",
@@ -181,6 +190,7 @@ class Holder:
 
     def fenced(self, error: Fenced) -> None:
         """Another agent is known to write for this node: nothing is given out until that is settled."""
+        self._taken_over = error
         if self._holdings.serving:
             self._lose_sync(error)
             self._holdings.wake.set()
@@ -217,6 +227,11 @@ class Holder:
     def catalogue_changed(self) -> None:
         """Networks, pools or reservations are different now."""
         self._holdings.catalogue_changed()
+
+    @property
+    def has_claimed(self) -> bool:
+        """See Membership."""
+        return self._writer.has_claimed
 
     @property
     def problem(self) -> str:
@@ -256,8 +271,12 @@ class Holder:
             for family in missing:
                 pool = only.name if only is not None and only.family == family else None
                 held = self._shelf.lend(network.name, family, pool, netgroups)
+                back = held or self._coming_back.unnamed(request.asker, network.name, family, pool)
                 if held is not None:
                     lent.append(held)
+                elif back is not None:
+                    # Nothing is warm: sooner than to wait, or to fail, it has what it had.
+                    lent.append(await self._coming_back.lend(back))
                 else:
                     waiters.append(Waiter(network.name, family, pool, netgroups))
             if waiters:
@@ -306,6 +325,10 @@ class Holder:
                 f"no address of network {network.name} became ready within {REFILL_PATIENCE:.0f} s on node "
                 f"{self._holdings.node}; see `moorage status` and `moorage network show {network.name}`"
             ) from error
+
+    def coming_back(self, asker: Asker, network: str) -> set[IPAddress]:
+        """The addresses that cool down here and the asker had last in that network, which it may have at once."""
+        return {held.ip for held in self._coming_back.of(asker, network)}
 
     def put_back(self, lent: Sequence[Held]) -> None:
         """An ADD did not use these after all; nothing of them had reached the kernel."""

@@ -69,7 +69,9 @@ def given(lent: Iterable[Held], state: AddressState, **whose: Any) -> list[Addre
     return [
         AddressRow(
             held.ip,
-            held.record.with_(state=state, app="", task="", framework="", endpoint={}, since=now, **whose),
+            held.record.with_(
+                state=state, app="", task="", framework="", former="", endpoint={}, since=now, **whose
+            ),
             held.revision,
             True,
         )

@@ -4,14 +4,14 @@
     agent:  follow intents/<node>/, act, write ``answer``
 
 Only the node's agent writes its addresses; it acts only if the address's id and revision still are
-what the asker saw.
+what the asker saw, and only while the intent is there: that it is on a lease says that somebody waits for it. No time
+is written into it, since the clocks of two machines may be hours apart.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 
 RELIST = 30.0
 """Seconds without a request until they are listed anew: a watch does not notice a restored backup."""
+
+NEVER = 4102444800.0
+"""A wall clock of the year 2100, as ``expires``: earlier agents do not answer what is over by their own clock."""
 
 Answerer = Callable[[Intent], Awaitable[dict[str, Any]]]
 
@@ -50,7 +53,7 @@ async def ask(
         put = await store.txn(
             Txn(
                 (absent(key), *guards),
-                (Put(key, intent.with_(expires=time.time() + timeout).encode(), lease.id),),
+                (Put(key, intent.with_(expires=NEVER).encode(), lease.id),),
             )
         )
         if not put.succeeded:
@@ -103,6 +106,16 @@ class IntentServer:
                         await self._serve(event.kv)
                 patience.reschedule(now() + RELIST)
 
+    async def _is_waited_for(self, kv: KeyValue) -> bool:
+        """Whether it still is as it was read: those before it may have taken longer than its asker waits."""
+        found = await self._store.get(kv.key)
+        if found is None or found.mod_revision != kv.mod_revision:
+            return False
+        if not found.lease:
+            log.warning("intent removed: it is on no lease, so nobody waits for it", key=kv.key)
+            await self._store.txn(Txn((unchanged(kv),), (Delete(kv.key),)))
+        return bool(found.lease)
+
     async def _serve(self, kv: KeyValue) -> None:
         try:
             intent = Intent.decode(kv.key, kv.value)
@@ -110,7 +123,7 @@ class IntentServer:
             log.warning("intent ignored", key=kv.key, why=str(error))
             await self._store.txn(Txn((unchanged(kv),), (Delete(kv.key),)))
             return
-        if intent.answer is not None or intent.expires < time.time():
+        if intent.answer is not None or not await self._is_waited_for(kv):
             return
         try:
             answer = await self._answer(intent)

@@ -34,6 +34,9 @@ class Membership:
     on_fenced: told as soon as another agent turns out to live under this node's name, so that one which has
     nothing to write does not go on giving out addresses.
     drain: says whether the node is drained; told if the store says so and the journal forgot.
+    has_claimed: whether this agent has held the node's fence since it started. Until then whoever holds it, and lives
+    under the name, may be this agent's own predecessor, and Writer.claim says who is somebody else.
+    state_id: of the agent's state directory; goes into its sign of life.
     """
 
     def __init__(
@@ -44,16 +47,20 @@ class Membership:
         boot_id: str,
         on_fenced: Callable[[Fenced], None],
         drain: Drain | None = None,
+        *,
+        has_claimed: Callable[[], bool] = lambda: True,
+        state_id: str = "",
     ) -> None:
         self._store = store
         self._node = node
         self._on_fenced = on_fenced
         self._drain = drain
+        self._has_claimed = has_claimed
         self._telling = asyncio.Lock()
         self._described = asyncio.Event()
         self._told: Node | None = None
         self._missing = False
-        self._alive = Alive(instance=instance, boot_id=boot_id)
+        self._alive = Alive(instance=instance, boot_id=boot_id, state_id=state_id)
         self._alive_told: Alive | None = None
         self._lease: Lease | None = None
 
@@ -62,7 +69,7 @@ class Membership:
         await self._check_fence()
         known = await self._record()
         if known is not None and known.drained and self._drain is not None:
-            self._drain.begin()
+            self._drain.remember()
         lease = await self._store.lease(LEASE)
         try:
             await self._show(lease)
@@ -151,7 +158,8 @@ class Membership:
                     else:
                         await self.tell()
                 except Fenced as error:
-                    self._on_fenced(error)
+                    if self._has_claimed():
+                        self._on_fenced(error)
                 except (StoreError, TryAgain) as error:
                     log.warning("node is not registered", why=str(error))
             with contextlib.suppress(TimeoutError):
@@ -162,24 +170,34 @@ class Membership:
     async def follow(self) -> None:
         """Watch who lives under this node's name, until cancelled. Raises StoreError; the caller runs it again."""
         key = keys.ALIVE + self._node.name
-        page = await self._store.page(key, key + "~", limit=1)
-        self._judge(page.items[0] if page.items else None)
+        page = await self._store.page(key, key + "\0", limit=1)
+        await self._judge(page.items[0] if page.items else None)
         async for batch in self._store.watch(key, page.revision + 1):
             for event in batch.events:
+                # The watch is of a prefix, which longer names have as well.
                 if event.key == key:
-                    self._judge(event.kv)
+                    await self._judge(event.kv)
 
-    def _judge(self, kv: KeyValue | None) -> None:
-        if kv is None:
-            self._missing = True
-        elif Alive.decode(kv.key, kv.value).instance != self._alive.instance:
-            self._missing = True
+    async def _judge(self, kv: KeyValue | None) -> None:
+        if kv is not None and Alive.decode(kv.key, kv.value).instance == self._alive.instance:
+            return
+        self._missing = True
+        if kv is not None and self._has_claimed() and not await self._holds_fence():
             self._on_fenced(
                 Fenced(
                     f"another agent took over node {self._node.name}; give one of the two another --node "
                     "name, with another --state-dir"
                 )
             )
+
+    async def _holds_fence(self) -> bool:
+        """Whether this agent does: then whoever else is alive by the store lived before it, since nobody is registered
+        without the fence. A killed predecessor's sign of life comes back with a store that was away."""
+        try:
+            await self._check_fence()
+        except Fenced:
+            return False
+        return True
 
     async def leave(self) -> None:
         """The agent ends in order: others need not wait for the lease."""

@@ -3,6 +3,7 @@
 warm here                     lent at once; announced to others than those: once other nodes have heard that it is
                               not, and refused while one of them is away
 free                          asked for from the store, for this ADD alone
+cooling here, asker's own     taken at once by who had it last: ipam/coming_back.py
 cooling here, reserved        taken without a cooldown under the key it was released under
 in use here, reserved         waited for until its container is gone
 another node's                talked about with its agent: ipam/handover.py
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from ipam import keys
 from ipam.catalogue import Reserved
+from ipam.coming_back import NOBODY, Asker, ComingBack
 from ipam.errors import AddressTaken, InvalidInput, MoorageError, StoreError, TryAgain
 from ipam.handover import GIVE_UP_WITHIN, hand_over
 from ipam.holdings import HeldElsewhere, Holdings, held_by
@@ -41,6 +43,7 @@ class AddressRequest:
     keeps_warm: whether addresses of the network are kept ready here from now on.
     counts: how many addresses of each family; None is one of each that the network has.
     netgroups: what who gets them will be a member of; None is the network's own.
+    asker: who had some of them last, perhaps.
     """
 
     network: Network
@@ -50,6 +53,7 @@ class AddressRequest:
     keeps_warm: bool = True
     counts: Mapping[Family, int] | None = None
     netgroups: tuple[str, ...] | None = None
+    asker: Asker = NOBODY
 
     @property
     def members_of(self) -> tuple[str, ...]:
@@ -59,9 +63,10 @@ class AddressRequest:
 class Named:
     """See the module's docstring."""
 
-    def __init__(self, store: Store, holdings: Holdings) -> None:
+    def __init__(self, store: Store, holdings: Holdings, coming_back: ComingBack) -> None:
         self._store = store
         self._holdings = holdings
+        self._coming_back = coming_back
         self._shelf = holdings.shelf
 
     async def addresses(self, request: AddressRequest, pools: Sequence[Geometry]) -> list[IPAddress]:
@@ -168,6 +173,8 @@ class Named:
                         self._store, taken, request.reservation if reserved else None, handed_over_by
                     )
                     continue
+            if self._coming_back.is_for(held, request.asker, request.network.name):
+                return await self._coming_back.lend(held)
             ready = not held.dirty and not held.lent
             if ready and held.state is AddressState.WARM:
                 return self._fitting(self._shelf.lend_this(held), request)

@@ -199,11 +199,12 @@ async def _known(store: Store, name: str) -> tuple[KeyValue | None, KeyValue | N
 def _may_be_used(address: Address, *, drained: bool) -> bool:
     """Whether a container may have it, as far as the store can tell without the node's agent.
 
-    An agent lends what is warm, or cools down under a reservation, before the store hears of it.
+    An agent lends what is warm, and what cools down to who had it, before the store hears of it.
     """
     if address.state.is_taken:
         return not address.is_nodes_own
-    return not drained and (address.state is AddressState.WARM or bool(address.reservation))
+    comes_back = address.reservation or address.container_id or address.former
+    return not drained and (address.state is AddressState.WARM or bool(comes_back))
 
 
 async def _addresses(store: Store, name: str) -> AsyncIterator[tuple[KeyValue, Address]]:

@@ -171,6 +171,7 @@ class Address(Record, frozen=True, kw_only=True):
     id: names one assignment; releases carry it, so a late one never frees a newer owner's address.
     netgroups: while it is warm, what other nodes take it for a member of already; ipam/stock.py.
     uid: whom an engine allocated it for. It stays while the address is assigned, until that engine releases it.
+    former: while it is assigned or cools, the uid that has given it up; ipam/coming_back.py.
     since: wall clock, seconds, of the last change of state.
     endpoint: of the first address of an endpoint, what its node has to know of it and the other fields do not say, for
     a node that loses its journal (isolator/written.py). Nobody else reads it.
@@ -191,6 +192,7 @@ class Address(Record, frozen=True, kw_only=True):
     framework: str = ""
     reservation: str = ""
     uid: str = ""
+    former: str = ""
     since: float = 0.0
     endpoint: dict[str, Any] = {}
 
@@ -259,11 +261,13 @@ class Alive(Record, frozen=True, kw_only=True):
     """``alive/<name>``: on a lease; there while the node's agent runs.
 
     incarnation: of the store, that the store has all of what the node holds in; "" before anybody doubted.
+    state_id: of the agent's state directory, "" if an agent wrote it that has none yet.
     """
 
     instance: str
     boot_id: str
     incarnation: str = ""
+    state_id: str = ""
 
 
 class Incarnation(Record, frozen=True, kw_only=True):
@@ -320,6 +324,7 @@ class Intent(Record, frozen=True, kw_only=True):
     """``intents/<node>/<uuid>``: a request to one node's agent, on a lease; the agent adds ``answer``.
 
     id, mod_revision: the address as the asker saw it; the agent acts only if both still match.
+    expires: for agents of earlier versions; ipam/intents.py.
     """
 
     kind: IntentKind

@@ -35,9 +35,15 @@ UNKNOWN = "unknown"
 
 
 def cooling(record: Address) -> Address:
-    """The record of a released address; it still says who had it, so that a reservation finds its own."""
+    """The record of a released address; it still says who had it, who may have it back before others."""
     return record.with_(
-        state=AddressState.COOLING, since=time.time(), labels=[], netgroups=[], uid="", endpoint={}
+        state=AddressState.COOLING,
+        since=time.time(),
+        labels=[],
+        netgroups=[],
+        uid="",
+        former=record.uid or record.former,
+        endpoint={},
     )
 
 
@@ -63,6 +69,7 @@ class Held:
     leaving: when that is None, the record before it.
     revision: the mod_revision known to stand there, 0 if nothing is.
     dirty: the two differ.
+    in_flight: the record that was sent to the store, which has not answered yet; None if none was.
     journalled: the journal has it. One that is not is only being asked for.
     forgotten: the journal has it as an address that nobody may use, because it is being given away.
     lent: an ADD is about to use it.
@@ -77,6 +84,7 @@ class Held:
     record: Address | None
     revision: int = 0
     dirty: bool = False
+    in_flight: Address | None = None
     journalled: bool = False
     forgotten: bool = False
     leaving: Address | None = None
@@ -105,6 +113,11 @@ class Held:
     def is_withdrawn(self) -> bool:
         """Whether it cools although nobody had it, until others have heard that it is a member of nothing."""
         return self.record is not None and self.record.is_withdrawn
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether nobody can say what other nodes take it for, because the store has not answered yet."""
+        return self.in_flight is not None and netgroups_told(self.in_flight) != self.told
 
     @property
     def is_silent(self) -> bool:

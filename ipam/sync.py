@@ -34,7 +34,7 @@ from ipam.records import Address, AddressState, Block
 from ipam.schema import check_schema, read_schema
 from ipam.shelf import Held, doubtful, netgroups_told
 from ipam.store.base import KeyValue, Store, prefix_end, read_prefix, read_range, scan
-from ipam.writer import Writer
+from ipam.writer import StoreRewound, Writer
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +65,7 @@ async def sync(
     """Take the fence and make journal and store agree.
 
     is_live: whether an endpoint here carries an address that the journal does not know.
-    Raises Fenced, SchemaMismatch, StoreUnavailable; ``holdings.problem`` stays as it was then.
+    Raises Fenced, SchemaMismatch, StoreRewound, StoreUnavailable; ``holdings.problem`` stays as it was then.
     """
     # Of one that somebody loads a dump into nothing can be said yet.
     check_schema(await read_schema(store))
@@ -78,6 +78,7 @@ async def sync(
         log.warning("node was removed from the store; what it holds is asserted anew")
     elif not as_new and not continuity.doubted:
         await continuity.move(f"it forgot writes of node {holdings.node}")
+    known = continuity.incarnation, continuity.doubted
     fresh = as_new and not continuity.doubted
     # The claim itself is the last of its writes.
     report = SyncReport(behind=bool(confirmed) and as_new and writer.seq - 1 > confirmed + unconfirmed)
@@ -107,6 +108,8 @@ async def sync(
             log.warning("journal is still of an earlier boot", why=str(error))
     for key, why in report.unreadable.items():
         log.error("record is left as it is", key=key, why=why)
+    if known != (continuity.incarnation, continuity.doubted):
+        raise StoreRewound("the store came into doubt while it was read; it is read once more")
     holdings.problem = ""
     holdings.serving = True
     holdings.disputed = False

@@ -83,16 +83,32 @@ class Upkeep:
         """Work until ``holdings.problem`` says to sync again. Raises Fenced, StoreRewound, StoreError: likewise."""
         try:
             while not self._holdings.problem:
-                while changes := await self._gather():
-                    outcomes = await self._writer.commit([change.write for change in changes])
-                    self._apply(changes, outcomes)
+                changes = await self._gather()
+                # Whoever set it woke this up as well, and _gather() may have taken that wake for its own.
+                if self._holdings.problem:
+                    return
+                if changes:
+                    self._apply(changes, await self._commit(changes))
                     # Who waited for these goes on first: what it does next is in the next group.
                     await asyncio.sleep(0)
+                    continue
                 self._on_written()
                 await self._woken()
                 self._holdings.assert_contested()
         finally:
             self._refill.cancel()
+
+    async def _commit(self, changes: Sequence[Change]) -> list[Outcome]:
+        for change in changes:
+            if change.held is not None:
+                change.held.in_flight = change.sent
+        try:
+            return await self._writer.commit([change.write for change in changes])
+        finally:
+            for change in changes:
+                if change.held is not None:
+                    change.held.in_flight = None
+                    self._shelf.announce(change.held.ip)
 
     async def _woken(self) -> None:
         """Wait until something became dirty or a cooldown is over."""

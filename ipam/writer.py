@@ -113,14 +113,16 @@ class Writer:
         boot_id: str,
         outage: Outage | None = None,
         guard: Callable[[], Compare] = lambda: absent(keys.INCARNATION),
+        state_id: str = "",
     ) -> None:
         """outage: told of every transaction that has to be sent again, and of every answer. guard: what each compares
-        besides the fence."""
+        besides the fence. state_id: of the agent's state directory, "" if it is not known."""
         self._store = store
         self._node = node
         self._key = keys.WRITERS + node
         self._instance = instance
         self._boot_id = boot_id
+        self._state_id = state_id
         self._outage = outage or Outage()
         self._guard = guard
         self._revision = 0
@@ -131,6 +133,11 @@ class Writer:
         self.seq = 0
         self.transactions = 0
         self.was_removed = False
+
+    @property
+    def has_claimed(self) -> bool:
+        """Whether this agent has held the fence since it started."""
+        return self._had_fence
 
     async def claim(self, confirmed_seq: int) -> bool:
         """Take the fence, so that nobody else, and nothing sent before, can write for this node any more.
@@ -146,17 +153,10 @@ class Writer:
             sent, base, fresh = b"", 0, True
             while True:
                 alive = await self._store.get(keys.ALIVE + self._node)
-                if alive is not None:
-                    lease = Alive.decode(alive.key, alive.value)
-                    ours = lease.instance == self._instance
-                    if not ours and (lease.boot_id != self._boot_id or self._had_fence):
-                        raise Fenced(
-                            f"another agent runs as node {self._node} (instance {lease.instance}); "
-                            "stop it or wait until its lease expires, or give this node another --node name, with "
-                            "another --state-dir"
-                        )
                 found = await self._store.get(self._key)
                 stood = Fence.decode(found.key, found.value) if found else None
+                if alive is not None:
+                    self._refuse_other(Alive.decode(alive.key, alive.value), stood)
                 self.was_removed = stood is None or not stood.boot_id
                 if stood is not None and stood.vacant and self._had_fence:
                     raise Fenced(
@@ -187,6 +187,23 @@ class Writer:
                     continue
                 if result.succeeded:
                     return self._hold(result.revision, seq, fresh)
+
+    def _refuse_other(self, lease: Alive, stood: Fence | None) -> None:
+        """Raises Fenced if who is alive under the node's name is neither this agent nor one that it follows."""
+        is_of_this_boot = lease.boot_id == self._boot_id
+        if lease.instance == self._instance or (is_of_this_boot and not self._had_fence):
+            return
+        if is_of_this_boot and stood is not None:
+            # Nobody is alive without having held the fence: who is, while this agent holds it, lived before.
+            followed = stood.instance == self._instance
+            # A store that went back in time has the sign of life of a predecessor again, and its fence.
+            back = self._state_id and lease.state_id == self._state_id and stood.seq <= self.seq
+            if followed or back:
+                return
+        raise Fenced(
+            f"another agent runs as node {self._node} (instance {lease.instance}); "
+            "stop it or wait until its lease expires, or give this node another --node name, with another --state-dir"
+        )
 
     def _leave_time_to(self, stood: Fence) -> None:
         """Raises Fenced while somebody who took the fence from this agent may be about to say that it lives."""

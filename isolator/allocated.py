@@ -23,6 +23,7 @@ import structlog
 from ipam.allocations import Promise
 from ipam.boottime import boottime
 from ipam.catalogue import Catalogue
+from ipam.coming_back import Asker
 from ipam.errors import InvalidInput, NotAllocated
 from ipam.holder import Holder
 from ipam.keys import Family, IPAddress
@@ -159,6 +160,8 @@ class Allocated:
             await self._catalogue.look_again()
         key = spec.reservation
         reserved = set() if key is None else {r.ip for r in self._catalogue.reserved_under(key, network.name)}
+        # What it had a moment ago it does not choose.
+        reserved |= self._holder.coming_back(Asker(uid=spec.uid), network.name)
         authorise(spec, network, self._catalogue.pools_of(network), reserved)
 
     async def _promise(self, spec: AllocateSpec, network: Network) -> list[Held]:
@@ -170,6 +173,7 @@ class Allocated:
                 pool=spec.pool,
                 counts=spec.counts,
                 netgroups=netgroups_of(spec),
+                asker=Asker(uid=spec.uid),
             )
         )
         reached("allocate:lent")

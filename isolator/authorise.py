@@ -18,6 +18,7 @@ from ipam.permissions import RANGES, allows_host_port, allows_netgroup, allows_s
 from ipam.pools import Geometry
 from ipam.rates import rate_text
 from ipam.records import Network
+from isolator.drivers.naming import mac_for
 from isolator.errors import Refused
 from isolator.model import Bandwidth, PortMapping
 
@@ -46,7 +47,8 @@ def authorise(
 ) -> None:
     """Raises Refused naming the first kind of thing that the network does not allow, the rule, and how it would be.
 
-    pools: the network's. reserved: the addresses that are reserved under the key that was presented.
+    pools: the network's. reserved: the addresses that need no permission: reserved under the key that was presented, or
+    the asker's own until a moment ago.
     """
     for asked, rule, option in _denied(spec, network, pools, reserved):
         raise _refused(spec.who, network, asked, rule, option)
@@ -86,7 +88,8 @@ def _denied(
         option = _option("--allow-hostport", network.allow_hostports, [str(port) for port in ports])
         rule = f"allows the host ports {listed(network.allow_hostports)}"
         yield f"the host port {listed([str(port) for port in ports])}", rule, option
-    if spec.mac is not None and not network.allow_mac:
+    # The MAC that follows from its address, which engines name when they start a container again, is nobody's choice.
+    if spec.mac is not None and not network.allow_mac and not (spec.ips and spec.mac == mac_for(spec.ips)):
         yield f"the MAC {spec.mac}", "lets nobody choose a MAC", "--allow-mac"
     for direction, limit in (("ingress", spec.bandwidth.ingress), ("egress", spec.bandwidth.egress)):
         if limit is not None and network.max_bandwidth and limit.rate > network.max_bandwidth:

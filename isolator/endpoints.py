@@ -29,6 +29,7 @@ import structlog
 
 from ipam.boottime import boottime
 from ipam.catalogue import Catalogue
+from ipam.coming_back import Asker
 from ipam.errors import InvalidInput, TryAgain
 from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
@@ -262,6 +263,8 @@ class Endpoints:
             if not self._catalogue.reserved_under(spec.reservation, network.name):
                 await self._catalogue.look_again()
             reserved = {r.ip for r in self._catalogue.reserved_under(spec.reservation, network.name)}
+        # What it had a moment ago it does not choose.
+        reserved |= self._holder.coming_back(_asker(spec), network.name)
         authorise(spec, network, self._catalogue.pools_of(network), reserved)
 
     def _check_mtu(self, spec: AttachSpec, network: Network) -> None:
@@ -330,6 +333,7 @@ class Endpoints:
                 reservation=spec.reservation,
                 pool=spec.pool,
                 netgroups=netgroups_of(spec),
+                asker=_asker(spec),
             )
         )
 
@@ -864,3 +868,7 @@ class Endpoints:
         async with self._locks.of(endpoint.key):
             if self._endpoints.get(endpoint.key) is endpoint:
                 await self._removal.begin(endpoint)
+
+
+def _asker(spec: AttachSpec) -> Asker:
+    return Asker(container_id=spec.key.container_id, ifname=spec.key.ifname)

@@ -113,7 +113,8 @@ class Settings:
     node: the name, if the journal has none yet. node_given: whether somebody chose it; else it is the host's.
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
-    store_endpoints: (name or IP, TCP port) of the store's servers. cooldown: seconds. unused_for: seconds that
+    store_endpoints: (name or IP, TCP port) of the store's servers. ending_certificates: a sentence for each of the
+    store's that ends soon. cooldown: seconds. unused_for: seconds that
     allocated addresses may stay without a container. manage_docker_user: whether Docker's chain of that name may be
     opened for containers. asks_mesos: whether ``tell_mesos_agent`` will be called.
     """
@@ -125,6 +126,7 @@ class Settings:
     vxlan_port: int = VXLAN_PORT
     gateway: bool = False
     store_endpoints: tuple[tuple[str, int], ...] = ()
+    ending_certificates: Callable[[], list[str]] = list
     cooldown: float = COOLDOWN
     unused_for: float = UNUSED_FOR
     manage_docker_user: bool = True
@@ -177,6 +179,7 @@ class Isolator:
             on_asserted=self._agree,
             nodes=lambda: self._catalogue.nodes() | self._cluster.nodes().keys(),
             namesakes=self._namesakes,
+            state_id=self._journal.state_id,
         )
         self._continuity = self._holder.continuity
         store.verify_with(self._continuity.verify)
@@ -294,6 +297,8 @@ class Isolator:
             self._boot_id,
             self._holder.fenced,
             self._holder.drain,
+            has_claimed=lambda: self._holder.has_claimed,
+            state_id=self._journal.state_id,
         )
         self._membership.agree(self._continuity.incarnation)
         self._remember_instances([*self._journal.instances[-KNOWN_INSTANCES + 1 :], self.instance])
@@ -500,6 +505,7 @@ class Isolator:
             "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
             "connections": self._connections.status(),
             "collisions": self._collisions(),
+            "certificates": self._settings.ending_certificates(),
             "damage": [
                 *self._forwarding.problems(),
                 *self._mending.problems(),

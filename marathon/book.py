@@ -96,6 +96,8 @@ class Book:
         while True:
             self._rewound.clear()
             listed = {prefix: await self._list(prefix) for prefix in FOLLOWED}
+            if self._rewound.is_set():
+                continue  # who wants it anew would have what was read before that
             self.listed.set()
             await follow(self._store, listed, self._deliver, self._rewound)
 

@@ -395,9 +395,11 @@ class Passes:
 
 
 def _node_row(node: GoneNode, state: str) -> dict[str, Any]:
-    """A node that Mesos calls gone, as JSON has it. at: wall clock; when it is freed, or when that is believed."""
-    at = time.time() + node.due - time.monotonic()
-    return {"name": node.name, "state": state, "at": round(at, 3), "why": node.why}
+    """A node that Mesos calls gone, as JSON has it. at: wall clock of the listener's machine; when it is freed, or when
+    that is believed. left: seconds until then, which other machines can read."""
+    left = node.due - time.monotonic()
+    at = time.time() + left
+    return {"name": node.name, "state": state, "at": round(at, 3), "left": round(left, 3), "why": node.why}
 
 
 def finding_row(finding: Finding) -> dict[str, Any]:

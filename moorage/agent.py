@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from ipam.errors import InvalidInput, MoorageError, TryAgain
-from ipam.store import endpoints, open_store
+from ipam.store import ending_certificates, endpoints, open_store
 from isolator.identity import claim_namespace
 from isolator.isolator import Isolator, Settings
 from isolator.model import Endpoint, EndpointKey
@@ -93,6 +93,7 @@ async def _serve(config: AgentConfig) -> None:
                     manage_docker_user=config.manage_docker_user,
                     asks_mesos=config.mesos_agent_url is not None,
                     store_endpoints=endpoints(config.store),
+                    ending_certificates=functools.partial(ending_certificates, config.store),
                 ),
                 store,
             )

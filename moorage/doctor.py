@@ -16,7 +16,8 @@ from ipam.errors import MoorageError
 from ipam.isolation import STORE
 from ipam.networks import list_networks
 from ipam.records import Network
-from ipam.store.etcd_url import parse
+from ipam.store.certificates import ending_servers
+from ipam.store.etcd_url import SCHEME, parse
 from isolator import sysctl
 from isolator.connections import LEVELS
 from isolator.endpoints import ADMITTED
@@ -52,6 +53,8 @@ def agent(session: Session) -> Iterator[Finding]:
         return
     if status["problem"]:
         yield Finding("agent", f"the agent is out of sync with the store: {status['problem']}")
+    for sentence in status.get("certificates", []):
+        yield Finding("certificates", sentence)
     for sentence in status.get("collisions", []):
         yield Finding("pools", sentence)
     for sentence in status.get("damage", []):
@@ -78,6 +81,14 @@ def agent(session: Session) -> Iterator[Finding]:
     # An agent of an earlier version knows neither.
     yield from _tunnel(status["fabric"].get("device", ""), status["fabric"].get("tunnel", {}))
     yield from _connections(status.get("connections", {}))
+
+
+def servers_certificates(session: Session) -> Iterator[Finding]:
+    """Do the certificates of etcd's servers last?"""
+    url = session.config().store
+    if url.startswith(SCHEME):
+        for sentence in ending_servers(parse(url)):
+            yield Finding("certificates", sentence)
 
 
 def _tunnel(device: str, tunnel: Mapping[str, Any]) -> Iterator[Finding]:
@@ -224,6 +235,7 @@ def _mapped_ports(node: Node, endpoint: Mapping[str, Any]) -> Iterator[Finding]:
 
 CHECKS: dict[str, Check] = {
     "agent": agent,
+    "certificates": servers_certificates,
     "forwarding": forwarding,
     "firewalls": firewalls,
     "networks": networks,

@@ -34,6 +34,7 @@ from ipam.store.base import (
     scan,
     unchanged,
 )
+from ipam.store.certificates import ending_files
 from ipam.store.etcd_url import SCHEME, parse
 from ipam.store.sqlite import SqliteStore
 from ipam.store.sqlite_file import exists
@@ -55,6 +56,7 @@ __all__ = [
     "TxnResult",
     "WatchBatch",
     "absent",
+    "ending_certificates",
     "endpoints",
     "none_between",
     "open_store",
@@ -107,6 +109,11 @@ def endpoints(url: str) -> tuple[tuple[str, int], ...]:
     if not url.startswith(SCHEME):
         return ()
     return tuple((address.host, address.port) for address in parse(url).addresses)
+
+
+def ending_certificates(url: str) -> list[str]:
+    """A sentence for each certificate that a store URL names and that ends soon. Raises InvalidInput."""
+    return ending_files(parse(url)) if url.startswith(SCHEME) else []
 
 
 def sqlite_path(url: str) -> Path:

@@ -60,6 +60,10 @@ class NotApplied(NoAnswer):
     """A call failed, or was not made, and is known to have had no effect."""
 
 
+class Full(StoreUnavailable):
+    """etcd has no space left; the request that used it up was applied all the same."""
+
+
 class BadToken(NotApplied):
     """etcd wants a new login."""
 
@@ -129,7 +133,7 @@ class Calls:
             return await self._unary(connection, method, request, ONCE)
         except NotApplied:
             raise
-        except (NoAnswer, TooLarge, Closed) as error:
+        except (NoAnswer, TooLarge, Closed, Full) as error:
             raise Ambiguous(f"{error}; whether the transaction was applied is not known") from error
 
     @contextlib.asynccontextmanager
@@ -222,6 +226,8 @@ class Calls:
             case Kind.UNKNOWN:
                 self._link.failed(connection, failure)
                 raise NoAnswer(str(failure)) from error
+            case Kind.FULL:
+                raise Full(str(failure.error())) from error
             case Kind.BUSY:
                 self._link.failed(connection, failure)
                 raise NotApplied(str(failure.error())) from error

@@ -2,8 +2,9 @@
 
 What matters is whether a transaction can have been applied. Only the refusals listed here, which etcd gives
 before it applies anything (3.4: etcdserver/api/v3rpc/rpctypes/error.go, and tried against a running one),
-prove that it was not. Everything else, a lost connection, a deadline, "request timed out", "no leader",
-"leader changed", an unknown text, leaves it open, also when it looks harmless.
+prove that it was not; "database space exceeded" is listed for its advice and proves nothing. Everything else,
+a lost connection, a deadline, "request timed out", "no leader", "leader changed", an unknown text, leaves it open, also
+when it looks harmless.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Kind(Enum):
     BUSY = "not applied; may be asked again at once"
     LOGIN = "not applied; log in again, then ask again"
     COMPACTED = "not applied; the revision asked for is gone"
+    FULL = "nobody knows; the member is well, and asking again helps only once there is space"
     UNKNOWN = "nobody knows; reads may be asked again, of another member"
 
 
@@ -55,7 +57,7 @@ class Failure(NamedTuple):
         return self.code == "DEADLINE_EXCEEDED"
 
     def error(self) -> StoreError:
-        """For a caller whose request is known not to have been applied."""
+        """What etcd said and what to do about it; whether the request was applied is up to ``kind``."""
         return self._refusal().make(f"etcd at {self.endpoint} {self._refusal().says.format(self.details)}")
 
     def __str__(self) -> str:
@@ -97,8 +99,10 @@ _REFUSALS = (
         "requested lease not found", Kind.REFUSED, "knows no such lease; it is over, take another", LeaseOver
     ),
     _Refusal(
+        # Said also of the transaction that crosses the quota, which was applied (3.4: etcdserver/apply.go,
+        # quotaApplierV3.Txn; with 3.4 and 3.5, 11 of 11).
         "database space exceeded",
-        Kind.REFUSED,
+        Kind.FULL,
         "is out of space and takes no writes; compact and defragment it or raise --quota-backend-bytes, then "
         "run `etcdctl alarm disarm`",
         StoreUnavailable,

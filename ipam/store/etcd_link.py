@@ -7,7 +7,8 @@ paused process does not send although its kernel accepts the connection.
 
 An endpoint that failed is *suspect* for a while, used only if no other can be. If it did not answer at all
 its connection is replaced; the old one is closed when the last call on it is over. A new connection looks
-the name up again and reads the certificates again.
+the name up again and reads the certificates again. So it is replaced, too, where it cannot be made and the
+certificates on the disk are others by now: gRPC would go on with the old ones for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ipam.errors import InvalidInput, StoreUnavailable
 from ipam.store import etcd_proto as pb
 from ipam.store.etcd_channel import Channel, aio, channel, grpc
 from ipam.store.etcd_errors import Failure
-from ipam.store.etcd_url import Address, EtcdUrl, certificates
+from ipam.store.etcd_url import Address, Certificates, EtcdUrl, certificates
 
 CONNECT = 3.0
 """Seconds ``ready`` may take to find a member that answers. It takes no time if all refuse."""
@@ -119,6 +120,7 @@ class Endpoint:
         self.address = address
         self._url = url
         self._connection: Connection | None = None
+        self._made_with: Certificates | None = None
         self._retired: list[Connection] = []
         self._suspect_until = 0.0
 
@@ -130,11 +132,21 @@ class Endpoint:
         """Raises StoreUnavailable when the certificates cannot be read now."""
         if self._connection is None:
             try:
-                made = channel(self.address, certificates(self._url))
+                self._made_with = certificates(self._url)
             except InvalidInput as error:
                 raise StoreUnavailable(str(error)) from error
-            self._connection = Connection(self.address, made)
+            self._connection = Connection(self.address, channel(self.address, self._made_with))
         return self._connection
+
+    def reread(self) -> bool:
+        """Its connection could not be made: whether another one may be, with what is on the disk now."""
+        try:
+            if certificates(self._url) == self._made_with:
+                return False
+        except InvalidInput:
+            return False  # they are being replaced at this moment
+        self.renew()
+        return True
 
     def failed(self, connection: Connection, failure: Failure) -> None:
         """A call on ``connection`` failed in a way that another endpoint may not."""
@@ -206,6 +218,9 @@ class Link:
         deadline = time.monotonic() + CONNECT
         for group in (trusted, suspects):
             endpoint = await _first_that_stands(group, deadline - time.monotonic())
+            if endpoint is None and [one for one in group if one.reread()]:
+                self._on_new()
+                endpoint = await _first_that_stands(group, deadline - time.monotonic())
             if endpoint is not None:
                 if endpoint is not self._endpoints[0]:
                     self._on_new()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,7 +292,7 @@ def print_state(state: Mapping[str, Any]) -> None:
 def print_nodes(report: Mapping[str, Any]) -> None:
     """A line for each node that Mesos calls gone."""
     for node in report.get("gone", []):
-        left = max(0, round(node["at"] - time.time()))
+        left = max(0, round(node.get("left", 0.0)))
         what = (
             f"is freed in {left} s"
             if node["state"] == "gone"

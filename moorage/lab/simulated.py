@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ipam.catalogue import Catalogue
+from ipam.coming_back import NOBODY, Asker
 from ipam.errors import MoorageError
 from ipam.holder import Holder, Owner
 from ipam.holdings import Conflict
@@ -32,6 +33,8 @@ from ipam.shelf import Held
 from ipam.store import Store
 from ipam.sync import SyncReport
 from isolator.journal import Journal
+
+IFNAME = "eth0"
 
 RETRY = 0.02
 """Seconds before a background task that failed is started again."""
@@ -134,6 +137,7 @@ class SimulatedNode:
         reservation: str | None = None,
         pool: str | None = None,
         netgroups: tuple[str, ...] | None = None,
+        asker: Asker = NOBODY,
     ) -> list[Held]:
         return await self.holder.take(
             AddressRequest(
@@ -142,13 +146,14 @@ class SimulatedNode:
                 reservation=reservation,
                 pool=pool,
                 netgroups=netgroups,
+                asker=asker,
             )
         )
 
     def assign(
         self, lent: list[Held], container: str, reservation: str = "", netgroups: tuple[str, ...] = ()
     ) -> list[IPAddress]:
-        owner = Owner(container, "eth0", "mesos", netgroups, reservation=reservation)
+        owner = Owner(container, IFNAME, "mesos", netgroups, reservation=reservation)
         rows = self.holder.plan_assign(lent, owner)
         with self.journal.transaction():
             self.journal.save_addresses(rows)
@@ -163,7 +168,8 @@ class SimulatedNode:
         reservation: str | None = None,
         netgroups: tuple[str, ...] | None = None,
     ) -> list[IPAddress]:
-        lent = await self.take(network, *ips, reservation=reservation, netgroups=netgroups)
+        asker = Asker(container, IFNAME)
+        lent = await self.take(network, *ips, reservation=reservation, netgroups=netgroups, asker=asker)
         return self.assign(lent, container, reservation or "", netgroups or ())
 
     def delete(self, *ips: IPAddress) -> None:

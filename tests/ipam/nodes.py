@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ipam import keys
 from ipam.allocations import Promise
+from ipam.coming_back import Asker
 from ipam.intents import IntentServer
 from ipam.journal import AddressRow
 from ipam.keys import Family, IPAddress
@@ -51,7 +52,9 @@ class Node(SimulatedNode):
     ) -> list[IPAddress]:
         """Addresses for a uid."""
         counts: dict[Family, int] = {4: ipv4, 6: ipv6}
-        lent = await self.holder.take(AddressRequest(network, tuple(map(ip_address, ips)), counts=counts))
+        asker = Asker(uid=uid)
+        named = tuple(map(ip_address, ips))
+        lent = await self.holder.take(AddressRequest(network, named, counts=counts, asker=asker))
         self._commit(self.holder.allocations.plan(lent, Promise(uid, call or uuid.uuid4().hex, "modules")))
         return [held.ip for held in lent]
 

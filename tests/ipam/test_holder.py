@@ -11,12 +11,12 @@ from ipaddress import ip_address
 import pytest
 
 from ipam import holder, keys, named, refill, stock, upkeep
-from ipam.errors import AddressTaken, Exhausted, InvalidInput, TryAgain
+from ipam.errors import AddressTaken, Exhausted, Fenced, InvalidInput, TryAgain
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
 from ipam.records import AddressState, Network
 from ipam.reservations import reserve
 from ipam.shelf import Held, Shelf
-from ipam.store import Delete, Store, Txn, read_prefix
+from ipam.store import Delete, Store, Txn, TxnResult, read_prefix
 from isolator.errors import JournalUnwritable
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when, warm_now
@@ -718,3 +718,43 @@ async def test_facts_of_the_last_owner_are_not_the_next_owners(store: Store, nod
     (ip,) = node.assign(lent, "c1", "db")
     record = (await stored_when(store, lambda found: found[ip].container_id == "c1"))[ip]
     assert (record.app, record.task, record.framework) == ("", "", "")
+
+
+async def test_who_is_told_of_another_agent_while_it_writes_syncs_again_although_nothing_is_left_to_write(
+    store: Store, faulty: FaultyStore, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = await network(store, "10.64.0.0/24")
+    await node.start()
+    await node.add(net, "c")
+    await eventually(node.is_quiet)
+    sent = faulty.txn
+
+    async def told_meanwhile(txn: Txn) -> TxnResult:
+        result = await sent(txn)
+        node.holder.fenced(Fenced("another agent took over node n1 (test)"))
+        monkeypatch.setattr(faulty, "txn", sent)
+        return result
+
+    monkeypatch.setattr(faulty, "txn", told_meanwhile)
+    await node.add(net, "c2")
+    await eventually(lambda: faulty.txn == sent)
+    await eventually(node.is_quiet)
+    await node.add(net, "c3")
+
+
+async def test_who_is_told_of_another_agent_while_it_syncs_syncs_again(
+    store: Store, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await network(store, "10.64.0.0/24")
+    node.load()
+    refresh = node.catalogue.refresh
+
+    async def told_meanwhile() -> int:
+        monkeypatch.setattr(node.catalogue, "refresh", refresh)
+        node.holder.fenced(Fenced("another agent took over node n1 (test)"))
+        return await refresh()
+
+    monkeypatch.setattr(node.catalogue, "refresh", told_meanwhile)
+    await node.holder.sync()
+    assert "another agent" in node.holder.problem
+    assert not node.holder.serves

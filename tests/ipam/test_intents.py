@@ -12,7 +12,7 @@ from ipam import intents, keys
 from ipam.errors import InvalidInput, TryAgain
 from ipam.intents import Answerer, IntentServer, ask
 from ipam.records import Alive, Intent, IntentKind
-from ipam.store import Put, Store, Txn, read_prefix
+from ipam.store import Put, Store, Txn, TxnResult, read_prefix
 from tests.patience import PATIENCE
 
 VERIFY = Intent(kind=IntentKind.VERIFY, ip="10.64.0.1")
@@ -77,8 +77,8 @@ async def test_each_intent_is_answered_once(store: Store) -> None:
     assert sorted(seen) == sorted(f"10.64.0.{i}" for i in range(20))
 
 
-async def test_an_expired_intent_is_not_acted_upon(store: Store) -> None:
-    late = VERIFY.with_(ip="10.64.0.99", expires=time.time() - 1)
+async def test_an_intent_that_nobody_waits_for_is_not_acted_upon(store: Store) -> None:
+    late = VERIFY.with_(ip="10.64.0.99")
     seen: list[str] = []
 
     async def count(intent: Intent) -> dict[str, Any]:
@@ -90,6 +90,51 @@ async def test_an_expired_intent_is_not_acted_upon(store: Store) -> None:
     async with answering(store, count):
         await ask(store, "n1", VERIFY)
     assert seen == ["10.64.0.1"]
+    assert (await read_prefix(store, keys.INTENTS))[0] == []
+
+
+async def test_an_intent_whose_asker_gave_up_while_others_were_answered_is_not_acted_upon(
+    store: Store,
+) -> None:
+    seen: list[str] = []
+    gave_up = asyncio.Event()
+
+    async def slowly(intent: Intent) -> dict[str, Any]:
+        seen.append(intent.ip)
+        await gave_up.wait()
+        return {}
+
+    await alive(store)
+    async with answering(store, slowly):
+        first = asyncio.create_task(ask(store, "n1", VERIFY))
+        async with asyncio.timeout(PATIENCE):
+            while not seen:
+                await asyncio.sleep(0.005)
+        with pytest.raises(TryAgain, match="did not answer"):
+            await ask(store, "n1", VERIFY.with_(ip="10.64.0.99"), timeout=0.1)
+        gave_up.set()
+        await first
+        await ask(store, "n1", VERIFY)
+    assert seen == ["10.64.0.1", "10.64.0.1"]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+@pytest.mark.parametrize("kind", IntentKind)
+async def test_the_clocks_of_asker_and_answerer_may_be_an_hour_apart(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: IntentKind, hours: int
+) -> None:
+    """In one process: as soon as the intent stands in the store, the clock is the answerer's."""
+    await alive(store)
+    now = time.time
+    sent = store.txn
+
+    async def elsewhere(txn: Txn) -> TxnResult:
+        monkeypatch.setattr(time, "time", lambda: now() + hours * 3600)
+        return await sent(txn)
+
+    monkeypatch.setattr(store, "txn", elsewhere)
+    async with answering(store, echo):
+        assert (await ask(store, "n1", Intent(kind=kind, ip="10.64.0.1"), timeout=PATIENCE))["done"]
 
 
 @pytest.mark.parametrize("raw", [b"nonsense", b"{}", b'{"kind": "eat"}', b"[" * 5000])
@@ -118,8 +163,9 @@ async def test_an_intent_that_fails_is_answered_and_the_next_one_too(store: Stor
 
 async def test_an_answer_keeps_the_fields_that_a_newer_asker_wrote(store: Store) -> None:
     await alive(store)
-    newer = VERIFY.with_(expires=time.time() + PATIENCE, unknown={"colour": "red"})
-    await store.txn(Txn(then=(Put(f"{keys.INTENTS}n1/x", newer.encode()),)))
+    newer = VERIFY.with_(unknown={"colour": "red"})
+    lease = await store.lease(PATIENCE)
+    await store.txn(Txn(then=(Put(f"{keys.INTENTS}n1/x", newer.encode(), lease.id),)))
     async with answering(store, echo):
         async with asyncio.timeout(PATIENCE):
             while (kv := await store.get(f"{keys.INTENTS}n1/x")) and not Intent.decode(

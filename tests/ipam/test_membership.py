@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -129,3 +132,62 @@ async def test_who_is_replaced_is_told_and_registers_again_when_it_has_the_name_
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def registered_as(store: Store, instance: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while (kv := await store.get(keys.ALIVE + "n1")) is None or instance.encode() not in kv.value:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_node_with_a_longer_name_does_not_take_this_one_over(store: Store) -> None:
+    told: list[Fenced] = []
+    longer = FACTS.with_(name="n10")
+    await Writer(store, "n10", "b", "boot").claim(0)
+    await Membership(store, longer, "b", "boot", told.append).register()
+    await Writer(store, "n1", "a", "boot").claim(0)
+    one = Membership(store, FACTS, "a", "boot", told.append)
+    async with beside(one.follow()):
+        await one.register()
+        await asyncio.sleep(0.1)
+    assert told == []
+
+
+async def test_the_sign_of_life_of_a_killed_predecessor_is_replaced_and_fences_nobody(store: Store) -> None:
+    await (await member(store, "killed")).register()
+    told: list[Fenced] = []
+    writer = Writer(store, "n1", "next", "boot")
+    one = Membership(store, FACTS, "next", "boot", told.append, has_claimed=lambda: writer.has_claimed)
+    async with beside(one.follow(), one.keep()):
+        # As long as the fence is not claimed, the predecessor holds it, too.
+        await asyncio.sleep(0.1)
+        assert told == []
+        await writer.claim(0)
+        await registered_as(store, "next")
+        assert await writer.claim(0)
+    assert told == []
+
+
+async def test_a_sign_of_life_of_a_predecessor_that_comes_back_is_replaced(store: Store) -> None:
+    told: list[Fenced] = []
+    writer = Writer(store, "n1", "next", "boot")
+    one = Membership(store, FACTS, "next", "boot", told.append, has_claimed=lambda: writer.has_claimed)
+    await writer.claim(0)
+    await one.register()
+    async with beside(one.follow(), one.keep()):
+        killed = Alive(instance="killed", boot_id="boot").encode()
+        await store.txn(Txn(then=(Put(keys.ALIVE + "n1", killed),)))
+        assert await writer.claim(0), "nobody else has held the fence since"
+        await registered_as(store, "next")
+    assert told == []

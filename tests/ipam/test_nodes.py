@@ -148,6 +148,34 @@ async def test_a_drain_that_the_journal_forgot_is_learnt_from_the_store(store: S
         await agent.node.take(net)
 
 
+async def test_a_node_that_registers_while_its_drain_is_undone_is_not_drained_afterwards(
+    store: Store, agent: Agent
+) -> None:
+    net = await network(store, "10.64.0.0/24")
+    await agent.start()
+    await drain_node(store, "n1")
+    drain = agent.node.holder.drain
+    drain.withdraw()
+    # Its lease was lost just now, and the store says yet that it is drained.
+    await agent.membership.register()
+    await agent.membership.tell()
+    drain.end()
+    assert not drain.is_on
+    await agent.node.add(net, "c1")
+    await agent.membership.tell()
+    assert not await is_drained(store)
+
+
+async def test_a_drain_that_was_undone_can_be_begun_and_confirmed_again(store: Store, agent: Agent) -> None:
+    await network(store, "10.64.0.0/24")
+    await agent.start()
+    for _ in range(2):
+        await drain_node(store, "n1")
+        assert await is_drained(store)
+        await drain_node(store, "n1", undo=True)
+        assert not await is_drained(store)
+
+
 async def test_an_add_under_way_keeps_a_drain_from_being_confirmed(
     store: Store, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +285,10 @@ async def plant(store: Store, ip: str, **fields: Any) -> None:
         # A container with the same key may have it already, and the store not know.
         ({"state": AddressState.COOLING, "reservation": "k"}, False, True),
         ({"state": AddressState.COOLING, "reservation": "k"}, True, False),
+        # So may the one that had it, with whatever engine.
+        ({"state": AddressState.COOLING, "container_id": "c", "ifname": "eth0"}, False, True),
+        ({"state": AddressState.COOLING, "container_id": "c", "ifname": "eth0"}, True, False),
+        ({"state": AddressState.COOLING, "former": "uid"}, False, True),
         ({"state": AddressState.ASSIGNED}, True, True),
         ({"state": AddressState.WARM, "node": "n2"}, False, False),
     ],

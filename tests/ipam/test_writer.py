@@ -282,3 +282,18 @@ async def test_every_write_takes_effect_exactly_once_whatever_is_lost_delayed_or
                 await dice.choice(fenced).commit([put("zombie", "1")])
     await faulty.deliver()
     assert await values(store) == model.value
+
+
+async def test_a_predecessor_that_a_restored_store_brings_back_is_told_from_another_agent_by_its_state(
+    store: Store,
+) -> None:
+    one = Writer(store, "n1", "now", "boot", state_id="s1")
+    await one.claim(0)
+    await one.commit([put("a", "1")])
+    back = Fence(instance="before", boot_id="boot", seq=0).encode()
+    await store.txn(Txn(then=(Put(keys.WRITERS + "n1", back),)))
+    for state, refused in (("s2", True), ("", True), ("s1", False)):
+        alive = Alive(instance="before", boot_id="boot", state_id=state).encode()
+        await store.txn(Txn(then=(Put(keys.ALIVE + "n1", alive),)))
+        with pytest.raises(Fenced) if refused else contextlib.nullcontext():
+            await one.claim(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -89,6 +90,61 @@ async def test_a_change_of_users_is_survived(store: Store, guarded: Cluster) -> 
     await asyncio.to_thread(guarded.ctl, *root, "role", "add", "another")
     await put(store, "k/after")
     assert await store.get("k/after") is not None
+
+
+async def test_password_user_role_and_authentication_change_under_an_open_store(
+    guarded: Cluster, tmp_path: Path
+) -> None:
+    root = ("--user", f"root:{PASSWORD}")
+
+    async def ctl(*arguments: str) -> None:
+        await asyncio.to_thread(guarded.ctl, *root, *arguments)
+
+    async def goes_on(key: str) -> None:
+        """Wait until a transaction is taken, and the watch and the lease of before have outlived the change."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with contextlib.suppress(StoreUnavailable):
+                    await put(store, key)
+                    break
+            while key not in seen:
+                await asyncio.sleep(0.02)
+        assert lease.alive
+
+    async def follow(begin: int) -> None:
+        async for batch in store.watch("c/", begin):
+            seen.update(event.key for event in batch.events)
+
+    await ctl("user", "add", "changing:first")
+    await ctl("user", "grant-role", "changing", "moorage")
+    file = user_file(tmp_path, "changing", "first")
+    store = await open_store(guarded.url(user_file=file))
+    seen: set[str] = set()
+    begin = await put(store, "c/begin")
+    lease = await store.lease(PATIENCE)
+    following = asyncio.create_task(follow(begin))
+    try:
+        await goes_on("c/as-before")
+        # Another password, and a user of the same name who is not the same.
+        await ctl("user", "delete", "changing")
+        await ctl("user", "add", "changing:second")
+        await ctl("user", "grant-role", "changing", "moorage")
+        user_file(tmp_path, "changing", "second")
+        await goes_on("c/another-password")
+        await ctl("user", "revoke-role", "changing", "moorage")
+        with pytest.raises(StoreUnavailable, match="denies this user"):
+            await put(store, "c/without-a-role")
+        await ctl("user", "grant-role", "changing", "moorage")
+        await goes_on("c/a-role-again")
+        await ctl("auth", "disable")
+        await goes_on("c/nobody-is-asked")
+        await ctl("auth", "enable")
+        await goes_on("c/everybody-is-asked")
+        assert not following.done()
+    finally:
+        following.cancel()
+        await asyncio.wait([following])
+        await store.close()
 
 
 @pytest.mark.slow

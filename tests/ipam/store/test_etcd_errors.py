@@ -33,7 +33,7 @@ def test_what_is_not_provably_refused_leaves_it_open(code: str, details: str) ->
 @pytest.mark.parametrize(
     ("details", "kind", "error", "says"),
     [
-        ("etcdserver: mvcc: database space exceeded", Kind.REFUSED, StoreUnavailable, "alarm disarm"),
+        ("etcdserver: mvcc: database space exceeded", Kind.FULL, StoreUnavailable, "alarm disarm"),
         ("etcdserver: too many requests", Kind.BUSY, StoreUnavailable, "overloaded"),
         ("etcdserver: permission denied", Kind.REFUSED, StoreUnavailable, "grant-permission"),
         ("etcdserver: invalid auth token", Kind.LOGIN, StoreUnavailable, "user-file="),

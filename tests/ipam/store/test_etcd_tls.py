@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import random
+import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ipam.errors import Ambiguous, StoreUnavailable
-from ipam.store import Put, Txn, open_store
+from ipam.store import Put, Store, Txn, open_store
+from ipam.store.certificates import end_of, ending_files, ending_servers
+from ipam.store.etcd_url import parse
 from tests.ipam.store.etcd_members import Cluster
 from tests.patience import PATIENCE
 
@@ -25,7 +32,7 @@ class Authority:
         self.ca = directory / f"{name}.pem"
         self._openssl("req", "-x509", *self._new(name), "-out", self.ca)
 
-    def issue(self, name: str, usage: str, names: str) -> tuple[Path, Path]:
+    def issue(self, name: str, usage: str, names: str, days: float = 2) -> tuple[Path, Path]:
         """Certificate and key for ``names`` (as openssl writes them), for serverAuth or clientAuth."""
         request, cert = self.directory / f"{name}.csr", self.directory / f"{name}.pem"
         extensions = self.directory / f"{name}.ext"
@@ -33,7 +40,7 @@ class Authority:
         self._openssl("req", *self._new(name), "-out", request)
         signer = ("-CA", self.ca, "-CAkey", self.directory / f"{self.name}.key", "-CAcreateserial")
         self._openssl(
-            "x509", "-req", "-in", request, *signer, "-extfile", extensions, "-days", "2", "-out", cert
+            "x509", "-req", "-in", request, *signer, "-extfile", extensions, "-days", days, "-out", cert
         )
         return cert, self.directory / f"{name}.key"
 
@@ -126,3 +133,199 @@ async def test_ipv6_in_brackets(authority: Authority, secure: bool) -> None:
     options = {"ca": authority.ca} if secure else {}
     with Cluster(host="[::1]", tls=tls, ctl=ctl) as cluster:
         assert await works(cluster.url(**options))
+
+
+class Rotated:
+    """A member with mutual TLS, and what both sides have on their disks, all of which can be replaced."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._count = 0
+        self.ca, self.cert, self.key = (directory / name for name in ("ca", "cert", "key"))
+        self.trusted, self.server_cert, self.server_key = (
+            directory / name for name in ("trusted", "server-cert", "server-key")
+        )
+        self.authority = self._new_authority()
+        self.replace(self.authority)
+
+    def _new_authority(self) -> Authority:
+        self._count += 1
+        folder = self._directory / f"authority-{self._count}"
+        folder.mkdir()
+        return Authority(folder, "ca")
+
+    def replace(self, *trusted: Authority, clients: bool = True, servers: bool = True) -> None:
+        """The last of these issues new certificates, and all are trusted."""
+        issuer = trusted[-1]
+        bundle = b"".join(authority.ca.read_bytes() for authority in trusted)
+        if clients:
+            cert, key = issuer.issue(f"client-{self._count}", "clientAuth", "DNS:client")
+            self._put((self.ca, bundle), (self.cert, cert.read_bytes()), (self.key, key.read_bytes()))
+        if servers:
+            cert, key = issuer.issue(f"server-{self._count}", "serverAuth,clientAuth", "IP:127.0.0.1")
+            self._put(
+                (self.trusted, bundle),
+                (self.server_cert, cert.read_bytes()),
+                (self.server_key, key.read_bytes()),
+            )
+
+    @staticmethod
+    def _put(*files: tuple[Path, bytes]) -> None:
+        for path, content in files:
+            path.write_bytes(content)
+
+    def rotate(self) -> tuple[Authority, Authority]:
+        """The authority until now, and its successor."""
+        old, self.authority = self.authority, self._new_authority()
+        return old, self.authority
+
+    def cluster(self) -> Cluster:
+        tls = (
+            "--cert-file", self.server_cert, "--key-file", self.server_key,
+            "--trusted-ca-file", self.trusted, "--client-cert-auth",
+        )  # fmt: skip
+        ctl = ("--cacert", self.trusted, "--cert", self.server_cert, "--key", self.server_key)
+        return Cluster(tls=[*map(str, tls)], ctl=[*map(str, ctl)])
+
+    def url(self, cluster: Cluster) -> str:
+        return cluster.url(ca=self.ca, cert=self.cert, key=self.key)
+
+
+@pytest.fixture
+def rotated(tmp_path: Path) -> Rotated:
+    return Rotated(tmp_path)
+
+
+def restart(cluster: Cluster) -> None:
+    """etcd reads its authorities when it starts."""
+    (member,) = cluster.members
+    member.kill()
+    cluster.restart(member)
+    cluster.await_leader()
+
+
+async def again(store: Store) -> None:
+    """Wait until a transaction is taken."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                assert (await store.txn(Txn(then=(Put("a", b"1"),)))).succeeded
+                return
+
+
+async def test_certificates_and_authority_are_replaced_under_an_open_store(rotated: Rotated) -> None:
+    with rotated.cluster() as cluster:
+        store = await open_store(rotated.url(cluster))
+        try:
+            await again(store)
+            _, new = rotated.rotate()
+            rotated.replace(new)
+            restart(cluster)
+            await again(store)
+        finally:
+            await store.close()
+
+
+async def test_a_watch_goes_on_after_certificates_were_replaced(rotated: Rotated) -> None:
+    with rotated.cluster() as cluster:
+        store = await open_store(rotated.url(cluster))
+        try:
+            watch = aiter(store.watch("a", (await store.txn(Txn(then=(Put("a", b""),)))).revision + 1))
+            waiting = asyncio.ensure_future(anext(watch))
+            await asyncio.sleep(0.1)
+            _, new = rotated.rotate()
+            rotated.replace(new)
+            restart(cluster)
+            await again(store)
+            async with asyncio.timeout(PATIENCE):
+                assert [event.key for event in (await waiting).events] == ["a"]
+        finally:
+            await store.close()
+
+
+async def test_a_server_that_is_restarted_before_the_files_are_there_is_reached_when_they_are(
+    rotated: Rotated,
+) -> None:
+    with rotated.cluster() as cluster:
+        store = await open_store(rotated.url(cluster))
+        try:
+            await again(store)
+            _, new = rotated.rotate()
+            rotated.replace(new, clients=False)
+            restart(cluster)
+            with pytest.raises(StoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+                await store.txn(Txn(then=(Put("a", b"1"),)))
+            # A certificate whose key is not there yet.
+            key = rotated.key.read_bytes()
+            rotated.replace(new, servers=False)
+            new_key = rotated.key.read_bytes()
+            rotated.key.write_bytes(key)
+            with pytest.raises(StoreUnavailable):
+                await store.txn(Txn(then=(Put("a", b"1"),)))
+            rotated.key.write_bytes(new_key)
+            await again(store)
+        finally:
+            await store.close()
+
+
+async def test_with_old_and_new_authority_in_one_file_nothing_has_to_be_done_at_once(
+    rotated: Rotated,
+) -> None:
+    with rotated.cluster() as cluster:
+        store = await open_store(rotated.url(cluster))
+        try:
+            await again(store)
+            old, new = rotated.rotate()
+            # Both sides trust both, then one after the other has a certificate of the new one, then the old one goes.
+            rotated.replace(new, old)
+            restart(cluster)
+            await again(store)
+            rotated.replace(old, new, clients=False)
+            restart(cluster)
+            await again(store)
+            rotated.replace(old, new, servers=False)
+            await again(store)
+            rotated.replace(new)
+            restart(cluster)
+            await again(store)
+        finally:
+            await store.close()
+
+
+async def test_the_end_of_a_certificate_is_told_for_both_sides(rotated: Rotated) -> None:
+    with rotated.cluster() as cluster:
+        url = parse(rotated.url(cluster))
+        (text,) = ending_files(url)  # the authority's own lasts for 30 days
+        assert text.startswith(f"the client certificate {rotated.cert} expires in 2 days, on ")
+        (text,) = ending_servers(url)
+        assert text.startswith(f"the certificate of etcd at {url.addresses[0]} expires in 2 days, on ")
+    assert ending_servers(url) == [], "who cannot be reached has nothing to say"
+
+
+def test_what_ends_later_or_cannot_be_read_is_not_told(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("lasting", "clientAuth", "DNS:client", days=20)
+    # The authority's own lasts for 30 days.
+    lasting = parse(f"etcd://a?ca={authority.ca}&cert={cert}&key={key}")
+    assert ending_files(lasting, time.time() + 5 * 86400) == []
+    assert [text.split(" expires")[0] for text in ending_files(lasting, time.time() + 7 * 86400)] == [
+        f"the client certificate {cert}"
+    ]
+    (over,) = ending_files(parse(f"etcd://a?ca={authority.ca}"), time.time() + 31 * 86400)
+    assert over.startswith(f"the certificate authority {authority.ca} has expired, on ")
+    for content in (b"", b"nonsense", cert.read_bytes()[:200], b"\xff"):
+        (tmp_path / "ca").write_bytes(content)
+        assert ending_files(parse(f"etcd://a?ca={tmp_path}/ca")) == []
+    assert ending_files(parse("etcd://a")) == ending_servers(parse("etcd://a")) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_certificate_has_no_end_or_another_one(authority: Authority, seed: int) -> None:
+    der = ssl.PEM_cert_to_DER_cert(authority.ca.read_text())
+    rng = random.Random(seed)
+    for _ in range(2000):
+        damaged = bytearray(der[: rng.randrange(len(der) + 1)])
+        for _ in range(rng.randrange(4)):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        with contextlib.suppress(ValueError):
+            assert isinstance(end_of(bytes(damaged)), float), f"seed {seed}"
