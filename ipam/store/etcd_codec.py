@@ -1,4 +1,4 @@
-"""Our transactions, keys and events as etcd's messages and back. Pure.
+"""Our transactions, keys and events as etcd's messages and back.
 
 A key ``addresses/4/0a400001`` is etcd's ``<prefix>/addresses/4/0a400001``.
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import structlog
+
 from ipam.store import etcd_proto as pb
 from ipam.store.base import Compare, Delete, Event, Get, KeyValue, Op, OpResult, Page, Put, Txn, TxnResult
+
+log = structlog.get_logger(__name__)
 
 
 class Codec:
@@ -16,10 +20,11 @@ class Codec:
 
     def __init__(self, prefix: str) -> None:
         self._root = f"{prefix}/".encode()
+        self._foreign: set[bytes] = set()
 
     def key(self, key: str) -> bytes:
         """etcd's name of a key, or of the start or end of a range."""
-        return self._root + key.encode("ascii")
+        return self._root + key.encode("ascii", "surrogateescape")
 
     def prefix_range(self, prefix: str) -> tuple[bytes, bytes]:
         """Start and end (exclusive) of what is below a prefix, which may be empty."""
@@ -36,19 +41,35 @@ class Codec:
         return self._result(txn, reply, reply.header.revision)
 
     def key_value(self, kv: pb.Message) -> KeyValue:
-        key = kv.key[len(self._root) :].decode("ascii")
-        return KeyValue(key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+        return KeyValue(self._name(kv.key), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
 
     def page(self, reply: pb.Message, revision: int) -> Page:
         """The reply to a range that was asked for at ``revision``, 0 meaning now."""
-        items = tuple(self.key_value(kv) for kv in reply.kvs)
+        items = tuple(self.key_value(kv) for kv in reply.kvs if self._is_ours(kv.key))
         # The smallest key after the last one of this page.
-        after = items[-1].key + "\0" if reply.more else None
+        after = self._name(reply.kvs[-1].key) + "\0" if reply.more else None
         return Page(items, revision or reply.header.revision, after)
 
     def events(self, events: Iterable[pb.Message]) -> tuple[Event, ...]:
         """In order of revision, and of key within one: etcd's own order there is that of the operations."""
-        return tuple(sorted(map(self._event, events), key=lambda event: (event.revision, event.key)))
+        ours = (self._event(event) for event in events if self._is_ours(event.kv.key))
+        return tuple(sorted(ours, key=lambda event: (event.revision, event.key)))
+
+    def _name(self, raw: bytes) -> str:
+        """The key below the prefix; what is no ASCII of it comes through ``key`` as it was."""
+        return raw[len(self._root) :].decode("ascii", "surrogateescape")
+
+    def _is_ours(self, raw: bytes) -> bool:
+        """All of moorage's keys are ASCII. What others write below the prefix is left as it is, and nobody sees it."""
+        if raw.isascii():
+            return True
+        if raw not in self._foreign:
+            self._foreign.add(raw)
+            log.warning(
+                "key is passed over: moorage did not write it, its bytes are no ASCII; delete it",
+                key=repr(raw),
+            )
+        return False
 
     # Messages are filled where they stand: one made outside is copied into its parent, at every level anew.
 

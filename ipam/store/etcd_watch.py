@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import NoReturn
 
+import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from ipam.errors import Compacted, StoreError, StoreUnavailable
@@ -33,6 +34,8 @@ from ipam.store.etcd_calls import Calls, Closed, NoAnswer
 from ipam.store.etcd_channel import aio
 from ipam.store.etcd_codec import Codec
 from ipam.store.etcd_errors import Failure, Kind
+
+log = structlog.get_logger(__name__)
 
 AHEAD = 4
 """Batches held for a slow caller; then etcd is not read, and keeps or compacts what comes after."""
@@ -101,6 +104,10 @@ class Watch:
             self.end()
         except StoreError as error:
             await self._queue.put(error)
+        except Exception as error:
+            # Whoever follows would wait for ever for what this does not tell.
+            log.exception("watch ended on a bug")
+            await self._queue.put(StoreError(f"a watch of etcd failed ({error!r}); it is set up again"))
 
     async def _until_it_breaks(self) -> None:
         """Try until it is set up, then follow; so the back-off starts anew after each time it was."""
@@ -168,8 +175,10 @@ class Watch:
             whole = whole[: -len(self._part)]
         if whole:
             events = self._codec.events(whole)
-            self._next = events[-1].revision + 1
-            await self._queue.put(WatchBatch(events, events[-1].revision))
+            revision = whole[-1].kv.mod_revision
+            self._next = revision + 1
+            if events:
+                await self._queue.put(WatchBatch(events, revision))
 
     def _canceled(self, reply: pb.Message) -> NoReturn:
         if reply.compact_revision:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
-from ipam.errors import Ambiguous, Compacted, StoreUnavailable
+from ipam.errors import Ambiguous, Compacted, StoreError, StoreUnavailable
 from ipam.store import (
     Delete,
     Get,
@@ -327,3 +327,42 @@ async def test_out_of_space_is_said_with_its_cure_and_leaves_open_whether_it_was
     for command in (("compact", "--physical", str(last + 2)), ("defrag",), ("alarm", "disarm")):
         await asyncio.to_thread(own.ctl, *command)
     await patiently(lambda: put(store, "after"))
+
+
+# --- what others write
+
+
+async def test_a_key_that_is_no_ascii_hides_nothing_and_ends_no_watch(own: Cluster, opened: Open) -> None:
+    store = await opened(own.url())
+    begun = await put(store, "k/a", "k/z")
+    watch = store.watch("k/", begun + 1)
+    for name in ("k/b\udcff", "k/\udcc3\udca4", "k/z\udcff"):
+        await asyncio.to_thread(own.ctl, "put", f"/moorage/{name}", "theirs")
+    last = await put(store, "k/c")
+    async with asyncio.timeout(PATIENCE):
+        assert [event.key for event in (await anext(watch)).events] == ["k/c"]
+    items, _ = await read_prefix(store, "k/")
+    assert [kv.key for kv in items] == ["k/a", "k/c", "k/z"]
+    cursor: str | None = "k/"
+    found = []
+    while cursor is not None:
+        page = await store.page(cursor, "k0", limit=1)
+        found += [kv.key for kv in page.items]
+        cursor = page.next_key
+    assert found == ["k/a", "k/c", "k/z"]
+    assert (await store.get("k/c")).mod_revision == last
+
+
+async def test_a_watch_that_fails_on_a_bug_tells_who_follows_it(
+    own: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await opened(own.url())
+
+    def broken(*_: object) -> None:
+        raise KeyError("a bug (test)")
+
+    monkeypatch.setattr(store._codec, "events", broken)
+    watch = store.watch("k/", await put(store, "k/a"))
+    with pytest.raises(StoreError, match=r"a bug \(test\)"):
+        async with asyncio.timeout(PATIENCE):
+            await anext(watch)
