@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
@@ -241,3 +242,29 @@ async def test_what_the_journal_remembers_of_a_newer_store_does_not_win_over_a_r
     known.load()
     await known.refresh()
     assert [net.warm for net in known.networks()] == [4]
+
+
+async def test_a_refresh_does_not_put_what_it_read_before_over_what_was_told_meanwhile(
+    faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = catalogue(faulty)
+    real = faulty.page
+    read: dict[str, int] = {}
+
+    async def page(start: str, end: str, **options: Any) -> Page:
+        if start == FOLLOWED[1]:
+            # What was read first is deleted while the next prefix is, and the watch says so at once.
+            monkeypatch.setattr(faulty, "page", real)
+            await delete_network(faulty.store, "prod")
+            async for batch in faulty.watch(FOLLOWED[0], read[FOLLOWED[0]] + 1):
+                known._deliver(FOLLOWED[0], batch)
+                break
+        answer = await real(start, end, **options)
+        read[start] = answer.revision
+        return answer
+
+    await known.refresh()
+    await network(faulty.store, "10.64.0.0/24")
+    monkeypatch.setattr(faulty, "page", page)
+    await known.refresh()
+    assert known.names() == []

@@ -22,7 +22,7 @@ from ipam.keys import IPAddress
 from ipam.networks import NetworkChange, PoolSpec, create_network, set_network
 from ipam.ranges import Ranges, range_of
 from ipam.records import NODE_ENGINE, Address, AddressState, Block, Network, Node
-from ipam.store import open_store
+from ipam.store import Page, open_store
 from ipam.store.base import Delete, Put, Store, Txn, read_prefix
 from tests.ipam.faulty import eventually
 from tests.patience import PATIENCE
@@ -325,3 +325,29 @@ async def test_what_a_restored_store_does_not_know_is_believed_for_a_while(
     await eventually(lambda: told.members == {})
     task.cancel()
     await asyncio.wait([task])
+
+
+async def test_a_listing_that_began_before_the_store_went_back_in_time_is_none_of_after(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with following(store) as (cluster, _):
+        real = store.page
+        begun: asyncio.Queue[asyncio.Event] = asyncio.Queue()
+
+        async def page(start: str, end: str, **options: Any) -> Page:
+            read = await real(start, end, **options)
+            if start == keys.ADDRESSES:
+                begun.put_nowait(go_on := asyncio.Event())
+                await go_on.wait()
+            return read
+
+        monkeypatch.setattr(store, "page", page)
+        cluster.start_over()
+        first = await begun.get()
+        # Once more, while that is listed.
+        cluster.start_over()
+        first.set()
+        second = await begun.get()
+        assert not cluster.listed.is_set(), "only the second listing is of after"
+        second.set()
+        await asyncio.wait_for(cluster.listed.wait(), PATIENCE)

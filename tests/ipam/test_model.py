@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ipam.coming_back import Asker
 from ipam.errors import MoorageError, NotAllocated
 from ipam.keys import IPAddress
 from ipam.networks import PoolSpec, create_network, set_pools_disabled
@@ -38,6 +39,7 @@ Step = tuple[str, int]
 ACTIONS = (
     ["take"] * 6
     + ["release"] * 5
+    + ["again"] * 3
     + ["static", "static", "by name", "reservation", "move", "put back", "burst", "cancel", "pause", "pause"]
     + ["allocate", "allocate", "isolate", "isolate", "let go"]
     + ["crash", "outage", "lost replies", "late replies", "deliver", "disable", "reserve", "resync"]
@@ -167,6 +169,9 @@ class World:
             case "release":
                 if self.holds:
                     self.release(sorted(self.holds)[n % len(self.holds)])
+            case "again":
+                if self.holds:
+                    await self.again(n)
             case "allocate":
                 await self.allocate(node, n)
             case "isolate":
@@ -197,6 +202,25 @@ class World:
                 await (reserve(self.store.store, RESERVED, "db") if self.reserved else self.unreserve())
             case "pause":
                 await asyncio.sleep((n % 4) / 200)
+
+    async def again(self, n: int) -> None:
+        """A container starts again and names what it had: it has that back, or nothing."""
+        name = sorted(self.holds)[n % len(self.holds)]
+        node, ips = self.holds[name]
+        self.release(name)
+        await asyncio.sleep((n % 3) / 500)
+        for ip in ips:
+            # To itself nothing has to cool down.
+            del self.released_at[ip]
+        try:
+            lent = await node.take(self.net, *map(str, ips), asker=Asker(name, "eth0"))
+        except MoorageError:
+            self.released_at |= dict.fromkeys(ips, asyncio.get_running_loop().time())
+            return
+        addresses = node.assign(lent, name)
+        self.check_new(name, addresses)
+        assert set(ips) <= set(addresses)
+        self.holds[name] = (node, addresses)
 
     def release(self, name: str) -> None:
         node, ips = self.holds.pop(name)

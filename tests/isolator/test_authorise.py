@@ -135,6 +135,17 @@ def test_a_reservations_key_is_its_own_permission_and_for_its_addresses_only() -
         authorise(addresses("10.64.0.21", reservation="k"), NEW, [POOL], reserved)
 
 
+def test_the_mac_that_follows_from_an_address_is_nobodys_choice() -> None:
+    asked = addresses("10.64.0.20")
+    own = [ip_address("10.64.0.20")]
+    authorise(replace(asked, mac="0a:58:0a:40:00:14"), NEW, [POOL], own)
+    for mac in ("0a:58:0a:40:00:15", "02:00:00:00:00:01"):
+        with pytest.raises(Refused, match="lets nobody choose a MAC"):
+            authorise(replace(asked, mac=mac), NEW, [POOL], own)
+    with pytest.raises(Refused, match="lets nobody choose a MAC"):
+        authorise(replace(SPEC, mac="0a:58:0a:40:00:14"), NEW, [POOL], own)
+
+
 def test_the_default_netgroup_is_not_a_way_to_be_public() -> None:
     network = NEW.with_(name="public")
     assert "--allow-public" in refusal(replace(SPEC, network="public"), network)

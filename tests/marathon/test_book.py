@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from ipam import keys
 from ipam.records import Alive, Node
-from ipam.store import Delete, Put, Store, Txn
+from ipam.store import Delete, Page, Put, Store, Txn
 from marathon.book import Book
 from marathon.facts import NodeFacts
 
@@ -100,3 +101,25 @@ async def test_a_node_that_was_removed_is_not_known(store: Store, book: Book) ->
     async with asyncio.timeout(15):
         while "n2" in book.nodes():
             await asyncio.sleep(0.01)
+
+
+async def test_who_wants_everything_listed_anew_is_not_given_a_listing_that_began_before(
+    store: Store, book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = store.page
+    refreshing: list[asyncio.Task[None]] = []
+
+    async def page(start: str, end: str, **options: Any) -> Page:
+        read = await real(start, end, **options)
+        if start == keys.ADDRESSES:
+            # Nodes were listed a moment ago.
+            monkeypatch.setattr(store, "page", real)
+            await write(store, record("n3"))
+            refreshing.append(asyncio.create_task(book.refresh()))
+            await asyncio.sleep(0)
+        return read
+
+    monkeypatch.setattr(store, "page", page)
+    await book.refresh()
+    await refreshing[0]
+    assert "n3" in book.nodes()

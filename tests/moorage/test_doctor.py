@@ -43,6 +43,11 @@ def test_a_tunnel_that_takes_anybodys_packets_is_told(monkeypatch: pytest.Monkey
     assert "takes packets from anybody" in sentence
 
 
+def test_a_certificate_that_ends_soon_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "the client certificate /etc/moorage/node.pem expires in 3 days"
+    assert said(monkeypatch, certificates=[sentence]) == [sentence]
+
+
 def test_without_a_tunnel_nothing_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(monkeypatch, fabric={"device": "", "tunnel": TUNNEL | {"open": True}}) == []
 
