@@ -366,6 +366,17 @@ class Holder:
             )
             self._holdings.carry(ip, record)
 
+    def assign(self, lent: Sequence[Held], owner: Owner) -> None:
+        """Assign lent addresses that stand with no endpoint in one commit. Raises TryAgain when the journal cannot be
+        written; they are put back then."""
+        rows = self.plan_assign(lent, owner)
+        try:
+            self._holdings.journal.save_addresses(rows)
+        except BaseException:
+            self.put_back(lent)
+            raise
+        self.accept(rows)
+
     # -- DEL
 
     def plan_release(

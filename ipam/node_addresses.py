@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable, Sequence
 from ipam.catalogue import Catalogue
 from ipam.errors import Exhausted, MoorageError
 from ipam.holder import Holder, Owner
-from ipam.journal import Journal
 from ipam.keys import Family, IPAddress
 from ipam.named import AddressRequest
 from ipam.pools import Geometry
@@ -28,13 +27,10 @@ FAMILIES: tuple[Family, ...] = (4, 6)
 class NodeAddresses:
     """See the module's docstring. ifname: of the device that has them."""
 
-    def __init__(
-        self, node: str, ifname: str, holder: Holder, catalogue: Catalogue, journal: Journal
-    ) -> None:
+    def __init__(self, node: str, ifname: str, holder: Holder, catalogue: Catalogue) -> None:
         self._owner = Owner(container_id=f"node:{node}", ifname=ifname, engine=NODE_ENGINE)
         self._holder = holder
         self._catalogue = catalogue
-        self._journal = journal
         self._unwanted: set[IPAddress] = set()
 
     @property
@@ -110,10 +106,4 @@ class NodeAddresses:
             except Exhausted:
                 if place == len(pools):
                     raise
-        rows = self._holder.plan_assign(taken, self._owner)
-        try:
-            self._journal.save_addresses(rows)
-        except BaseException:
-            self._holder.put_back(taken)
-            raise
-        self._holder.accept(rows)
+        self._holder.assign(taken, self._owner)

@@ -19,7 +19,7 @@ import structlog
 from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.errors import MoorageError
-from ipam.holder import Holder, Owner
+from ipam.holder import Holder
 from ipam.holdings import Conflict, held_by
 from ipam.journal import AddressRow
 from ipam.keys import Family, IPAddress
@@ -27,7 +27,7 @@ from ipam.named import AddressRequest
 from ipam.namesakes import Namesakes
 from ipam.records import Address, AddressState
 from ipam.store.base import Store
-from isolator.endpoints import Endpoints
+from isolator.endpoints import Endpoints, owner
 from isolator.journal import Journal
 from isolator.model import Endpoint, EndpointKey, EndpointState
 
@@ -188,20 +188,7 @@ class Conflicts:
                 netgroups=endpoint.netgroups,
             )
         )
-        owner = Owner(
-            container_id=endpoint.key.container_id,
-            ifname=endpoint.key.ifname,
-            engine=endpoint.engine,
-            netgroups=endpoint.netgroups,
-            labels=endpoint.labels,
-        )
-        rows = self._holder.plan_assign(lent, owner)
-        try:
-            self._journal.save_addresses(rows)
-        except BaseException:
-            self._holder.put_back(lent)
-            raise
-        self._holder.accept(rows)
+        self._holder.assign(lent, owner(endpoint))
 
     def _is_confirmed(self, ip: IPAddress, endpoint: Endpoint) -> bool:
         held = self._holder.held(ip)

@@ -183,9 +183,7 @@ class Isolator:
         )
         self._continuity = self._holder.continuity
         store.verify_with(self._continuity.verify)
-        self._addresses = NodeAddresses(
-            settings.node, VXLAN_DEVICE, self._holder, self._catalogue, self._journal
-        )
+        self._addresses = NodeAddresses(settings.node, VXLAN_DEVICE, self._holder, self._catalogue)
         self._store_addresses = StoreAddresses(settings.store_endpoints)
         self._neighbours = Neighbours(settings.node, self._kernel, self._catalogue, self._holder.assigned)
         self._cluster = Cluster(

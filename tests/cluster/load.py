@@ -272,8 +272,8 @@ def every_caller_was_answered(stays: Sequence[Stay]) -> None:
         assert stay.delete.took < DEL_WITHIN, (stay.node, stay.delete)
 
 
-def no_address_was_had_twice(stays: Sequence[Stay]) -> None:
-    """Of one IP, [ADD answered, DEL called] never overlap, and between two of them it rested."""
+def no_address_was_had_twice(stays: Sequence[Stay], rest: float = COOLDOWN) -> None:
+    """Of one IP, [ADD answered, DEL called] never overlap, and between two of them it rested so many seconds."""
     by_ip: dict[str, list[Stay]] = {}
     for stay in stays:
         if stay.ip:
@@ -282,7 +282,7 @@ def no_address_was_had_twice(stays: Sequence[Stay]) -> None:
         holders.sort(key=lambda stay: stay.add.answered)
         for before, after in pairwise(holders):
             rested = after.add.answered - before.delete.called
-            assert rested >= COOLDOWN, (
+            assert rested >= rest, (
                 f"{ip} was given to {after.container.id} on {after.node} {rested:.2f} s after "
                 f"{before.container.id} on {before.node} let go of it"
             )

@@ -12,7 +12,7 @@ from ipam import coming_back, keys
 from ipam.coming_back import Asker
 from ipam.errors import TryAgain
 from ipam.keys import IPAddress
-from ipam.records import Address, AddressState
+from ipam.records import Address, AddressState, Network
 from ipam.store import KeyValue, Put, Store, Txn, TxnResult
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when
@@ -37,13 +37,19 @@ def cooling_there(found: dict[IPAddress, Address]) -> bool:
     return IP in found and found[IP].state is AddressState.COOLING
 
 
+async def with_container(store: Store, node: Node) -> Network:
+    """The network on which a container of the node has the address, which the store knows."""
+    net = await network(store, "10.64.0.0/24")
+    await node.start()
+    await node.add(net, "c", str(IP))
+    await stored_when(store, assigned_to("c"))
+    return net
+
+
 async def test_a_container_has_the_address_that_it_names_back_after_its_release_was_confirmed(
     store: Store, slow_cooldown: Node
 ) -> None:
-    net = await network(store, "10.64.0.0/24")
-    await slow_cooldown.start()
-    await slow_cooldown.add(net, "c", str(IP))
-    await stored_when(store, assigned_to("c"))
+    net = await with_container(store, slow_cooldown)
     slow_cooldown.delete(IP)
     before = (await stored_when(store, cooling_there))[IP]
     assert await slow_cooldown.add(net, "c", str(IP)) == [IP]
@@ -75,10 +81,7 @@ async def test_another_interface_of_the_container_does_not_have_it_back(
 async def test_a_container_has_its_address_back_while_the_store_is_away(
     store: Store, faulty: FaultyStore, slow_cooldown: Node
 ) -> None:
-    net = await network(store, "10.64.0.0/24")
-    await slow_cooldown.start()
-    await slow_cooldown.add(net, "c", str(IP))
-    await stored_when(store, assigned_to("c"))
+    net = await with_container(store, slow_cooldown)
     faulty.down = True
     for _ in range(3):
         slow_cooldown.delete(IP)
@@ -92,10 +95,7 @@ async def test_a_container_has_its_address_back_while_the_store_is_away(
 async def test_a_release_that_was_not_sent_yet_is_undone_and_others_never_hear_of_it(
     store: Store, slow_cooldown: Node
 ) -> None:
-    net = await network(store, "10.64.0.0/24")
-    await slow_cooldown.start()
-    await slow_cooldown.add(net, "c", str(IP))
-    await stored_when(store, assigned_to("c"))
+    net = await with_container(store, slow_cooldown)
     begun = revision(await store.get(keys.address_key(IP)))
     slow_cooldown.delete(IP)
     await slow_cooldown.add(net, "c", str(IP))

@@ -37,7 +37,7 @@ async def node(new_node: Callable[..., Node], store: Store) -> Node:
 
 
 def own(node: Node) -> NodeAddresses:
-    return NodeAddresses(node.name, "mfbvxlan", node.holder, node.catalogue, node.journal)
+    return NodeAddresses(node.name, "mfbvxlan", node.holder, node.catalogue)
 
 
 async def started(node: Node, *networks: Network) -> NodeAddresses:

@@ -8,7 +8,7 @@ import random
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -213,83 +213,78 @@ async def again(store: Store) -> None:
                 return
 
 
-async def test_certificates_and_authority_are_replaced_under_an_open_store(rotated: Rotated) -> None:
+@contextlib.asynccontextmanager
+async def opened(rotated: Rotated) -> AsyncIterator[tuple[Cluster, Store]]:
+    """An etcd with these certificates, and an open store in it."""
     with rotated.cluster() as cluster:
         store = await open_store(rotated.url(cluster))
         try:
-            await again(store)
-            _, new = rotated.rotate()
-            rotated.replace(new)
-            restart(cluster)
-            await again(store)
+            yield cluster, store
         finally:
             await store.close()
+
+
+async def test_certificates_and_authority_are_replaced_under_an_open_store(rotated: Rotated) -> None:
+    async with opened(rotated) as (cluster, store):
+        await again(store)
+        _, new = rotated.rotate()
+        rotated.replace(new)
+        restart(cluster)
+        await again(store)
 
 
 async def test_a_watch_goes_on_after_certificates_were_replaced(rotated: Rotated) -> None:
-    with rotated.cluster() as cluster:
-        store = await open_store(rotated.url(cluster))
-        try:
-            watch = aiter(store.watch("a", (await store.txn(Txn(then=(Put("a", b""),)))).revision + 1))
-            waiting = asyncio.ensure_future(anext(watch))
-            await asyncio.sleep(0.1)
-            _, new = rotated.rotate()
-            rotated.replace(new)
-            restart(cluster)
-            await again(store)
-            async with asyncio.timeout(PATIENCE):
-                assert [event.key for event in (await waiting).events] == ["a"]
-        finally:
-            await store.close()
+    async with opened(rotated) as (cluster, store):
+        watch = aiter(store.watch("a", (await store.txn(Txn(then=(Put("a", b""),)))).revision + 1))
+        waiting = asyncio.ensure_future(anext(watch))
+        await asyncio.sleep(0.1)
+        _, new = rotated.rotate()
+        rotated.replace(new)
+        restart(cluster)
+        await again(store)
+        async with asyncio.timeout(PATIENCE):
+            assert [event.key for event in (await waiting).events] == ["a"]
 
 
 async def test_a_server_that_is_restarted_before_the_files_are_there_is_reached_when_they_are(
     rotated: Rotated,
 ) -> None:
-    with rotated.cluster() as cluster:
-        store = await open_store(rotated.url(cluster))
-        try:
-            await again(store)
-            _, new = rotated.rotate()
-            rotated.replace(new, clients=False)
-            restart(cluster)
-            with pytest.raises(StoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
-                await store.txn(Txn(then=(Put("a", b"1"),)))
-            # A certificate whose key is not there yet.
-            key = rotated.key.read_bytes()
-            rotated.replace(new, servers=False)
-            new_key = rotated.key.read_bytes()
-            rotated.key.write_bytes(key)
-            with pytest.raises(StoreUnavailable):
-                await store.txn(Txn(then=(Put("a", b"1"),)))
-            rotated.key.write_bytes(new_key)
-            await again(store)
-        finally:
-            await store.close()
+    async with opened(rotated) as (cluster, store):
+        await again(store)
+        _, new = rotated.rotate()
+        rotated.replace(new, clients=False)
+        restart(cluster)
+        with pytest.raises(StoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            await store.txn(Txn(then=(Put("a", b"1"),)))
+        # A certificate whose key is not there yet.
+        key = rotated.key.read_bytes()
+        rotated.replace(new, servers=False)
+        new_key = rotated.key.read_bytes()
+        rotated.key.write_bytes(key)
+        with pytest.raises(StoreUnavailable):
+            await store.txn(Txn(then=(Put("a", b"1"),)))
+        rotated.key.write_bytes(new_key)
+        await again(store)
 
 
 async def test_with_old_and_new_authority_in_one_file_nothing_has_to_be_done_at_once(
     rotated: Rotated,
 ) -> None:
-    with rotated.cluster() as cluster:
-        store = await open_store(rotated.url(cluster))
-        try:
-            await again(store)
-            old, new = rotated.rotate()
-            # Both sides trust both, then one after the other has a certificate of the new one, then the old one goes.
-            rotated.replace(new, old)
-            restart(cluster)
-            await again(store)
-            rotated.replace(old, new, clients=False)
-            restart(cluster)
-            await again(store)
-            rotated.replace(old, new, servers=False)
-            await again(store)
-            rotated.replace(new)
-            restart(cluster)
-            await again(store)
-        finally:
-            await store.close()
+    async with opened(rotated) as (cluster, store):
+        await again(store)
+        old, new = rotated.rotate()
+        # Both sides trust both, then one after the other has a certificate of the new one, then the old one goes.
+        rotated.replace(new, old)
+        restart(cluster)
+        await again(store)
+        rotated.replace(old, new, clients=False)
+        restart(cluster)
+        await again(store)
+        rotated.replace(old, new, servers=False)
+        await again(store)
+        rotated.replace(new)
+        restart(cluster)
+        await again(store)
 
 
 async def test_the_end_of_a_certificate_is_told_for_both_sides(rotated: Rotated) -> None:

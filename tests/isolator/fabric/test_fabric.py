@@ -50,7 +50,7 @@ class Agent(ipam_nodes.Node):
     def compose(self) -> None:
         """All but work."""
         self.cluster = Cluster(self.store, self.catalogue, on_topology=self._topology_changed)
-        self.addresses = NodeAddresses(self.name, VXLAN_DEVICE, self.holder, self.catalogue, self.journal)
+        self.addresses = NodeAddresses(self.name, VXLAN_DEVICE, self.holder, self.catalogue)
         self.fabric = self.room.do(
             Fabric,
             self.name,
