@@ -200,3 +200,11 @@ async def test_a_user_file_opened_to_others_later_is_not_used(
 ) -> None:
     (tmp_path / "user").chmod(0o644)
     assert "chmod 0600" in await refused(store)
+
+
+async def test_a_user_with_rights_below_the_prefix_alone_is_told_where_the_history_stands(
+    store: Store,
+) -> None:
+    revision = await put(store, "k/a")
+    standing = await store.standing()
+    assert (standing.revision, standing.surplus > 0) == (revision, True)
