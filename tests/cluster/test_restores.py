@@ -7,6 +7,7 @@ started again, in the moment in which the restored store serves.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -165,3 +166,34 @@ def test_an_address_that_moved_since_the_backup_stays_with_who_has_it_now(scene:
     before.start()
     eventually(lambda: now.ask("status")["contested"] == [])
     scene.verify()
+
+
+def test_a_member_that_comes_back_with_an_old_disk_cuts_nobody_off_and_brings_no_address_back() -> None:
+    with Lab(nodes=2, etcd=3) as lab:
+        lab.start()
+        scene = Scene(lab, network="disk")
+        lab.nodes[0].cli(
+            "network", "create", scene.network, "--pool", "10.64.0.0/26", "--block-size", "29", "--warm", "2",
+            "--allow-from", "nodes",
+        )  # fmt: skip
+        with scene.resources:
+            scene.settle(lab.nodes[0], 4)
+            scene.written()
+            old = next(member for member in lab.etcd.members if member is not lab.etcd.leader())
+            disk = old.directory.with_suffix(".old")
+            old.kill()
+            shutil.copytree(old.directory, disk)
+            old.start(lab.etcd.initial_cluster)
+            lab.etcd.wait_ready()
+            for node in lab.nodes:
+                scene.settle(node, 10)
+            scene.written()
+            # While others lead it, etcd itself refuses to run with less than it had acknowledged.
+            lab.etcd.kill()
+            old.forget()
+            shutil.move(disk, old.directory)
+            lab.etcd.start()
+            lab.etcd.wait_ready()
+            for node in lab.nodes:
+                eventually(lambda node=node: scene.add(node).exit == 0)
+            scene.verify()
