@@ -17,6 +17,7 @@ from ipam.records import AddressState, Network
 from ipam.reservations import reserve
 from ipam.shelf import Held, Shelf
 from ipam.store import Delete, Store, Txn, TxnResult, read_prefix
+from ipam.writer import StoreRewound
 from isolator.errors import JournalUnwritable
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.ipam.nodes import Node, network, stored, stored_when, warm_now
@@ -758,3 +759,24 @@ async def test_who_is_told_of_another_agent_while_it_syncs_syncs_again(
     await node.holder.sync()
     assert "another agent" in node.holder.problem
     assert not node.holder.serves
+
+
+async def test_a_store_that_comes_into_doubt_while_it_is_read_is_read_once_more(
+    store: Store, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await network(store, "10.64.0.0/24")
+    node.load()
+    await node.holder.continuity.verify()
+    refresh = node.catalogue.refresh
+
+    async def doubted_meanwhile() -> int:
+        monkeypatch.setattr(node.catalogue, "refresh", refresh)
+        await node.holder.continuity.move("a test doubts it")
+        return await refresh()
+
+    monkeypatch.setattr(node.catalogue, "refresh", doubted_meanwhile)
+    with pytest.raises(StoreRewound, match="read once more"):
+        await node.holder.sync()
+    assert node.holder.problem
+    await node.holder.sync()
+    assert not node.holder.problem

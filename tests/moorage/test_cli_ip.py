@@ -65,6 +65,7 @@ def test_a_row_has_the_fields_of_an_address_record(filled: CommandLine) -> None:
         "framework": "",
         "reservation": "",
         "uid": "",
+        "former": "",
         "since": 1.0,
     }
 
