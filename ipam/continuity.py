@@ -45,9 +45,12 @@ from ipam.store.base import (
 
 log = structlog.get_logger(__name__)
 
-TOUCH = 5.0
-"""Seconds for which an agent that heard nothing of the store can still vouch for it. Longer, and others may have
-written what it never saw and a backup does not have: it gives them as long to come back, which they try every 2 s."""
+TOUCH = 10.0
+"""Seconds for which an agent that heard nothing of the store can still vouch for it; it asks every 5. Longer, and
+others may have written what it never saw and a backup does not have."""
+
+PAUSE = 5.0
+"""Seconds in which these others come back, and say so; they try every 2."""
 
 SAVE_EVERY = 5.0
 """Seconds between saves of what is known, while it changes."""
@@ -112,6 +115,7 @@ class Continuity:
         self._revision = 0
         self._touched: float | None = None
         self._newest: KeyValue | None = None
+        self._vouch_after = 0.0
         self._suspicion = ""
         self._moved = asyncio.Event()
 
@@ -141,10 +145,11 @@ class Continuity:
 
     async def verify(self) -> None:
         """Compare the store with what is known of it; in doubt, say so to all. Raises StoreError, StoreUnavailable."""
-        standing = await self._store.standing()
         for _ in range(TRIES):
             incarnation = await self._store.get(keys.INCARNATION)
             vouched = await self._store.get(keys.VOUCHED)
+            # Later than what others vouched for, of which it must not be behind.
+            standing = await self._store.standing()
             if await self._judge(standing, incarnation, vouched):
                 return
         raise TryAgain("other nodes look at the store at this moment, too; it is looked at again")
@@ -152,7 +157,7 @@ class Continuity:
     async def _judge(
         self, standing: Standing, incarnation: KeyValue | None, vouched: KeyValue | None
     ) -> bool:
-        """Whether it came to an end; else another node wrote meanwhile."""
+        """Whether it came to an end; else another node wrote meanwhile, or another look of this one."""
         known, id_ = self._known, _id_of(incarnation)
         is_vouched = vouched is not None and _stands(vouched, standing)
         is_other = known is not None and id_ != known.incarnation
@@ -166,11 +171,13 @@ class Continuity:
                 self._go_on(standing, moved.id, revision)
                 self._doubt(f"node {self._node} found that {why}")
             return bool(revision)
-        if not is_vouched and (vouched is None or self._in_touch()):
+        if not is_vouched and (vouched is None or (self._in_touch() and self._now() >= self._vouch_after)):
             if not await self._say(standing, vouched):
                 return False
-        elif not is_vouched:
-            self.grace.pause("the store's servers began anew while this node was not in touch with it", TOUCH)
+            self._vouch_after = 0.0
+        elif not is_vouched and not self._vouch_after:
+            self._vouch_after = self._now() + PAUSE
+            self.grace.pause("the store's servers began anew while this node was not in touch with it", PAUSE)
         self._go_on(standing, id_, _revision(incarnation))
         if is_other:
             self._doubt(_said(incarnation))
@@ -196,11 +203,8 @@ class Continuity:
             return ""
         found = await self._change(key, at)
         if found is None:
-            return (
-                ""
-                if is_vouched
-                else "its history is compacted, and no node was in touch with it all the time"
-            )
+            told = is_vouched or self._in_touch()
+            return "" if told else "its history is compacted, and no node was in touch with it all the time"
         digest = _digest(newest.value) if newest else known.digest
         return "" if found == digest else f"it does not know a change that was made at revision {at}"
 
@@ -216,7 +220,11 @@ class Continuity:
         return _digest(kv.value) if kv is not None and kv.mod_revision == at else ""
 
     def _in_touch(self) -> bool:
-        return self._touched is not None and time.monotonic() - self._touched < TOUCH
+        return self._touched is not None and self._now() - self._touched < TOUCH
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()
 
     async def _say(
         self,
@@ -252,7 +260,8 @@ class Continuity:
             doubted=self.doubted,
         )
         self._revision = revision
-        self._touched = time.monotonic()
+        self.touch()
+        self._moved.set()  # a watch may wait for a revision that this store reaches late
         self.save()
 
     # -- doubt
@@ -261,19 +270,19 @@ class Continuity:
         """What this node holds may be unknown to the store, and other nodes' as well."""
         assert self._known is not None, "only what is known can be doubted"
         log.warning("store is in doubt: what this node holds is asserted anew", why=why)
-        self._newest = None
-        self._known = msgspec.structs.replace(self._known, doubted=True, key="", at=0, digest="")
+        self._suspicion = ""
+        self._forget_change()
+        self._known = msgspec.structs.replace(self._known, doubted=True)
+        self._moved.set()
         self.grace.begin(why, self._nodes())
         self.save()
         self._on_doubt(why)
 
     async def move(self, why: str) -> None:
         """Doubt, for a reason found elsewhere. Raises StoreError, StoreUnavailable."""
+        # The look of a new connection may come first, and is as good.
         self._suspicion = why
-        try:
-            await self.verify()
-        finally:
-            self._suspicion = ""
+        await self.verify()
 
     async def look(self) -> None:
         """Hear whether another node moved the incarnation. Raises StoreError, StoreUnavailable."""
@@ -302,17 +311,32 @@ class Continuity:
     def _hear(self, *_: object) -> None:
         self._moved.set()
 
+    def touch(self) -> None:
+        """The store answered."""
+        self._touched = self._now()
+
     def note(self, batch: WatchBatch) -> None:
         """What a watch told of: the newest change has to stand in the history from now on."""
-        self._touched = time.monotonic()
+        self.touch()
         if self._newest is None or batch.revision > self._newest.mod_revision:
             told = (event.kv for event in reversed(batch.events) if event.kv is not None)
             self._newest = next(told, self._newest)
+        current = self._newest.key if self._newest else self._known.key if self._known else ""
+        if any(event.kv is None and event.key == current for event in batch.events):
+            self._forget_change()  # once that is compacted, nothing is left of it
+
+    def _forget_change(self) -> None:
+        self._newest = None
+        if self._known is not None:
+            self._known = msgspec.structs.replace(self._known, key="", at=0, digest="")
 
     async def keep(self) -> None:
-        """Save what is known now and then, so that a restart knows it, until cancelled."""
+        """Save what is known now and then, so that a restart knows it, and vouch when that was put off, until
+        cancelled. Raises StoreError."""
         while True:
             await asyncio.sleep(SAVE_EVERY)
+            if self._vouch_after:
+                await self.verify()
             newest = self._newest
             if newest is not None and self._known is not None and newest.mod_revision > self._known.at:
                 self._known = msgspec.structs.replace(

@@ -27,7 +27,7 @@ class Kept(msgspec.Struct, frozen=True):
     boot_id: str
     until: float
     why: str
-    awaited: list[str]
+    awaited: list[str] | None
 
 
 class GraceMemory(Protocol):
@@ -70,7 +70,8 @@ class Grace:
         else:
             # The clock of another boot says nothing: once more the whole time.
             self._until = min(kept.until, whole) if kept.boot_id == self._boot_id else whole
-            self.why, self.awaited = kept.why, frozenset(kept.awaited)
+            self.why = kept.why
+            self.awaited = None if kept.awaited is None else frozenset(kept.awaited)
         self._save()
 
     @property
@@ -109,7 +110,8 @@ class Grace:
             self._save()
 
     def _save(self) -> None:
-        kept = Kept(self._boot_id, self._until, self.why, sorted(self.awaited or ()))
+        awaited = None if self.awaited is None else sorted(self.awaited)
+        kept = Kept(self._boot_id, self._until, self.why, awaited)
         try:
             self._memory.save_grace(msgspec.json.encode(kept) if self._until else None)
         except TryAgain as error:

@@ -132,7 +132,7 @@ class Holder:
 
     def load(self) -> None:
         """Start from the journal, before the store was heard."""
-        self._holdings.load()
+        self._holdings.load(doubted=self.continuity.doubted)
 
     async def sync(self) -> SyncReport:
         """Take the fence and make journal and store agree. Raises Fenced, StoreRewound, StoreUnavailable."""
@@ -179,9 +179,10 @@ class Holder:
             self._holdings.wake.set()
 
     def _written(self) -> None:
-        if self.continuity.doubted:
+        # While others may have to yield, a restart has to know of the doubt.
+        if not self._holdings.contested:
             self.continuity.asserted()
-            self._on_asserted()
+        self._on_asserted()
 
     def end_grace(self) -> None:
         """All nodes have asserted what they hold."""

@@ -120,7 +120,9 @@ class Holdings:
     grace: while it lasts nothing new is taken from the store.
     yields_to: whether a node, by its name, that the store names as the holder of an address which is used here has it
     for certain. Not one that has not looked at a store in doubt yet: the address is contested until it has.
-    contested: addresses that are used here and the store has as another node's, which may not know of it.
+    in_question: addresses that were used here when the store came into doubt, until it has them as this node's.
+    contested: those of them that the store has as another node's, which may not know of it.
+    synced: whether journal and store were made to agree since this began.
     """
 
     def __init__(
@@ -141,6 +143,8 @@ class Holdings:
         self.grace = grace
         self.yields_to = yields_to
         self.contested: dict[IPAddress, Conflict] = {}
+        self.in_question: set[IPAddress] = set()
+        self.synced = False
         self.preloads = preloads
         self.others_away = others_away
         self.catalogue = catalogue
@@ -177,9 +181,10 @@ class Holdings:
         self._nudged = False
         self.wake.set()
 
-    def load(self) -> None:
-        """Start from the journal. What is warm there is served in the boot that wrote it, and only there."""
-        self.serving = self.journal.is_of_this_boot
+    def load(self, *, doubted: bool = False) -> None:
+        """Start from the journal. What is warm there is served in the boot that wrote it, and only there; and not if
+        the store was doubted, which may have it as another's."""
+        self.serving = self.journal.is_of_this_boot and not doubted
         self.drained = self.journal.drained
         # Revision 0: claimed or given back, and the store had not confirmed it.
         self.blocks = {row.block: row for row in self.journal.load_blocks() if row.revision}
@@ -332,6 +337,7 @@ class Holdings:
     def settle(self, held: Held) -> None:
         """The store has confirmed what should be there: start what follows from it."""
         self.contested.pop(held.ip, None)
+        self.in_question.discard(held.ip)
         if held.state is AddressState.COOLING:
             seconds = min(self.cooldown, HEARD_WITHIN) if held.is_withdrawn else self.cooldown
             self.shelf.cool(held, asyncio.get_running_loop().time() + seconds)
@@ -354,9 +360,11 @@ class Holdings:
             asked.set_exception(error)
 
     def contest(self, held: Held, holder: Address) -> bool:
-        """Whether an address that is used here stays so although the store has it as another node's: that one may not
-        know yet that the store forgot who has it. Asked for again every CONTEST_RETRY seconds."""
-        if not (held.state is not None and held.state.is_taken) or self.yields_to(holder.node):
+        """Whether an address that was used here when the store came into doubt stays so although the store has it as
+        another node's: that one may not know yet that the store forgot who has it, and that it gave it away. Asked for
+        again every CONTEST_RETRY seconds."""
+        is_used = held.state is not None and held.state.is_taken and held.ip in self.in_question
+        if not is_used or (holder.state.is_taken and self.yields_to(holder.node)):
             self.contested.pop(held.ip, None)
             return False
         if held.ip not in self.contested:
@@ -364,6 +372,8 @@ class Holdings:
                 "address is another node's in the store and used here", ip=str(held.ip), node=holder.node
             )
         self.contested[held.ip] = Conflict(held.ip, holder)
+        # Nothing is ever written over what the other node has there.
+        held.revision, held.told = 0, ()
         self.shelf.rest(held)
         return True
 

@@ -73,7 +73,8 @@ async def sync(
     confirmed, unconfirmed = holdings.journal.confirmed_seq, holdings.journal.unconfirmed
     with contextlib.suppress(TryAgain):
         holdings.journal.note_attempt()
-    as_new = await writer.claim(max(confirmed, writer.seq))
+    # After a first sync the journal may be behind, of a full disk; it was compared then.
+    as_new = await writer.claim(writer.seq if holdings.synced else max(confirmed, writer.seq))
     if not as_new and writer.was_removed:
         log.warning("node was removed from the store; what it holds is asserted anew")
     elif not as_new and not continuity.doubted:
@@ -96,8 +97,10 @@ async def sync(
             journal=confirmed,
             store=writer.seq - 1,
         )
-    # A journal that is older itself does not know better than the store.
-    rewound = not fresh and confirmed > 0 and not report.behind
+    if continuity.doubted:
+        holdings.in_question |= {ip for ip, held in holdings.shelf.held.items() if _is_taken(held)}
+    # A journal that is older itself does not know better than the store; one that is new knows that nothing is used.
+    rewound = (not fresh and not report.behind) if confirmed else holdings.grace.left > 0
     merge(holdings, stored, is_live, report, rewound=rewound)
     holdings.open_spaces()
     holdings.save(holdings.shelf.held.values(), writer.seq)
@@ -111,7 +114,7 @@ async def sync(
     if known != (continuity.incarnation, continuity.doubted):
         raise StoreRewound("the store came into doubt while it was read; it is read once more")
     holdings.problem = ""
-    holdings.serving = True
+    holdings.serving = holdings.synced = True
     holdings.disputed = False
     holdings.wake.set()
     return report

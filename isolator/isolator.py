@@ -25,7 +25,7 @@ import structlog
 from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
-from ipam.continuity import TOUCH
+from ipam.continuity import PAUSE
 from ipam.errors import Fenced, InvalidInput, MoorageError, StoreError, TryAgain
 from ipam.holder import COOLDOWN, Holder
 from ipam.holdings import Conflict
@@ -298,7 +298,8 @@ class Isolator:
             has_claimed=lambda: self._holder.has_claimed,
             state_id=self._journal.state_id,
         )
-        self._membership.agree(self._continuity.incarnation)
+        if not self._continuity.doubted:
+            self._membership.agree(self._continuity.incarnation)
         self._remember_instances([*self._journal.instances[-KNOWN_INSTANCES + 1 :], self.instance])
         try:
             async with asyncio.timeout(SYNC_PATIENCE):
@@ -572,7 +573,7 @@ class Isolator:
         """Ends a grace as soon as all nodes that were ever heard of have said that they asserted what they hold."""
         if self._continuity.is_new:
             # Those that the store forgot, and that this node cannot know of, come back meanwhile.
-            await asyncio.sleep(TOUCH)
+            await asyncio.sleep(PAUSE)
         while True:
             await asyncio.sleep(GRACE_EVERY)
             grace = self._continuity.grace
@@ -737,6 +738,7 @@ class Isolator:
                 continue
             try:
                 kv = await self._store.get(keys.WRITERS + self.node)
+                self._continuity.touch()
                 stood = 0 if kv is None else Fence.decode(kv.key, kv.value).seq
             except StoreError as error:
                 log.info("fence was not looked at", why=str(error))

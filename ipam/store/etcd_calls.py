@@ -165,10 +165,12 @@ class Calls:
     async def _connection(self) -> Connection:
         self.check_open()
         try:
-            connection = await self._link.ready()
-            await self.gate.passed()
-            # Usually the same: what was looked at is what is used.
-            return connection if connection.stands else await self._link.ready()
+            while True:
+                connection = await self._link.ready()
+                await self.gate.passed()
+                # What was looked at is what is used.
+                if connection.stands:
+                    return connection
         except asyncio.CancelledError as error:
             self._cancelled(error)
         except StoreUnavailable as error:

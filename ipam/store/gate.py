@@ -11,9 +11,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 
+from ipam.errors import StoreUnavailable
+
 _verifying: ContextVar[bool] = ContextVar("moorage_store_verifying", default=False)
 
 Verify = Callable[[], Awaitable[None]]
+
+PAUSE_STEP, LONGEST_PAUSE = 0.1, 1.0
+"""Seconds between two looks of which each finds that something is new: by how much more each time, and at most."""
 
 
 class Gate:
@@ -38,14 +43,22 @@ class Gate:
         """Returns when the store as it is now was looked at. Raises what the look raises."""
         if self._verify is None or _verifying.get():
             return
+        pause = 0.0
         while self._verified != self._changes:
             if self._verification is None or self._verification.done():
                 self._verification = asyncio.create_task(
                     self._look(self._verify), name="moorage-store-verify"
                 )
                 self._verification.add_done_callback(_retrieve)
+            look = self._verification
             # Others may wait for the same look as one who is cancelled.
-            await asyncio.shield(self._verification)
+            await asyncio.wait([look])
+            if look.cancelled():
+                raise StoreUnavailable("the store was closed by this process; open it again")
+            look.result()
+            # Servers that are never the same twice.
+            await asyncio.sleep(pause)
+            pause = min(pause + PAUSE_STEP, LONGEST_PAUSE)
 
     async def _look(self, verify: Verify) -> None:
         _verifying.set(True)

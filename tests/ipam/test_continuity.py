@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from ipam import continuity, keys
 from ipam.continuity import Continuity
 from ipam.errors import Compacted
 from ipam.grace import Grace
-from ipam.store import Page, Put, Store, Txn
+from ipam.records import Vouched
+from ipam.store import Delete, Event, KeyValue, Page, Put, Store, Txn
 from ipam.store.base import Standing, WatchBatch, prefix_end
 from isolator.journal import Journal
 from tests.ipam.faulty import FaultyStore
+from tests.patience import PATIENCE
 
 AT_FIRST = Standing(cluster="c1", term=2, revision=0, surplus=5, surplus_at_most=6)
 
@@ -137,8 +140,8 @@ async def test_a_change_that_was_seen_and_is_gone_is_doubted_whatever_the_number
 
 
 @pytest.mark.parametrize("vouched", [True, False])
-async def test_a_compacted_history_is_doubted_only_where_nobody_vouches(
-    agent: NewAgent, servers: Servers, vouched: bool
+async def test_a_compacted_history_is_doubted_by_who_was_out_of_touch_where_nobody_vouches(
+    agent: NewAgent, servers: Servers, monkeypatch: pytest.MonkeyPatch, vouched: bool
 ) -> None:
     one, other = agent("n1"), agent("n2")
     await one.verify()
@@ -149,8 +152,26 @@ async def test_a_compacted_history_is_doubted_only_where_nobody_vouches(
     servers.log = replace(servers.log, term=3)
     if vouched:
         await other.verify()
+    now = continuity.time.monotonic()
+    monkeypatch.setattr(continuity.time, "monotonic", lambda: now + continuity.TOUCH + 1)
     await one.verify()
     assert one.doubted is not vouched
+
+
+async def test_a_change_that_was_deleted_since_is_not_missed_once_it_is_compacted(
+    agent: NewAgent, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = agent()
+    await one.verify()
+    await write(servers, "addresses/x", b"1", one)
+    revision = (await servers.txn(Txn(then=(Delete("addresses/x"),)))).revision
+    one.note(WatchBatch((Event("addresses/x", revision, None),), revision))
+    servers.compacted = True
+    now = continuity.time.monotonic()
+    monkeypatch.setattr(continuity.time, "monotonic", lambda: now + continuity.TOUCH + 1)
+    servers.log = replace(servers.log, term=3)
+    await one.verify()
+    assert not one.doubted
 
 
 async def test_servers_that_began_anew_are_believed_by_who_was_in_touch_and_then_by_all(
@@ -183,16 +204,56 @@ async def test_one_that_was_out_of_touch_gives_the_others_time_and_vouches_then(
 ) -> None:
     one = agent()
     await one.verify()
-    now = continuity.time.monotonic()
-    monkeypatch.setattr(continuity.time, "monotonic", lambda: now + continuity.TOUCH + 1)
+    now = [continuity.time.monotonic() + continuity.TOUCH + 1]
+    monkeypatch.setattr(continuity.time, "monotonic", lambda: now[0])
     servers.log = replace(servers.log, term=3)
-    await one.verify()
-    assert not one.doubted
-    assert 0 < one.grace.left <= continuity.TOUCH
+    for _ in range(2):
+        await one.verify()
+        assert not one.doubted
+        assert 0 < one.grace.left <= continuity.PAUSE
+        assert not _stands_vouched(await servers.get(keys.VOUCHED), 3), "those that saw more may doubt yet"
+    now[0] += continuity.PAUSE
     await one.verify()
     late = agent("n2")
     await late.verify()
     assert not late.doubted
+
+
+def _stands_vouched(vouched: KeyValue | None, term: int) -> bool:
+    return vouched is not None and Vouched.decode(vouched.key, vouched.value).term == term
+
+
+async def test_two_looks_at_once_doubt_once(agent: NewAgent, servers: Servers) -> None:
+    one = agent()
+    await one.verify()
+    servers.verify_with(one.verify)
+    await one.move("why")
+    moved = one.incarnation
+    await servers.get("k")
+    assert one.incarnation == moved
+
+
+async def test_a_second_doubt_is_heard_of_in_a_store_that_went_back(
+    agent: NewAgent, servers: Servers
+) -> None:
+    one = agent()
+    await write(servers, "addresses/x", b"1")
+    await one.verify()
+    following = asyncio.create_task(one.follow())
+    try:
+        # The watch is behind a revision that the store, restored, reaches much later.
+        servers.log = replace(servers.log, surplus=-20, surplus_at_most=-20)
+        await one.verify()
+        one.asserted()
+        other = agent("n2")
+        await other.verify()
+        await other.move("again")
+        async with asyncio.timeout(PATIENCE):
+            while not one.doubted:
+                await asyncio.sleep(0.01)
+    finally:
+        following.cancel()
+    assert one.incarnation == other.incarnation
 
 
 async def test_a_doubt_outlives_a_restart_until_all_is_asserted(agent: NewAgent, servers: Servers) -> None:
