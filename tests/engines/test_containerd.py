@@ -219,11 +219,25 @@ def test_a_del_that_never_comes_is_made_up_for_when_the_namespace_is_gone(
 def test_a_container_that_ends_while_nobody_looks_is_collected_when_the_agent_is_back(
     node: LabNode, containerd: Containerd
 ) -> None:
+    stays, ends = (containerd.run(name, conflist(node), detached=True) for name in ("a", "b"))
+    node.kill()
+    ends.remove()
+    node.start()
+    eventually(lambda: len(links(node)) == len(node.ask("endpoint", "list")) == 1)
+    stays.remove()
+    assert_nothing_left(node)
+
+
+def test_containers_that_all_end_while_nobody_looks_are_a_question_to_the_operator(
+    node: LabNode, containerd: Containerd
+) -> None:
     containers = [containerd.run(name, conflist(node), detached=True) for name in ("a", "b")]
     node.kill()
     for container in containers:
         container.remove()
     node.start()
+    assert len(node.ask("endpoint", "missing")) == 2
+    node.cli("endpoint", "missing", "--release")
     assert_nothing_left(node)
 
 

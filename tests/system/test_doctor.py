@@ -16,7 +16,8 @@ def test_a_drop_in_somebody_elses_table_is_found_with_the_command_that_helps(nod
         ips = b.add("web").ips
         node.cli("network", "set", "web", "--dns", "10.0.0.53")
         assert (
-            node.cli("doctor").stdout == "agent, forwarding, firewalls, networks, ports: nothing is wrong.\n"
+            node.cli("doctor").stdout
+            == "agent, certificates, forwarding, firewalls, networks, ports: nothing is wrong.\n"
         )
         node.namespace.run(
             "nft", "table inet theirs { chain f { type filter hook forward priority 0; policy drop; }; }"
