@@ -286,7 +286,10 @@ class Continuity:
 
     async def look(self) -> None:
         """Hear whether another node moved the incarnation. Raises StoreError, StoreUnavailable."""
-        found = await self._store.get(keys.INCARNATION)
+        before = None
+        while before != self._revision:  # a look of a new connection may have moved it meanwhile
+            before = self._revision
+            found = await self._store.get(keys.INCARNATION)
         self._revision = _revision(found)
         if self._known is not None and _id_of(found) != self._known.incarnation:
             self._known = msgspec.structs.replace(self._known, incarnation=_id_of(found))

@@ -105,6 +105,9 @@ GRACE_EVERY = 0.25
 RETRY = 1.0
 """Seconds before a background task that failed is started again."""
 
+KNOWN_INSTANCES = 16
+"""Agents that are remembered to have written for the node: one, and as many as may have died since without."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -114,9 +117,9 @@ class Settings:
     state_dir: holds the journal. underlay: the interface, address or network towards other nodes, None for the
     interface with the default route. vxlan_port: UDP. gateway: no containers, only the way to those of other nodes.
     store_endpoints: (name or IP, TCP port) of the store's servers. ending_certificates: a sentence for each of the
-    store's that ends soon. cooldown: seconds. unused_for: seconds that
-    allocated addresses may stay without a container. manage_docker_user: whether Docker's chain of that name may be
-    opened for containers. asks_mesos: whether ``tell_mesos_agent`` will be called.
+    store's that ends soon. cooldown: seconds. unused_for: seconds that allocated addresses may stay without a
+    container. manage_docker_user: whether Docker's chain of that name may be opened for
+    containers. asks_mesos: whether ``tell_mesos_agent`` will be called.
     """
 
     node: str
@@ -132,10 +135,6 @@ class Settings:
     manage_docker_user: bool = True
     asks_mesos: bool = False
     node_given: bool = True
-
-
-KNOWN_INSTANCES = 16
-"""Agents that are remembered to have written for the node: one, and as many as may have died since without."""
 
 
 class Isolator:

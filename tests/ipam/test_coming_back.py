@@ -131,9 +131,7 @@ class Slow:
 async def test_a_release_in_flight_is_waited_for(
     store: Store, faulty: FaultyStore, slow_cooldown: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = await network(store, "10.64.0.0/24")
-    await slow_cooldown.start()
-    await slow_cooldown.add(net, "c", str(IP))
+    net = await with_container(store, slow_cooldown)
     await eventually(slow_cooldown.is_quiet)
     slow = Slow(faulty, monkeypatch)
     slow_cooldown.delete(IP)
@@ -150,9 +148,7 @@ async def test_a_release_in_flight_is_not_waited_for_for_ever(
     store: Store, faulty: FaultyStore, slow_cooldown: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coming_back, "IN_FLIGHT", 0.1)
-    net = await network(store, "10.64.0.0/24")
-    await slow_cooldown.start()
-    await slow_cooldown.add(net, "c", str(IP))
+    net = await with_container(store, slow_cooldown)
     await eventually(slow_cooldown.is_quiet)
     slow = Slow(faulty, monkeypatch)
     slow_cooldown.delete(IP)

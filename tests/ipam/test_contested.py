@@ -27,14 +27,20 @@ async def given_to_n2(store: Store, ip: IPAddress, state: AddressState = Address
     await store.txn(Txn((unchanged(kv),), (Put(kv.key, record.encode()),)))
 
 
-async def contested(store: Store, node: Node) -> IPAddress:
-    """An address of a container of the node, which n2 may not know to have given away."""
+async def taken_by_n2(store: Store, node: Node) -> IPAddress:
+    """An address of a container of the node, which the store has as n2's, and n2 has not looked yet."""
     node.holder._holdings.yields_to = lambda _: False
     net = await network(store, "10.64.0.0/24", warm=1)
     await node.start()
     (ip,) = await node.add(net, "c1")
     await eventually(node.is_quiet)
     await given_to_n2(store, ip)
+    return ip
+
+
+async def contested(store: Store, node: Node) -> IPAddress:
+    """An address of a container of the node, which n2 may not know to have given away."""
+    ip = await taken_by_n2(store, node)
     await node.holder.continuity.verify()
     await node.holder.continuity.move("it was restored")
     await eventually(lambda: ip in node.holder._holdings.contested)
@@ -86,12 +92,7 @@ async def test_a_node_without_a_journal_gives_up_what_nobody_uses_there_while_th
 
 
 async def test_a_store_that_was_never_in_doubt_is_right_at_once(store: Store, loaded: Node) -> None:
-    loaded.holder._holdings.yields_to = lambda _: False
-    net = await network(store, "10.64.0.0/24", warm=1)
-    await loaded.start()
-    (ip,) = await loaded.add(net, "c1")
-    await eventually(loaded.is_quiet)
-    await given_to_n2(store, ip)
+    ip = await taken_by_n2(store, loaded)
     loaded.delete(ip)
     await eventually(lambda: loaded.holder.held(ip) is None)
     assert (await stored(store))[ip].node == "n2"

@@ -281,3 +281,23 @@ async def test_a_new_node_takes_nothing_at_once_in_a_store_that_was_ever_doubted
     await new.verify()
     assert not new.doubted, "it holds nothing that could be unknown"
     assert new.grace.left > 0
+
+
+async def test_a_look_that_was_asked_before_a_move_does_not_bring_the_old_incarnation_back(
+    agent: NewAgent, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = agent()
+    await one.verify()
+    get = servers.get
+
+    async def slow(key: str) -> KeyValue | None:
+        found = await get(key)
+        monkeypatch.setattr(servers, "get", get)
+        await one.move("why")
+        one.asserted()
+        return found
+
+    monkeypatch.setattr(servers, "get", slow)
+    await one.look()
+    assert not one.doubted
+    assert one.incarnation
