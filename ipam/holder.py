@@ -424,6 +424,14 @@ class Holder:
             self._shelf.want(held, row.record)
         self._holdings.nudge()
 
+    def inherit(self, row: AddressRow) -> None:
+        """The store has the address under an earlier name of this machine, as ``row`` but for the node: write over it.
+        The row stands in the journal already."""
+        held = self._shelf.held.get(row.ip)
+        if held is not None:
+            held.revision, held.told = row.revision, netgroups_told(row.record)
+        self.accept([row])
+
     def give_up(self, ip: IPAddress) -> None:
         """An address that nothing uses any more is free at once, without a cooldown."""
         held = self._shelf.held.get(ip)
@@ -485,6 +493,11 @@ class Holder:
         """What this node knows of one address of its own."""
         return self._shelf.held.get(ip)
 
+    @property
+    def contested(self) -> list[Conflict]:
+        """Addresses that are used here, and that the store has as those of nodes which have not looked at it yet."""
+        return list(self._holdings.contested.values())
+
     def is_returning(self, ip: IPAddress) -> bool:
         """Whether an address lies in a block that is being returned; ipam/return_block.py."""
         return any(block.version == ip.version and ip in block for block in self._holdings.returning)
@@ -526,10 +539,10 @@ class Holder:
             "transactions": self._writer.transactions,
             "grace": {"seconds": round(self._holdings.grace.left, 1), "why": self._holdings.grace.why},
             "contested": [
-                f"{ip} is used here, and the store has it on node {conflict.holder.node}, which has not looked at the "
-                "store since that was in doubt; start the agent there, or if the machine is gone: `moorage node remove "
-                f"{conflict.holder.node}`"
-                for ip, conflict in self._holdings.contested.items()
+                f"{conflict.ip} is used here, and the store has it on node {conflict.holder.node}, which has not "
+                "looked at the store since that was in doubt; start the agent there, or if the machine is gone: "
+                f"`moorage node remove {conflict.holder.node}`"
+                for conflict in self.contested
             ],
             "outbox": len(self._shelf.dirty()),
             "exhausted": [

@@ -4,6 +4,8 @@ the holder is                                   the endpoint
 the same container, on this very machine        keeps it, and is never cut off: the record was written under an
                                                 earlier name of this node, and is this node's from now on
 that, and the other name's agent may be alive   keeps it until that is known
+a node that has not looked at a store in doubt  keeps it; where that node is this very machine under an earlier name,
+                                                nobody else will look: the record is this node's from now on
 anybody else                                    is cut off; once the address is free, or its own in the store
                                                 again, it takes it back and is connected again
 """
@@ -76,9 +78,10 @@ class Conflicts:
                 asyncio.get_running_loop().call_later(RETRY, self._news.put_nowait, conflict)
 
     async def bring_back(self) -> None:
-        """Connect again what can be, until cancelled."""
+        """Connect again what can be, and inherit what an earlier name of this machine contests, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY)
+            await self._inherit_contested()
             await self._bring_back()
 
     def problems(self) -> list[str]:
@@ -120,7 +123,9 @@ class Conflicts:
             return True
         here = await self._namesakes.is_this_machine(record.node)
         if here:
-            self._save([AddressRow(ip, record.with_(node=self._node), kv.mod_revision, True)])
+            row = AddressRow(ip, record.with_(node=self._node), kv.mod_revision, True)
+            self._journal.save_addresses([row])
+            self._holder.inherit(row)
             log.warning(
                 "address was this machine's under another name; it is this node's from now on",
                 ip=str(ip),
@@ -129,9 +134,14 @@ class Conflicts:
             )
         return here is False
 
-    def _save(self, rows: Sequence[AddressRow]) -> None:
-        self._journal.save_addresses(rows)
-        self._holder.accept(rows)
+    async def _inherit_contested(self) -> None:
+        for conflict in self._holder.contested:
+            endpoint = self._endpoints.of_ip(conflict.ip)
+            if endpoint is not None and _is_same(conflict.holder, endpoint):
+                try:
+                    await self._is_theirs(conflict.ip, endpoint)
+                except MoorageError as error:
+                    log.warning("contest is not judged yet", endpoint=str(endpoint.key), why=str(error))
 
     def _is_held(self, ip: IPAddress, endpoint: Endpoint) -> bool:
         """Whether this node holds it for the endpoint."""

@@ -138,13 +138,17 @@ async def test_a_container_that_an_earlier_version_cut_off_for_a_new_name_is_con
     assert scene.node.ask("status")["conflicts"] == []
 
 
+def rename(scene: Scene, name: str) -> None:
+    """The name that its agent had before is known by the ids in the store alone."""
+    with scene.journal as journal:
+        journal.save_node(name)
+    scene.node.name = name
+
+
 def test_a_container_whose_address_stands_under_an_earlier_name_of_its_machine_is_not_cut_off(
     scene: Scene,
 ) -> None:
-    with scene.journal as journal:
-        # The name that its agent had before is known by the ids in the store alone.
-        journal.save_node("renamed")
-    scene.node.name = "renamed"
+    rename(scene, "renamed")
     pinged = scene.node.namespace.start("ping", "-n", "-q", "-i", "0.1", "-c", "50", scene.ip, stdout=-1)
     scene.node.start()
     eventually(lambda: scene.holder() == ("renamed", scene.container.id))
@@ -152,6 +156,22 @@ def test_a_container_whose_address_stands_under_an_earlier_name_of_its_machine_i
     assert b" 0% packet loss" in stdout, stdout.decode()
     assert scene.state() == ["attached"]
     assert "CONFLICT" not in scene.node.log.read_text()
+
+
+def test_a_name_that_the_machine_had_before_and_has_again_gets_back_what_stands_under_another_one(
+    scene: Scene,
+) -> None:
+    """Under the other name more was written, so the store seems to have forgotten what this one wrote, and is doubted
+    as well; and nobody looks at it under the other name any more."""
+    for name, writes in (("again", 0), ("between", 1000), ("again", 1000)):
+        rename(scene, name)
+        with scene.journal as journal:
+            journal.save_confirmed_seq(writes)
+        scene.node.start()
+        eventually(lambda name=name: scene.holder() == (name, scene.container.id))
+        assert scene.state() == ["attached"]
+        assert "CONFLICT" not in scene.node.log.read_text()
+        scene.node.stop()
 
 
 HASTY = Path(__file__).parent.parent / "cluster" / "hasty_agent.py"
