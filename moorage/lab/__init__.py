@@ -8,7 +8,7 @@ networking, nor an agent that is installed beside it.
 
 from moorage.lab.cluster import Lab
 from moorage.lab.container import Answer, Container
-from moorage.lab.etcd import EtcdCluster, Member
+from moorage.lab.etcd import EtcdCluster, Files, Member, Tls
 from moorage.lab.namespace import Namespace, unique
 from moorage.lab.node import LabNode
 from moorage.lab.proxy import DelayingProxy
@@ -19,10 +19,12 @@ __all__ = [
     "Container",
     "DelayingProxy",
     "EtcdCluster",
+    "Files",
     "Lab",
     "LabNode",
     "Member",
     "Namespace",
     "Switch",
+    "Tls",
     "unique",
 ]

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moorage.lab.etcd import EtcdCluster, Member
+from moorage.lab.etcd import EtcdCluster, Member, Tls
 from moorage.lab.namespace import Namespace, unique
-from moorage.lab.node import LabNode
+from moorage.lab.node import AGENT, LabNode
 from moorage.lab.resource import Resource
 from moorage.lab.switch import Switch
 
@@ -29,9 +29,10 @@ class Lab(Resource):
             lab.partition(lab.nodes[0], *lab.etcd.members)
 
     Agents are started by ``start``, or one by one by their nodes. etcd_flags: more of etcd's command line.
-    gateway: one more node, ``gw``, whose agent joins the fabric without containers. prefix: what namespaces'
-    names begin with; directory: one that is there already, for everything in files; both are made up unless
-    given. progress: is called with a word or two as each part is begun, ``parts`` times until all is started.
+    tls: clients reach etcd by it. agent: the command line that runs an agent. gateway: one more node, ``gw``, whose
+    agent joins the fabric without containers. prefix: what namespaces' names begin with; directory: one that is
+    there already, for everything in files; both are made up unless given. progress: is called with a word or two as
+    each part is begun, ``parts`` times until all is started.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Lab(Resource):
         etcd: int = 1,
         etcd_flags: Sequence[str] = (),
         *,
+        tls: Tls | None = None,
+        agent: Sequence[str] = AGENT,
         gateway: bool = False,
         prefix: str | None = None,
         directory: Path | None = None,
@@ -51,22 +54,33 @@ class Lab(Resource):
         self._progress = progress
         self.switch = Switch(Namespace(f"{prefix}switch"))
         self.etcd = EtcdCluster(
-            self.switch, etcd, prefix=prefix, directory=self.directory / "etcd", flags=etcd_flags
+            self.switch, etcd, prefix=prefix, directory=self.directory / "etcd", flags=etcd_flags, tls=tls
         )
 
-        def node(name: str, host: int, *options: str) -> LabNode:
-            return LabNode(
-                name,
-                options=options,
-                store=self.etcd.url,
-                switch=self.switch,
-                host=host,
-                namespace=Namespace(prefix + name),
-                directory=self.directory / name,
-            )
+        self._prefix = prefix
+        self._agent = tuple(agent)
+        self.nodes = [self._node(f"n{number}", number) for number in range(1, nodes + 1)]
+        self.gateway = self._node("gw", GATEWAY_HOST, "--gateway") if gateway else None
 
-        self.nodes = [node(f"n{number}", number) for number in range(1, nodes + 1)]
-        self.gateway = node("gw", GATEWAY_HOST, "--gateway") if gateway else None
+    def _node(self, name: str, host: int, *options: str) -> LabNode:
+        return LabNode(
+            name,
+            agent=self._agent,
+            options=options,
+            store=self.etcd.url,
+            switch=self.switch,
+            host=host,
+            namespace=Namespace(self._prefix + name),
+            directory=self.directory / name,
+        )
+
+    def join(self) -> LabNode:
+        """One more node, switched on; its agent is not started yet."""
+        number = len(self.nodes) + 1
+        node = self._node(f"n{number}", number)
+        node.create()
+        self.nodes.append(node)
+        return node
 
     @property
     def everyone(self) -> list[LabNode]:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 import moorage
 from moorage.lab.errors import with_log
@@ -43,6 +45,37 @@ READY_WITHIN = 60.0
 """Seconds a cluster has to elect its first leader."""
 
 
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Of one side of mutual TLS: whom it trusts, and who it is."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """What clients and members have on their disks; members are clients of etcdctl's as well."""
+
+    server: Files
+    client: Files
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of etcd's command line."""
+        server = self.server
+        return (
+            "--cert-file", str(server.cert), "--key-file", str(server.key),
+            "--trusted-ca-file", str(server.ca), "--client-cert-auth",
+        )  # fmt: skip
+
+    @property
+    def query(self) -> str:
+        """Of the store's URL."""
+        return urlencode({"ca": self.client.ca, "cert": self.client.cert, "key": self.client.key})
+
+
 class Member(Resource):
     """One etcd process in a namespace on the switch. flags: more of etcd's command line."""
 
@@ -55,6 +88,7 @@ class Member(Resource):
         switch: Switch,
         host: int,
         flags: Sequence[str] = (),
+        tls: Tls | None = None,
     ) -> None:
         self.name = name
         self.namespace = namespace
@@ -63,7 +97,8 @@ class Member(Resource):
         self.log = self.directory.with_suffix(".log")
         self.etcd = Daemon(self.directory.with_suffix(".pid"))
         self._switch = switch
-        self._flags = tuple(flags)
+        self._flags = (*flags, *(tls.flags if tls else ()))
+        self._tls = tls
 
     def create(self) -> None:
         self.namespace.create()
@@ -79,7 +114,7 @@ class Member(Resource):
 
     @property
     def client(self) -> str:
-        return f"http://{self.ip}:2379"
+        return f"{'https' if self._tls else 'http'}://{self.ip}:2379"
 
     @property
     def peer(self) -> str:
@@ -92,7 +127,15 @@ class Member(Resource):
     @property
     def environment(self) -> dict[str, str]:
         """Ours, with what makes ``etcdctl`` speak to this member."""
-        return {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.client}
+        ours = {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.client}
+        if self._tls is not None:
+            files = self._tls.server
+            ours |= {
+                "ETCDCTL_CACERT": str(files.ca),
+                "ETCDCTL_CERT": str(files.cert),
+                "ETCDCTL_KEY": str(files.key),
+            }
+        return ours
 
     def start(self, cluster: str, *, hidden: bool = False) -> None:
         """Start it; ``cluster`` is etcd's --initial-cluster. Does not wait. hidden: nobody outside reaches it."""
@@ -133,13 +176,22 @@ class Member(Resource):
 class EtcdCluster(Resource):
     """``size`` real etcd members on a switch. They run as soon as it is created.
 
-    prefix: what their namespaces' names begin with. directory: made by it, for data, logs and backups.
+    prefix: what their namespaces' names begin with. directory: made by it, for data, logs and backups. tls: clients
+    reach them by mutual TLS; else in plain text, as they reach each other.
     """
 
     def __init__(
-        self, switch: Switch, size: int, *, prefix: str, directory: Path, flags: Sequence[str] = ()
+        self,
+        switch: Switch,
+        size: int,
+        *,
+        prefix: str,
+        directory: Path,
+        flags: Sequence[str] = (),
+        tls: Tls | None = None,
     ) -> None:
         self.directory = directory
+        self._tls = tls
         self.members = [
             Member(
                 name,
@@ -148,6 +200,7 @@ class EtcdCluster(Resource):
                 switch=switch,
                 host=FIRST_HOST + number,
                 flags=flags,
+                tls=tls,
             )
             for number, name in enumerate(f"etcd{number}" for number in range(size))
         ]
@@ -167,7 +220,8 @@ class EtcdCluster(Resource):
     @property
     def url(self) -> str:
         """The store's URL for agents on the switch."""
-        return f"etcd://{','.join(self.addresses)}"
+        query = f"?{self._tls.query}" if self._tls else ""
+        return f"etcd://{','.join(self.addresses)}{query}"
 
     @property
     def addresses(self) -> list[str]:
@@ -210,8 +264,11 @@ class EtcdCluster(Resource):
     def _etcdctl(
         self, *arguments: str, check: bool = True, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
+        # What the command line names is not to stand in the environment as well.
+        environment = {**self.members[0].environment}
+        del environment["ETCDCTL_ENDPOINTS"]
         return self.members[0].namespace.run(
-            "env", "ETCDCTL_API=3", "etcdctl", *arguments, check=check, stdin=stdin
+            "etcdctl", *arguments, check=check, stdin=stdin, environment=environment
         )
 
     def revision(self) -> int:

@@ -27,6 +27,7 @@ from moorage.lab.resource import Resource
 from moorage.lab.switch import Switch, address
 
 MOORAGE = (sys.executable, "-m", "moorage")
+AGENT = (*MOORAGE, "agent")
 ADDRESSES = ("198.18.0.1/32", "fd98::1/128")
 """What a node of its own, without an underlay, calls itself (benchmarking range, RFC 2544)."""
 
@@ -52,7 +53,7 @@ class LabNode(Resource):
         self,
         name: str = "node",
         *,
-        agent: Sequence[str] = (*MOORAGE, "agent"),
+        agent: Sequence[str] = AGENT,
         options: Sequence[str] = (),
         store: str = "",
         switch: Switch | None = None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -36,7 +37,8 @@ QUEUE = 1 << 24
 
 
 _SO_RCVBUFFORCE = 33
-"""Linux's; the socket module has no name for it."""
+_SO_MEMINFO = 55
+"""Linux's; the socket module has no name for them."""
 
 
 class Prober:
@@ -212,7 +214,7 @@ class _Inside:
             case "counted":
                 return {raw.removeprefix(KEPT_UP).decode(): count for raw, count in self.counts.items()}
             case "overflowed":
-                return _overflowed()
+                return _dropped(self.listening)
             case "stream":
                 assert self.connection is not None
                 self.stream = Stream(self.connection)
@@ -288,10 +290,10 @@ class _Inside:
         return text in got
 
 
-def _overflowed() -> int:
-    """Datagrams that were dropped in front of a full socket; a socket of both families counts as IPv6."""
-    words = dict(line.split() for line in Path("/proc/self/net/snmp6").read_text().splitlines())
-    return int(words["Udp6RcvbufErrors"])
+def _dropped(sock: socket.socket) -> int:
+    """Datagrams of both families that were dropped before the socket, for want of room or of the kernel's memory."""
+    drops = 8
+    return int(struct.unpack("9I", sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36))[drops])
 
 
 def _echo_back(connection: socket.socket) -> None:

@@ -1,5 +1,5 @@
-"""An agent whose wall clock is wrong by ``SKEW`` seconds, of the environment. ``SKEW=3600 python skewed_agent.py agent
---node ...``. Time namespaces move the other clocks only."""
+"""An agent whose wall clock is wrong by ``SKEW`` seconds, of the environment; 0 unless given.
+``SKEW=3600 python skewed_agent.py agent --node ...``. Time namespaces move the other clocks only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 
 if __name__ == "__main__":
-    right, skew = time.time, float(os.environ["SKEW"])
+    right, skew = time.time, float(os.environ.get("SKEW") or 0)
 
     def wrong() -> float:
         # gRPC makes deadlines of it for its core, which has the machine's clock.

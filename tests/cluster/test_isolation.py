@@ -33,6 +33,9 @@ RATE = 1000
 """Packets a second. They are sent a little faster, so that a pause is made up for."""
 SELDOM = 10
 """The same, between pairs that are not looked at closely."""
+UNTOLD = 1
+"""Of some 200,000 packets, how many the kernel may lose without counting them: one was, in one of many runs on a busy
+machine. A change that cuts what is allowed loses some each time, and there are hundreds of changes."""
 ROUND = 0.15
 """Seconds that the packets of a round take at that rate; about what its calls take where nothing else runs."""
 
@@ -224,9 +227,11 @@ def test_churn_lets_nothing_forbidden_through_and_breaks_nothing_allowed(
         heard = sum((peer.prober.counted() for peer in everyone), Counter[str]())
     assert heard.keys() <= allowed, "forbidden packets passed"
     assert all(heard[mark] for mark in allowed)
-    assert (expected - heard).total() <= dropped_by_the_machine(everyone) - dropped, (
-        "allowed packets were lost"
+    lost = expected - heard
+    told = f"allowed packets were lost: {dict(lost)}\n" + "\n".join(
+        node.namespace.run("ip", "-s", "-s", "link").stdout for node in lab.nodes
     )
+    assert lost.total() <= dropped_by_the_machine(everyone) - dropped + UNTOLD, told
     for caller in (red[0], green[1], near):
         stream = caller.prober.stop_streaming()
         assert stream["problem"] == ""

@@ -17,7 +17,7 @@ import pytest
 
 from ipam.taken import Kind
 from moorage.lab import Container, Lab, LabNode
-from moorage.lab.node import MOORAGE
+from moorage.lab.node import AGENT
 from tests.system.conftest import eventually
 
 pytestmark = [
@@ -71,7 +71,7 @@ def with_services(lab: Lab, name: str, host: int, base: int, directory: Path) ->
     endpoints = "".join(f",{used(base, Kind.STORE, number)}:2379" for number in range(COUNT))
     node = LabNode(
         name,
-        agent=("unshare", "-m", "sh", "-c", WITH_RESOLVERS, str(resolvers), *MOORAGE, "agent"),
+        agent=("unshare", "-m", "sh", "-c", WITH_RESOLVERS, str(resolvers), *AGENT),
         store=f"{hosts}{endpoints}" + f"?{options}" * bool(options),
         switch=lab.switch,
         host=host,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moorage.lab import LabNode
-from moorage.lab.node import MOORAGE
+from moorage.lab.node import AGENT
 from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
@@ -28,7 +28,7 @@ def capabilities() -> list[str]:
 def confined() -> Iterator[LabNode]:
     """A node whose agent has the capabilities that its unit names, and no other."""
     bounds = ",".join(["-all", *(f"+{name}" for name in capabilities())])
-    command = ("setpriv", "--no-new-privs", f"--bounding-set={bounds}", *MOORAGE, "agent")
+    command = ("setpriv", "--no-new-privs", f"--bounding-set={bounds}", *AGENT)
     with LabNode("unit", agent=command) as node:
         node.start()
         node.cli(

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 import ssl
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,42 +16,11 @@ from ipam.errors import Ambiguous, StoreUnavailable
 from ipam.store import Put, Store, Txn, open_store
 from ipam.store.certificates import end_of, ending_files, ending_servers
 from ipam.store.etcd_url import parse
+from tests.certificates import Authority, Rotated
 from tests.ipam.store.etcd_members import Cluster
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.etcd
-
-
-class Authority:
-    """A certificate authority in a directory."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self.directory = directory
-        self.name = name
-        self.ca = directory / f"{name}.pem"
-        self._openssl("req", "-x509", *self._new(name), "-out", self.ca)
-
-    def issue(self, name: str, usage: str, names: str, days: float = 2) -> tuple[Path, Path]:
-        """Certificate and key for ``names`` (as openssl writes them), for serverAuth or clientAuth."""
-        request, cert = self.directory / f"{name}.csr", self.directory / f"{name}.pem"
-        extensions = self.directory / f"{name}.ext"
-        extensions.write_text(f"subjectAltName={names}\nextendedKeyUsage={usage}\n")
-        self._openssl("req", *self._new(name), "-out", request)
-        signer = ("-CA", self.ca, "-CAkey", self.directory / f"{self.name}.key", "-CAcreateserial")
-        self._openssl(
-            "x509", "-req", "-in", request, *signer, "-extfile", extensions, "-days", days, "-out", cert
-        )
-        return cert, self.directory / f"{name}.key"
-
-    def _new(self, name: str) -> tuple[object, ...]:
-        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        return (*key, "-keyout", self.directory / f"{name}.key", "-subj", f"/CN={name}")
-
-    def _openssl(self, *arguments: object) -> None:
-        done = subprocess.run(
-            ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE
-        )
-        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -135,60 +103,18 @@ async def test_ipv6_in_brackets(authority: Authority, secure: bool) -> None:
         assert await works(cluster.url(**options))
 
 
-class Rotated:
-    """A member with mutual TLS, and what both sides have on their disks, all of which can be replaced."""
+def member_with(rotated: Rotated) -> Cluster:
+    """A member with mutual TLS."""
+    tls = (
+        "--cert-file", rotated.server_cert, "--key-file", rotated.server_key,
+        "--trusted-ca-file", rotated.trusted, "--client-cert-auth",
+    )  # fmt: skip
+    ctl = ("--cacert", rotated.trusted, "--cert", rotated.server_cert, "--key", rotated.server_key)
+    return Cluster(tls=[*map(str, tls)], ctl=[*map(str, ctl)])
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._count = 0
-        self.ca, self.cert, self.key = (directory / name for name in ("ca", "cert", "key"))
-        self.trusted, self.server_cert, self.server_key = (
-            directory / name for name in ("trusted", "server-cert", "server-key")
-        )
-        self.authority = self._new_authority()
-        self.replace(self.authority)
 
-    def _new_authority(self) -> Authority:
-        self._count += 1
-        folder = self._directory / f"authority-{self._count}"
-        folder.mkdir()
-        return Authority(folder, "ca")
-
-    def replace(self, *trusted: Authority, clients: bool = True, servers: bool = True) -> None:
-        """The last of these issues new certificates, and all are trusted."""
-        issuer = trusted[-1]
-        bundle = b"".join(authority.ca.read_bytes() for authority in trusted)
-        if clients:
-            cert, key = issuer.issue(f"client-{self._count}", "clientAuth", "DNS:client")
-            self._put((self.ca, bundle), (self.cert, cert.read_bytes()), (self.key, key.read_bytes()))
-        if servers:
-            cert, key = issuer.issue(f"server-{self._count}", "serverAuth,clientAuth", "IP:127.0.0.1")
-            self._put(
-                (self.trusted, bundle),
-                (self.server_cert, cert.read_bytes()),
-                (self.server_key, key.read_bytes()),
-            )
-
-    @staticmethod
-    def _put(*files: tuple[Path, bytes]) -> None:
-        for path, content in files:
-            path.write_bytes(content)
-
-    def rotate(self) -> tuple[Authority, Authority]:
-        """The authority until now, and its successor."""
-        old, self.authority = self.authority, self._new_authority()
-        return old, self.authority
-
-    def cluster(self) -> Cluster:
-        tls = (
-            "--cert-file", self.server_cert, "--key-file", self.server_key,
-            "--trusted-ca-file", self.trusted, "--client-cert-auth",
-        )  # fmt: skip
-        ctl = ("--cacert", self.trusted, "--cert", self.server_cert, "--key", self.server_key)
-        return Cluster(tls=[*map(str, tls)], ctl=[*map(str, ctl)])
-
-    def url(self, cluster: Cluster) -> str:
-        return cluster.url(ca=self.ca, cert=self.cert, key=self.key)
+def url_of(cluster: Cluster, rotated: Rotated) -> str:
+    return cluster.url(ca=rotated.ca, cert=rotated.cert, key=rotated.key)
 
 
 @pytest.fixture
@@ -216,8 +142,8 @@ async def again(store: Store) -> None:
 @contextlib.asynccontextmanager
 async def opened(rotated: Rotated) -> AsyncIterator[tuple[Cluster, Store]]:
     """An etcd with these certificates, and an open store in it."""
-    with rotated.cluster() as cluster:
-        store = await open_store(rotated.url(cluster))
+    with member_with(rotated) as cluster:
+        store = await open_store(url_of(cluster, rotated))
         try:
             yield cluster, store
         finally:
@@ -288,8 +214,8 @@ async def test_with_old_and_new_authority_in_one_file_nothing_has_to_be_done_at_
 
 
 async def test_the_end_of_a_certificate_is_told_for_both_sides(rotated: Rotated) -> None:
-    with rotated.cluster() as cluster:
-        url = parse(rotated.url(cluster))
+    with member_with(rotated) as cluster:
+        url = parse(url_of(cluster, rotated))
         (text,) = ending_files(url)  # the authority's own lasts for 30 days
         assert text.startswith(f"the client certificate {rotated.cert} expires in 2 days, on ")
         (text,) = ending_servers(url)
