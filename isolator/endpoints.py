@@ -482,6 +482,22 @@ class Endpoints:
             await self._removal.ended(key)
             return True
 
+    async def end_missing(self, endpoint: Endpoint) -> bool:
+        """End one that was missing, and wait until it is gone; says whether it is. Not one that is seen again, whether
+        or not it is connected yet. Raises KernelRefused, TimeoutError."""
+        async with self._locks.of(endpoint.key):
+            current = self._endpoints.get(endpoint.key)
+            if current is None or current.request_id != endpoint.request_id:
+                return True
+            if current.state is EndpointState.MISSING:
+                if current.host_ifname in await self._kernel.links():
+                    return False
+                await self._removal.begin(current)
+            elif current.state is not EndpointState.DETACHING:
+                return False
+            await self._removal.ended(current.key)
+            return True
+
     async def collect_garbage(self, valid: ValidAttachments) -> None:
         """Detach what an engine has no more; returns when it is gone. Raises TryAgain naming all that is still there.
 
@@ -725,7 +741,8 @@ class Endpoints:
                     log.warning("limits were missing; restored", endpoint=str(endpoint.key), missing=why)
 
     async def cut_off(self, conflict: Conflict) -> bool:
-        """The store gave an address of ours to somebody else: its endpoint must not answer for it.
+        """The store gave an address of ours to somebody else: its endpoint must not answer for it. One that is missing
+        stays so, until it is known what became of it.
 
         Returns whether that is so now; if not, the caller tries again.
         """
@@ -743,7 +760,8 @@ class Endpoints:
                 holder_node=conflict.holder.node,
                 holder_container=conflict.holder.container_id,
             )
-            cut = replace(current, state=EndpointState.CONFLICT)
+            is_missing = current.state is EndpointState.MISSING
+            cut = current if is_missing else replace(current, state=EndpointState.CONFLICT)
             self._endpoints[current.key] = cut
             try:
                 await self._kernel.disconnect(cut)
@@ -762,11 +780,25 @@ class Endpoints:
     async def reconnect(self, endpoint: Endpoint) -> bool:
         """Let traffic flow again to one that was cut off, or was missing, and is as it should be; says whether it does.
 
-        Raises KernelRefused, JournalUnwritable, NotFound (network).
+        One whose interface is not there stays as it is. One that was missing, and has not all of its addresses any
+        more, is cut off from now on. Raises KernelRefused, JournalUnwritable, NotFound (network).
         """
         async with self._locks.of(endpoint.key):
             stopped = (EndpointState.CONFLICT, EndpointState.MISSING)
             if self._endpoints.get(endpoint.key) is not endpoint or endpoint.state not in stopped:
+                return False
+            if endpoint.host_ifname not in await self._kernel.links():
+                return False
+            if endpoint.state is EndpointState.MISSING and not self._has_all(endpoint):
+                cut = replace(endpoint, state=EndpointState.CONFLICT)
+                await self._kernel.disconnect(cut)
+                self._journal.save_endpoint(cut)
+                self._endpoints[cut.key] = cut
+                log.error(
+                    "CONFLICT: endpoint is seen again and stays cut off, an address of it belongs to another",
+                    endpoint=str(cut.key),
+                    ips=[str(ip) for ip in cut.ips],
+                )
                 return False
             back = replace(endpoint, state=EndpointState.ATTACHED)
             # What another container had by these addresses meanwhile.
@@ -778,6 +810,13 @@ class Endpoints:
             self._endpoints[back.key] = back
             log.info("endpoint is connected again", endpoint=str(back.key), ips=[str(ip) for ip in back.ips])
             return True
+
+    def _has_all(self, endpoint: Endpoint) -> bool:
+        """Whether its addresses are all assigned to it."""
+        assigned = self._holder.assigned()
+        records = [assigned[ip].record for ip in endpoint.ips if ip in assigned]
+        owners = [(record.container_id, record.ifname) for record in records if record is not None]
+        return owners == [endpoint.key] * len(endpoint.ips)
 
     def miss(self, endpoints: Sequence[Endpoint]) -> None:
         """Nobody knows whether these have ended: they keep what they have. Nothing else is going on yet."""

@@ -5,7 +5,8 @@ the machine has not booted, it may as well be the agent that does not see them. 
 stays theirs, and nothing else waits for that. It ends with
 
     their DEL, or a GC of their engine           the endpoint ends, as always
-    their interface, seen again                  the endpoint is connected again
+    their interface, seen again                  the endpoint is connected again, or cut off (isolator/conflicts.py)
+                                                 where another container has one of its addresses by now
     `moorage endpoint missing --release`         they have ended
     `moorage endpoint missing --keep`            they live: nothing more is asked until the next start
 """
@@ -13,7 +14,7 @@ stays theirs, and nothing else waits for that. It ends with
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -26,7 +27,7 @@ from isolator.netlink import HostLink
 log = structlog.get_logger(__name__)
 
 SEVERAL = 2
-"""Endpoints that have to be gone together before it is doubted. A single one ends now and then."""
+"""Containers that have to be gone together before it is doubted. A single one ends now and then."""
 
 
 def missing(endpoints: Sequence[Endpoint], links: Mapping[str, HostLink], boot_id: str) -> list[Endpoint]:
@@ -35,9 +36,13 @@ def missing(endpoints: Sequence[Endpoint], links: Mapping[str, HostLink], boot_i
     links: the node's, by name. boot_id: of now; those of another boot have ended with it.
     """
     expected = [e for e in endpoints if e.state in COLLECTED and e.asked.boot_id == boot_id]
-    if len(expected) < SEVERAL or any(e.host_ifname in links for e in expected):
+    if _containers(expected) < SEVERAL or any(e.host_ifname in links for e in expected):
         return []
     return expected
+
+
+def _containers(endpoints: Iterable[Endpoint]) -> int:
+    return len({endpoint.key.container_id for endpoint in endpoints})
 
 
 class Missing:
@@ -73,7 +78,7 @@ class Missing:
 
     def question(self) -> str:
         """What an operator is to answer; "" if nothing."""
-        count = sum(endpoint.key not in self._kept for endpoint in self.all())
+        count = _containers(endpoint for endpoint in self.all() if endpoint.key not in self._kept)
         if not count:
             return ""
         return (
@@ -83,11 +88,15 @@ class Missing:
         )
 
     async def release(self, keys: Collection[EndpointKey]) -> list[Endpoint]:
-        """They have ended. keys: which; () is all. Returns them. Raises NotFound, TimeoutError."""
+        """They have ended. keys: which; () is all. Returns those that have; one that is seen again has not.
+
+        Raises NotFound, TimeoutError.
+        """
         chosen = self._chosen(keys)
-        log.info("endpoints ended: an operator said so", endpoints=[str(endpoint.key) for endpoint in chosen])
-        await asyncio.gather(*(self._endpoints.end(e.key, request_id=e.request_id) for e in chosen))
-        return chosen
+        ends = await asyncio.gather(*(self._endpoints.end_missing(endpoint) for endpoint in chosen))
+        ended = [endpoint for endpoint, end in zip(chosen, ends, strict=True) if end]
+        log.info("endpoints ended: an operator said so", endpoints=[str(endpoint.key) for endpoint in ended])
+        return ended
 
     def keep(self, keys: Collection[EndpointKey]) -> list[Endpoint]:
         """They live. keys: which; () is all. Returns them. Raises NotFound."""

@@ -92,7 +92,8 @@ def missing(session: Session, names: tuple[str, ...], answer: str | None) -> Non
     """Show the containers whose interfaces were all gone when the agent started, or say what became of them.
 
     Their addresses are kept, because it may be the agent that does not see them: start it where it ran before, if
-    it was moved. What their engine says, a DEL or a GC, holds without this command.
+    it was moved. What their engine says, a DEL or a GC, holds without this command. One whose interface is seen
+    again is connected again, and not released.
 
     \b
     Examples:
@@ -115,10 +116,13 @@ def missing(session: Session, names: tuple[str, ...], answer: str | None) -> Non
         return
     keys = [(one["container_id"], one["ifname"]) for one in chosen]
     done = session.ask_agent("missing", answer=answer, keys=keys) if keys else []
+    answered = {(one["container_id"], one["ifname"]) for one in done}
+    seen = [f"{container}/{ifname}" for container, ifname in keys if (container, ifname) not in answered]
     what = "released" if answer == "release" else "kept"
-    session.out.done(
-        f"the addresses of {len(done)} containers are {what}", {"answer": answer, "count": len(done)}
-    )
+    said = f"the addresses of {len({container for container, _ in answered})} containers are {what}"
+    if seen:
+        said += f"; seen again meanwhile, so not released: {', '.join(seen)}"
+    session.out.done(said, {"answer": answer, "count": len(done), "seen_again": seen})
 
 
 @endpoint.command("set-netgroups", short_help="Give a running container other netgroups.")

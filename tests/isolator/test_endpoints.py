@@ -648,6 +648,18 @@ def states(node: Node) -> list[str]:
     return [endpoint.state.value for endpoint in node.endpoints.all()]
 
 
+async def another_gets(node: Node, ip: IPAddress) -> None:
+    """By the store, which this node hears of, and its endpoint is cut off."""
+    await node.holder.confirmed([ip])
+    kv = await node.store.get(keys.address_key(ip))
+    assert kv is not None
+    record = Address.decode(kv.key, kv.value).with_(node="b", container_id="other")
+    await written(node, Put(kv.key, record.encode()))
+    await node.holder.sync()
+    (found,) = node.conflicts
+    assert await node.endpoints.cut_off(found)
+
+
 async def test_endpoints_that_are_all_gone_at_a_start_keep_their_addresses(node: Node) -> None:
     question = await gone_together(node, "c1", "c2")
     await node.endpoints.collect()
@@ -724,6 +736,98 @@ async def test_an_operator_says_that_missing_endpoints_live(node: Node) -> None:
     assert states(node) == ["missing"] * 2
     with pytest.raises(NotFound, match="c9/eth0 is not missing"):
         question.keep([EndpointKey("c9", "eth0")])
+
+
+async def test_a_container_with_two_interfaces_that_is_gone_at_a_start_has_ended(node: Node) -> None:
+    await node.endpoints.attach(replace(node.spec(request="r2"), key=EndpointKey("c1", "eth1")))
+    question = await gone_together(node, "c1")
+    assert question.all() == []
+    await gone_together(node, "c2")
+    assert len(question.all()) == 3
+    assert "all 2 containers" in question.question()
+
+
+async def test_a_missing_endpoint_whose_address_another_has_is_cut_off_when_it_is_seen_again(
+    node: Node,
+) -> None:
+    first = await node.endpoints.attach(node.spec("c1"))
+    await another_gets(node, first.ips[0])
+    question = await gone_together(node, "c2")
+    assert states(node) == ["missing"] * 2
+    node.kernel.there |= {host_ifname(EndpointKey(name, "eth0")) for name in ("c1", "c2")}
+    node.kernel.calls.clear()
+    await question.look()
+    assert states(node) == [e.state for e in node.journal.load_endpoints()] == ["conflict", "attached"]
+    assert [call for call in node.kernel.calls if "c1" in call] == ["disconnect c1"]
+
+
+async def test_a_missing_endpoint_whose_address_was_free_again_is_connected_when_it_is_seen(
+    node: Node, judge: Conflicts
+) -> None:
+    first = await node.endpoints.attach(node.spec("c1"))
+    question = await gone_together(node, "c2")
+    await another_gets(node, first.ips[0])
+    node.kernel.there |= {host_ifname(EndpointKey(name, "eth0")) for name in ("c1", "c2")}
+    await question.look()
+    await written(node, Delete(keys.address_key(first.ips[0])))
+    async with asyncio.timeout(PATIENCE):
+        while states(node) != ["attached"] * 2:
+            await asyncio.sleep(0.01)
+    assert first.ips[0] in node.holder.assigned()
+
+
+async def test_a_conflict_over_one_address_of_a_missing_endpoint_leaves_it_the_other(node: Node) -> None:
+    await create_network(
+        node.store, Network(name="two", pools=[]), [PoolSpec("10.1.0.0/24"), PoolSpec("fd01::/112")]
+    )
+    await node.catalogue.refresh()
+    first = await node.endpoints.attach(replace(node.spec("c1"), network="two"))
+    question = await gone_together(node, "c2")
+    await another_gets(node, first.ips[0])
+    await node.endpoints.collect()
+    assert states(node) == ["missing"] * 2
+    assert first.ips[1] in node.holder.assigned()
+    await question.release([])
+    assert not node.holder.assigned()
+
+
+async def test_an_address_that_is_taken_back_does_not_attach_an_endpoint_that_nobody_sees(
+    node: Node,
+) -> None:
+    await gone_together(node, "c1", "c2")
+    for endpoint in node.endpoints.all():
+        assert not await node.endpoints.reconnect(endpoint)
+    assert states(node) == ["missing"] * 2
+
+
+async def test_what_is_seen_again_is_not_released(node: Node) -> None:
+    question = await gone_together(node, "c1", "c2")
+    node.kernel.there.add(host_ifname(EndpointKey("c1", "eth0")))
+    assert [e.key.container_id for e in await question.release([])] == ["c2"]
+    await question.look()
+    assert states(node) == ["attached"]
+
+
+async def test_a_release_that_waits_while_an_endpoint_is_connected_again_leaves_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = await gone_together(node, "c1", "c2")
+    node.kernel.there.add(host_ifname(EndpointKey("c1", "eth0")))
+    entered, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(*_: object) -> None:
+        entered.set()
+        await go.wait()
+
+    monkeypatch.setattr(node.kernel, "readmit", slow)
+    looking = asyncio.create_task(question.look())
+    await entered.wait()
+    releasing = asyncio.create_task(question.release([EndpointKey("c1", "eth0")]))
+    await asyncio.sleep(0)
+    go.set()
+    await looking
+    assert await releasing == []
+    assert states(node) == ["attached", "missing"]
 
 
 async def test_tombstones_of_earlier_boots_are_dropped_at_a_start(node: Node) -> None:
