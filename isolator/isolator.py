@@ -516,7 +516,8 @@ class Isolator:
         """A sentence, if the host is called otherwise than its node."""
         if self._host_name == self.node:
             return ""
-        return f"the host is called {self._host_name} and stays node {self.node}, as its state directory says"
+        host = self._host_name or "nothing"
+        return f"the host is called {host} and stays node {self.node}, as its state directory says"
 
     def _identity(self) -> list[str]:
         """Sentences about whose the node's name is, and what the agent does not see of the machine."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from ipam.errors import InvalidInput
+from ipam.keys import A_NODE_NAME, NODE_NAME
 from isolator.errors import JournalUnwritable
 from isolator.journal import Journal
 
@@ -22,9 +23,11 @@ def settle(journal: Journal, wanted: str, *, given: bool, state_dir: Path) -> st
     """The name of this node: the journal's, if it has one, else ``wanted``, which it has from now on.
 
     given: whether somebody chose ``wanted``; else it is the host's. Raises InvalidInput when somebody chose another
-    one than the journal's.
+    one than the journal's, or when the host's is to be the name and may not be.
     """
     known = _known(journal, wanted, given=given)
+    if not known and not given:
+        _refuse_unfit(wanted)
     if known and known != wanted:
         if given:
             raise InvalidInput(
@@ -48,6 +51,19 @@ def settle(journal: Journal, wanted: str, *, given: bool, state_dir: Path) -> st
                 "the node's name is not journalled; the next start looks again", node=name, why=str(error)
             )
     return name
+
+
+def _refuse_unfit(host: str) -> None:
+    if not NODE_NAME.fullmatch(host):
+        raise InvalidInput(
+            f"the host is called {host!r}, which cannot name a node: that takes {A_NODE_NAME}; name the node with "
+            "--node or MOORAGE_NODE"
+        )
+    if host.partition(".")[0] == "localhost":
+        raise InvalidInput(
+            f"the host is called {host}, as every machine is that nobody named, and a node keeps its name; name the "
+            "node with --node or MOORAGE_NODE"
+        )
 
 
 def _known(journal: Journal, wanted: str, *, given: bool) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ipam.errors import InvalidInput
+from ipam.keys import A_NODE_NAME, NODE_NAME
 from ipam.pools import NAME
 from marathon.urls import check_url
 from moorage.log import masked
@@ -33,9 +34,6 @@ DEFAULT_SOCKET = "/run/moorage/agent.sock"
 ENVIRONMENT = "MOORAGE_"
 CONFIG_VARIABLE = ENVIRONMENT + "CONFIG"
 """Names the file itself, so it cannot stand in it."""
-
-NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
-"""A node's name is part of store keys; this is what a host name may be."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
@@ -52,7 +50,7 @@ INTERFACE_LIMIT = 15
 class AgentConfig:
     """What an agent runs with; see docs/operator.md for each.
 
-    node_given: whether somebody chose the node's name; else it is the host's.
+    node_given: whether somebody chose the node's name; else it is the host's, whether or not that may name a node.
     underlay: the interface towards other nodes, or an address or network of one; None takes the interface with the
     default route. vxlan_port: UDP.
     manage_docker_user: whether the agent may open Docker's chain DOCKER-USER for containers.
@@ -96,10 +94,8 @@ class Setting:
 
 
 def _node(text: str) -> str:
-    if not NODE.fullmatch(text):
-        raise _Wrong(
-            "a name of 1 to 63 lower-case letters, digits, dots and dashes that starts and ends with a letter or digit"
-        )
+    if not NODE_NAME.fullmatch(text):
+        raise _Wrong(A_NODE_NAME)
     return text
 
 
@@ -180,8 +176,8 @@ def _one_of(*known: str) -> Callable[[str], str]:
 
 
 def hostname() -> str:
-    """The host's name, as far as it may name a node."""
-    return socket.gethostname().lower()
+    """The host's name, in lower case; what is no UTF-8 in it is question marks."""
+    return socket.gethostname().encode(errors="replace").decode().lower()
 
 
 SETTINGS = (
@@ -241,6 +237,10 @@ def load(
                 values[key] = None
                 continue
             place, text = f"the default of {key}", default
+            if key == "node":
+                # A node that has a name needs no other; isolator/node_name.py refuses it for one that has none.
+                values[key] = text
+                continue
         values[key] = _parse(setting, place, text)
     return AgentConfig(**values)
 
@@ -253,8 +253,7 @@ def _parse(setting: Setting, place: str, text: Any) -> Any:
     try:
         return setting.parse(text)
     except _Wrong as wrong:
-        hint = "; name the node with --node or MOORAGE_NODE" if place == "the default of node" else ""
-        raise InvalidInput(f"{place}: expected {wrong}, not {masked(repr(text))}{hint}") from None
+        raise InvalidInput(f"{place}: expected {wrong}, not {masked(repr(text))}") from None
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -50,6 +50,23 @@ def test_a_host_that_is_renamed_stays_the_node_that_it_was(journal: Journal) -> 
     assert [(entry["node"], entry["host"]) for entry in logs] == [("n1", "n1.example.org")]
 
 
+BAD_HOST_NAMES = ["web_1", "x" * 64, "-box", "(none)", "", "localhost", "localhost.localdomain"]
+
+
+@pytest.mark.parametrize("host", BAD_HOST_NAMES)
+def test_a_node_that_has_its_name_keeps_it_whatever_the_host_is_called(journal: Journal, host: str) -> None:
+    settle(journal, "n1", given=False, state_dir=STATE_DIR)
+    assert settle(journal, host, given=False, state_dir=STATE_DIR) == "n1"
+
+
+@pytest.mark.parametrize("host", BAD_HOST_NAMES)
+def test_a_new_node_takes_no_name_that_says_nothing_from_its_host(journal: Journal, host: str) -> None:
+    with pytest.raises(InvalidInput, match="name the node with --node"):
+        settle(journal, host, given=False, state_dir=STATE_DIR)
+    assert journal.node == ""
+    assert settle(journal, "localhost", given=True, state_dir=STATE_DIR) == "localhost"
+
+
 def test_another_chosen_name_is_refused_with_both_and_the_way_out(journal: Journal) -> None:
     settle(journal, "n1", given=False, state_dir=STATE_DIR)
     with pytest.raises(InvalidInput) as refused:

@@ -195,10 +195,15 @@ def test_the_longest_socket_and_node_are_accepted() -> None:
     assert (len(loaded.node), len(str(loaded.socket))) == (63, 103)
 
 
-def test_a_host_name_that_cannot_name_a_node_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("socket.gethostname", lambda: "my_host")
-    assert refusal().startswith("the default of node: expected ")
-    assert refusal().endswith("not 'my_host'; name the node with --node or MOORAGE_NODE")
+@pytest.mark.parametrize("host", ["my_host", "", "caf\udce9"])
+def test_a_host_name_that_cannot_name_a_node_is_for_a_new_node_to_refuse(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    loaded = config.load({}, {})
+    assert loaded.node.encode() == host.encode(errors="replace")
+    assert not loaded.node_given
+    assert refusal({"node": "my_host"}).startswith("--node: expected ")
 
 
 def test_a_password_is_not_repeated_in_the_error() -> None:
