@@ -2,7 +2,8 @@
 
 An agent in another network namespace than its endpoints were made from sees none of their interfaces, and one in
 another PID namespace none of their processes. That they are not seen then says nothing about them. So the journal
-remembers the window, and an agent with endpoints of this boot starts in no other.
+remembers the window, and an agent with endpoints of this boot starts in no other network namespace. A PID namespace is
+made anew at each start of an agent in a container; from such a one nothing is concluded anyway (``blind``).
 """
 
 from __future__ import annotations
@@ -66,17 +67,19 @@ def _pid_namespace() -> str:
 
 
 def enter(journal: Journal, now: Window, state_dir: Path) -> None:
-    """Go on with the journal's endpoints in this window. Raises InvalidInput where they were made from another one."""
+    """Go on with the journal's endpoints in this window. Raises InvalidInput where they were made from another network
+    namespace."""
     raw = journal.window
     before = msgspec.json.decode(raw, type=Window) if raw else None
     has_endpoints = any(e.asked.boot_id == now.boot_id for e in journal.load_endpoints())
-    if before is not None and before.boot_id == now.boot_id and has_endpoints and before != now:
-        what = "network" if before.network != now.network else "PID"
+    was_elsewhere = before is not None and before.boot_id == now.boot_id and before.network != now.network
+    if was_elsewhere and has_endpoints:
         raise InvalidInput(
-            f"this agent runs in another {what} namespace than the one before it in this boot, from where its "
-            f"containers are not seen, so it would take them for gone; start it where that one ran (on the host: not "
-            "in a container without the host's network and PIDs, nor in a unit with PrivateNetwork=); if it was "
-            f"moved on purpose and its containers have ended, move {state_dir}/journal.db* away"
+            "this agent runs in another network namespace than the one before it in this boot, from where its "
+            "containers are not seen, so it would take them for gone; start it where that one ran (on the host: not "
+            "in a container without the host's network, nor in a unit with PrivateNetwork=); if its containers have "
+            "ended, because it was moved on purpose, or because this machine is itself a container that was started "
+            f"anew, move {state_dir}/journal.db* away"
         )
     if before == now:
         return

@@ -44,17 +44,22 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     journal.close()
 
 
-@pytest.mark.parametrize(
-    ("elsewhere", "what"),
-    [(replace(HERE, network="net:2"), "network"), (replace(HERE, processes="pid:[4]"), "PID")],
-)
-def test_an_agent_with_endpoints_starts_in_no_other_namespace_of_the_same_boot(
-    journal: Journal, elsewhere: Window, what: str
+def test_an_agent_with_endpoints_starts_in_no_other_network_namespace_of_the_same_boot(
+    journal: Journal,
 ) -> None:
     journal.save_endpoint(ENDPOINT)
-    with pytest.raises(InvalidInput, match=f"in another {what} namespace") as refused:
-        enter(journal, elsewhere, Path("/var/lib/moorage"))
-    assert "move /var/lib/moorage/journal.db* away" in str(refused.value)
+    with pytest.raises(InvalidInput, match="in another network namespace") as refused:
+        enter(journal, replace(HERE, network="net:2"), Path("/var/lib/moorage"))
+    assert "a container that was started anew, move /var/lib/moorage/journal.db* away" in str(refused.value)
+    enter(journal, HERE, Path())
+
+
+def test_an_agent_in_a_container_has_another_pid_namespace_at_each_start(journal: Journal) -> None:
+    journal.save_endpoint(ENDPOINT)
+    for number in (4, 5):
+        inside = replace(HERE, processes=f"pid:[{number}]")
+        enter(journal, inside, Path())
+        assert blind(inside)
     enter(journal, HERE, Path())
 
 
