@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from ipam import keys
-from ipam.errors import MoorageError, NotFound, StoreError
+from ipam.errors import MoorageError, NotFound, StoreError, TryAgain
 from ipam.following import follow
 from ipam.keys import Family, IPAddress, IPNetwork
 from ipam.networks import unknown_network
@@ -206,10 +206,10 @@ class Catalogue:
         self._pools = {name: self.around.effective(shape) for name, shape in self._drawn.items()}
 
     async def network(self, name: str) -> Network:
-        """The network called ``name``, when its pools are known too. Raises NotFound naming the known ones,
-        StoreError when one of its pools cannot be read."""
+        """The network called ``name``, when its pools are known too. Raises NotFound naming the known ones, TryAgain
+        when it is not known and the store does not answer, StoreError when one of its pools cannot be read."""
         if not self._knows(name):
-            await self.look_again()
+            await self.look_again(f"the network {name!r}")
         network = self._networks.get(name)
         if network is None:
             raise NotFound(unknown_network(name, self.names()))
@@ -225,12 +225,16 @@ class Catalogue:
         network = self._networks.get(name)
         return network is not None and all(pool in self._pools for pool in network.pools)
 
-    async def look_again(self) -> None:
-        """Read the store once more if it answers: something is asked for that may just have been created."""
+    async def look_again(self, what: str) -> None:
+        """Read the store once more: ``what`` is asked for, and may just have been created. Raises TryAgain when the
+        store does not answer: nobody can say then that there is no such thing."""
         try:
             await self.refresh(OPERATORS)
         except StoreError as error:
-            log.warning("catalogue not refreshed", why=str(error))
+            raise TryAgain(
+                f"{what} is not known here, and the store, which may have it, does not answer ({error}); try again "
+                "when it does"
+            ) from error
 
     def names(self) -> list[str]:
         return sorted(self._networks)

@@ -70,9 +70,9 @@ class Named:
         self._shelf = holdings.shelf
 
     async def addresses(self, request: AddressRequest, pools: Sequence[Geometry]) -> list[IPAddress]:
-        """What is asked for by name or by reservation. Raises InvalidInput, AddressTaken."""
+        """What is asked for by name or by reservation. Raises InvalidInput, AddressTaken, TryAgain."""
         if request.reservation is not None and not self._reserved(request):
-            await self._holdings.catalogue.look_again()
+            await self._holdings.catalogue.look_again(f"the reservation {request.reservation!r}")
         return self._choose(request, pools, await self._elsewhere(request))
 
     async def _elsewhere(self, request: AddressRequest) -> set[IPAddress]:

@@ -157,7 +157,7 @@ class Allocated:
         if spec.reservation is not None and not self._catalogue.reserved_under(
             spec.reservation, network.name
         ):
-            await self._catalogue.look_again()
+            await self._catalogue.look_again(f"the reservation {spec.reservation!r}")
         key = spec.reservation
         reserved = set() if key is None else {r.ip for r in self._catalogue.reserved_under(key, network.name)}
         # What it had a moment ago it does not choose.

@@ -261,7 +261,7 @@ class Endpoints:
         reserved = set(spec.ips) if spec.allocated else set()
         if spec.ips and not spec.allocated and spec.reservation is not None:
             if not self._catalogue.reserved_under(spec.reservation, network.name):
-                await self._catalogue.look_again()
+                await self._catalogue.look_again(f"the reservation {spec.reservation!r}")
             reserved = {r.ip for r in self._catalogue.reserved_under(spec.reservation, network.name)}
         # What it had a moment ago it does not choose.
         reserved |= self._holder.coming_back(_asker(spec), network.name)

@@ -12,7 +12,7 @@ import pytest
 
 from ipam import keys
 from ipam.catalogue import FOLLOWED, Catalogue
-from ipam.errors import Compacted, NotFound, StoreError
+from ipam.errors import Compacted, NotFound, StoreError, TryAgain
 from ipam.networks import delete_network
 from ipam.records import Network, Reservation
 from ipam.reservations import reserve, unreserve
@@ -164,6 +164,22 @@ async def test_an_unknown_network_is_looked_for_in_the_store_and_then_named_with
     await network(store, "10.64.0.0/24")
     with pytest.raises(NotFound, match="known: prod"):
         await catalogue(store).network("nope")
+
+
+async def test_of_a_network_that_is_not_known_here_nothing_is_said_while_the_store_is_away(
+    faulty: FaultyStore,
+) -> None:
+    await network(faulty.store, "10.64.0.0/24")
+    known = catalogue(faulty)
+    faulty.down = True
+    with pytest.raises(TryAgain, match="'prod' is not known here, and the store, which may have it"):
+        await known.network("prod")
+    faulty.down = False
+    assert (await known.network("prod")).name == "prod"
+    faulty.down = True
+    assert (await known.network("prod")).name == "prod"
+    with pytest.raises(TryAgain, match="'nope'"):
+        await known.network("nope")
 
 
 async def test_entries_that_make_no_sense_are_ignored_and_the_others_followed(store: Store) -> None:

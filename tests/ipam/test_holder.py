@@ -286,6 +286,17 @@ async def test_an_unknown_reservation_key_is_refused_with_the_command_that_makes
         await node.take(net, reservation="nope")
 
 
+async def test_of_a_reservation_that_is_not_known_here_nothing_is_said_while_the_store_is_away(
+    faulty: FaultyStore, node: Node
+) -> None:
+    net = await network(faulty.store, "10.64.0.0/24")
+    await node.start()
+    await reserve(faulty.store, ip_address("10.64.0.7"), "db")
+    faulty.down = True
+    with pytest.raises(TryAgain, match="the reservation 'db' is not known here"):
+        await node.take(net, reservation="db")
+
+
 async def test_the_same_key_gets_its_address_again_without_cooldown(store: Store, new_node: NewNode) -> None:
     net = await network(store, "10.64.0.0/24")
     await reserve(store, ip_address("10.64.0.7"), "db")
