@@ -39,6 +39,7 @@ from ipam.records import Address, AddressState, Fence, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
 from ipam.taken import aggregated, lines
+from isolator.alias_key import alias_key
 from isolator.allocated import UNUSED_FOR, Allocated
 from isolator.answers import Answers
 from isolator.conflicts import Conflicts
@@ -58,6 +59,7 @@ from isolator.model import Asked, AttachSpec, Endpoint, EndpointKey, EndpointSta
 from isolator.neighbours import Neighbours
 from isolator.netlink import HostLink
 from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
+from isolator.netlink.seal import Seal
 from isolator.node_name import settle
 from isolator.pool_routes import PoolRoutes
 from isolator.recovery import adopted_endpoint, carries, owner_of, recall, recover, routed_to
@@ -158,7 +160,7 @@ class Isolator:
             ),
             lambda: [str(ip) for ip in self._underlay.addresses],
         )
-        self._kernel = Kernel()
+        self._kernel = Kernel(Seal(alias_key(settings.state_dir)))
         self._catalogue = Catalogue(
             store, self._journal, self._catalogue_changed, self._store_rewound, node=settings.node
         )

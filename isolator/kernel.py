@@ -19,6 +19,8 @@ from ipam.keys import Family, IPNetwork
 from ipam.ranges import Ranges
 from isolator import sysctl
 from isolator.drivers import Driver, Repair, Wiring, load_driver
+from isolator.drivers.naming import shaper_ifname
+from isolator.errors import KernelRefused
 from isolator.hostports import first_collision, taken_by, who_listens
 from isolator.model import AttachSpec, Endpoint, EndpointState, IPAddress, PortMapping
 from isolator.netlink import (
@@ -31,15 +33,17 @@ from isolator.netlink import (
     flush_conntrack,
     flush_ports,
     forget,
-    messages,
     name_back,
     our_links,
     pinned,
+    say,
     shaper_links,
     sources,
 )
+from isolator.netlink.inventory import link_by_name
 from isolator.netlink.lookup import Lookup, look_up, look_up_inside, neighbour_state
-from isolator.netlink.messages import SHAPER_PREFIX, mark
+from isolator.netlink.messages import SHAPER_PREFIX
+from isolator.netlink.seal import Seal
 from isolator.netlink.socket import NETLINK_NETFILTER, NetlinkSocket
 from isolator.netlink.whereabouts import find_namespace, look_inside
 from isolator.policy import Admission, Hosts, Isolation, Policy, Surroundings, Verdict
@@ -108,8 +112,8 @@ def _wrong_settings(endpoint: Endpoint) -> list[str]:
 class _DriverThread(KernelThread):
     """A kernel thread with drivers of its own."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, seal: Seal) -> None:
+        super().__init__(name, seal)
         self._drivers: dict[str, Driver] = {}
 
     def driver(self, name: str) -> Driver:
@@ -120,11 +124,14 @@ class _DriverThread(KernelThread):
 
 
 class Kernel:
-    """See the module's docstring. Every method is atomic towards the others of its thread."""
+    """See the module's docstring. Every method is atomic towards the others of its thread.
 
-    def __init__(self) -> None:
-        self._wiring = _DriverThread("moorage-wiring")
-        self._reaping = _DriverThread("moorage-reaping")
+    seal: of what this node's interfaces say.
+    """
+
+    def __init__(self, seal: Seal) -> None:
+        self._wiring = _DriverThread("moorage-wiring", seal)
+        self._reaping = _DriverThread("moorage-reaping", seal)
         self._policy = self._wiring.call(Policy)
         self._reaping_netfilter = self._reaping.call(lambda: NetlinkSocket(NETLINK_NETFILTER))
         self._renamed: dict[str, str] = {}
@@ -188,14 +195,26 @@ class Kernel:
             self._policy.revoke([endpoint.host_ifname])
 
     async def readmit(self, endpoint: Endpoint, isolation: Isolation) -> None:
-        """The endpoint's netgroups are different: who may call it, and what it is a member of."""
-        await self._wiring.run(self._policy.admit, admission(endpoint, isolation))
-        await self.mark([endpoint])
+        """The endpoint's netgroups are different: who may call it, and what it is a member of.
 
-    async def mark(self, endpoints: Sequence[Endpoint]) -> None:
-        """Have the interfaces say what their endpoints are, for an agent that has lost its journal."""
-        requests = [messages.set_alias(endpoint.host_ifname, for_alias(endpoint)) for endpoint in endpoints]
-        await self._wiring.run(self._wiring.node.route.attempt, requests)
+        Raises KernelRefused, also when its interface does not say so: a start would take up what that says.
+        """
+        await self._wiring.run(self._policy.admit, admission(endpoint, isolation))
+        if refused := await self.mark([endpoint]):
+            raise refused[0]
+
+    async def mark(self, endpoints: Sequence[Endpoint]) -> list[KernelRefused]:
+        """Have the interfaces say what their endpoints are, for an agent that has lost its journal; what the kernel
+        refused."""
+        return await self._wiring.run(self._mark, endpoints)
+
+    def _mark(self, endpoints: Sequence[Endpoint]) -> list[KernelRefused]:
+        node = self._wiring.node
+        links = {name: link_by_name(node.route, name) for name in (e.host_ifname for e in endpoints)}
+        said = {e.host_ifname: for_alias(e) for e in endpoints}
+        return node.route.attempt(
+            [say(node, link, name, said[name]) for name, link in links.items() if link is not None]
+        )
 
     async def remove(self, endpoints: Sequence[Endpoint]) -> None:
         """Remove disconnected endpoints' interfaces, and every connection of their addresses."""
@@ -336,13 +355,17 @@ class Kernel:
         self._renamed = names
         return {name: link for name, link in links.items() if not name.startswith(SHAPER_PREFIX)}
 
-    async def mark_links(self) -> None:
-        """Have every link of ours say its name, also those that an earlier version made."""
-        await self._wiring.run(self._mark_links)
+    async def mark_links(self, names: Collection[str]) -> None:
+        """Have links of ours say their names, also those that an earlier version made, or whose seal's key was lost.
+        names: of endpoints' interfaces; others may be anybody's."""
+        await self._wiring.run(self._mark_links, {*names, *map(shaper_ifname, names)})
 
-    def _mark_links(self) -> None:
-        links = our_links(self._wiring.node).values()
-        unmarked = [mark(link.index, link.own_name) for link in links if not link.marked]
+    def _mark_links(self, names: Collection[str]) -> None:
+        node = self._wiring.node
+        links = our_links(node).values()
+        unmarked = [
+            say(node, link, link.name) for link in links if not link.marked and link.own_name in names
+        ]
         if refused := self._wiring.node.route.attempt(unmarked):
             log.warning("interfaces are known by name alone", why=str(refused[0]), count=len(refused))
 

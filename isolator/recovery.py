@@ -121,7 +121,7 @@ async def recall(
     """
     macs = await kernel.macs()
     for link in links.values():
-        told = from_alias(link.alias, boot_id)
+        told = from_alias(link.said, boot_id)
         if not told or link.is_doomed or link.name != host_ifname(EndpointKey(*told["key"])):
             continue
         known = endpoints.get(EndpointKey(*told["key"]))
@@ -132,6 +132,14 @@ async def recall(
         found = _from_kernel(told, link, network, routed.get(link.index, ()), macs.get(link.name))
         if not found.ips:
             continue  # nothing is known of it that anybody else could be given
+        if others := _others(endpoints, found):
+            log.error(
+                "interface kept: it claims addresses of another endpoint",
+                interface=link.name,
+                endpoint=str(found.key),
+                others=others,
+            )
+            continue
         log.warning(
             "endpoint adopted: the journal had lost it, and its interface says what it is",
             endpoint=str(found.key),
@@ -188,6 +196,12 @@ def routed_to(routes: Collection[HostRoute]) -> dict[int, set[IPAddress]]:
     return found
 
 
+def _others(endpoints: Endpoints, endpoint: Endpoint) -> list[str]:
+    """Other endpoints that have one of its addresses."""
+    having = (endpoints.of_ip(ip) for ip in endpoint.ips)
+    return [str(other.key) for other in having if other is not None and other.key != endpoint.key]
+
+
 def _adopt(endpoints: Endpoints, holder: Holder, endpoint: Endpoint) -> None:
     endpoints.adopt(endpoint)
     holder.carry(endpoint.ips, endpoint.network, owner(endpoint))
@@ -212,7 +226,7 @@ async def recover(
             log.info("endpoint of an earlier boot released", endpoint=str(endpoint.key))
             endpoints.forget(endpoint)
     links = await kernel.links()
-    await kernel.mark_links()
+    await kernel.mark_links({endpoint.host_ifname for endpoint in endpoints.all()})
     # What is over is not admitted once more: its ports, or its addresses, may be another's by now.
     await endpoints.collect()
     for endpoint in endpoints.all():
@@ -241,7 +255,8 @@ async def recover(
             endpoints.adopt(_guessed(endpoint, catalogue))
     endpoints.tell_store()
     attached = [e for e in endpoints.all() if e.state is EndpointState.ATTACHED and e.host_ifname in links]
-    await kernel.mark([e for e in attached if links[e.host_ifname].alias != for_alias(e)])
+    if refused := await kernel.mark([e for e in attached if links[e.host_ifname].said != for_alias(e)]):
+        log.warning("interfaces do not say what they are", count=len(refused), why=str(refused[0]))
     await remove_strays(kernel, endpoints, links)
 
 
@@ -277,6 +292,8 @@ async def _name_strangers(
         }
         mac = {"mac": macs[link.name]} if link.name in macs else {}
         stranger = replace(assembled(told, mac), host_ifname=link.name)
+        if _others(endpoints, stranger):
+            continue
         log.error(
             "interface kept: neither journal, store nor its alias says whose it is",
             interface=link.name,

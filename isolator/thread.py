@@ -8,17 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from isolator.netlink.node import Node
+from isolator.netlink.seal import Seal
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class KernelThread:
-    """One thread, and a netlink socket in the network namespace that the agent is in."""
+    """One thread, and a netlink socket in the network namespace that the agent is in. seal: as for Node."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, seal: Seal | None = None) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self.node = self.call(Node)
+        self.node = self.call(lambda: Node(seal))
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run it there."""

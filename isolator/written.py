@@ -2,7 +2,7 @@
 
     journal         every field                                                   isolator/journal.py
     address record  what the record does not say by itself: ``Address.endpoint``  of its first address
-    interface       as much as fits the alias of the node's end (``ip link``)     230 bytes; dearest things first
+    interface       as much as fits the alias of the node's end (``ip link``)     217 bytes; dearest things first
 
 The store has the record as soon as it answers; the kernel has the alias from the first moment on, and is there when
 the store is not. A field that none of them has holds its default, and its name stands in ``Endpoint.lost``.
@@ -21,7 +21,7 @@ import msgspec
 from ipam.records import Address, Label
 from isolator.drivers.naming import host_ifname, mac_for
 from isolator.model import Asked, Bandwidth, Endpoint, EndpointKey, EndpointState, Limit, PortMapping
-from isolator.netlink.messages import MOST_SAID
+from isolator.netlink.seal import MOST_SAID
 
 Fields: TypeAlias = dict[str, Any]
 """Of an Endpoint, by name, as JSON has them."""

@@ -33,7 +33,7 @@ from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink import messages
 from isolator.netlink.codec import Request
 from isolator.netlink.far_end import FarEnd, far_end
-from isolator.netlink.inventory import HostLink, delete_links, link_by_name, name_back, our_links
+from isolator.netlink.inventory import HostLink, delete_links, link_by_name, name_back, our_links, say
 from isolator.netlink.node import Namespace, Node
 from isolator.netlink.socket import NetlinkSocket
 
@@ -63,9 +63,8 @@ class Routed:
                     _allow_ipv6(wiring.host_ifname)
                 self._node.route.execute(
                     [
-                        messages.set_alias(wiring.host_ifname, wiring.alias),
                         *shaping.ingress_requests(wiring, index),
-                        *shaping.egress_requests(wiring, index),
+                        *shaping.egress_requests(wiring, index, self._node.seal),
                         *host_requests(wiring, index),
                     ]
                 )
@@ -75,7 +74,8 @@ class Routed:
                         _expect_no_duplicates(wiring.ifname)
                     with NetlinkSocket() as route:
                         route.execute(container_requests(wiring, peer_index(index)))
-                self._verify_mac(wiring, index)
+                link = self._verified_mac(wiring, index)
+                self._node.route.execute([say(self._node, link, wiring.host_ifname, wiring.alias)])
             except BaseException:
                 self._undo(wiring, container)
                 raise
@@ -217,14 +217,14 @@ class Routed:
             return index
         raise AssertionError("the last attempt returns or raises")
 
-    def _verify_mac(self, wiring: Wiring, index: int) -> None:
+    def _verified_mac(self, wiring: Wiring, index: int) -> HostLink:
         """udev may set a new link's MAC behind our back, and setting it can silently fail: read it back."""
         for _ in range(_ATTEMPTS):
             link = link_by_name(self._node.route, wiring.host_ifname)
             if link is None:
                 raise KernelRefused(f"the link {wiring.host_ifname} vanished while it was set up; try again")
             if link.mac == HOST_MAC:
-                return
+                return link
             self._node.route.execute([messages.set_mac(index, wiring.host_ifname, HOST_MAC)])
         raise KernelRefused(
             f"something on the node keeps changing the MAC of {wiring.host_ifname}; "

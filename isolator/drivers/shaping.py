@@ -25,6 +25,7 @@ from isolator.netlink import messages, traffic
 from isolator.netlink.codec import Request
 from isolator.netlink.inventory import HostLink, our_links
 from isolator.netlink.node import Node
+from isolator.netlink.seal import Ends, Seal
 from isolator.netlink.socket import NetlinkSocket
 from isolator.netlink.traffic import Bucket, Discipline
 
@@ -62,7 +63,7 @@ def ingress_requests(wiring: Wiring, index: int) -> list[Request]:
     return [] if limit is None else [traffic.set_bucket(index, wiring.host_ifname, bucket(limit, wiring.mtu))]
 
 
-def egress_requests(wiring: Wiring, index: int) -> list[Request]:
+def egress_requests(wiring: Wiring, index: int, seal: Seal) -> list[Request]:
     """What limits the traffic from the container, in place of what is left of it."""
     limit = wiring.bandwidth.egress
     if limit is None:
@@ -75,7 +76,7 @@ def egress_requests(wiring: Wiring, index: int) -> list[Request]:
         messages.no_link_local(target, name),
         traffic.set_bucket(target, name, bucket(limit, wiring.mtu)),
         messages.link_up(target, name),
-        messages.mark(target, name),
+        messages.set_alias(target, name, seal.write(Ends(target, target, None), name)),
         *traffic.redirect_ingress(index, wiring.host_ifname, target),
     ]
 
@@ -122,7 +123,7 @@ def restore(node: Node, wiring: Wiring) -> None:
     if any(_ingress_differences(seen, wiring, link.index)):
         node.route.execute(ingress_requests(wiring, link.index))
     if any(_egress_differences(node.route, seen, wiring, link.index)):
-        node.route.execute(egress_requests(wiring, link.index))
+        node.route.execute(egress_requests(wiring, link.index, node.seal))
 
 
 def _differences(route: NetlinkSocket, seen: Seen, wiring: Wiring) -> Iterator[str]:

@@ -20,6 +20,7 @@ from isolator.netlink.inventory import (
     our_links,
     our_routes,
     our_rules,
+    say,
     shaper_links,
 )
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL
@@ -52,6 +53,7 @@ __all__ = [
     "our_routes",
     "our_rules",
     "pinned",
+    "say",
     "shaper_links",
     "sources",
     "unpinned",

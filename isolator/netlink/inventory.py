@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
 from ipam.keys import IPNetwork
 from isolator.errors import KernelRefused
 from isolator.model import IPAddress
 from isolator.netlink import codec, messages
-from isolator.netlink.codec import Attributes, Message
+from isolator.netlink.codec import Attributes, Message, Request
 from isolator.netlink.messages import ENDPOINT_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX
 from isolator.netlink.node import Node
+from isolator.netlink.seal import Ends, Seal
 from isolator.netlink.socket import NetlinkSocket
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -21,11 +22,11 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 @dataclass(frozen=True, slots=True)
 class HostLink:
-    """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP. marked: the name that its alias says is its
-    own, if it is one of ours; "" otherwise.
+    """A link. mac: ``aa:bb:..``. mtu: bytes. arp: whether it speaks ARP. alias: whatever anybody wrote there.
 
     peer: the index of the other end of a veth pair. peer_namespace: the number of its peer's; None if that is here.
-    alias: what was said with it besides (messages.set_alias). group: of links.
+    group: of links. marked: the name that its alias says is its own, and said: what else, if that was said here
+    (seal.py); "" otherwise, and where nobody looked at the seal.
     """
 
     name: str
@@ -36,15 +37,20 @@ class HostLink:
     arp: bool = True
     peer: int = 0
     peer_namespace: int | None = None
+    alias: str = ""
+    group: int = 0
     marked: str = ""
+    said: str = ""
+
+    @property
+    def ends(self) -> Ends:
+        """What its alias is sealed for."""
+        return Ends(self.index, self.peer, self.peer_namespace)
 
     @property
     def own_name(self) -> str:
         """What it is called by us; "" if it is none of ours."""
         return self.marked or (self.name if self.name.startswith(ENDPOINT_PREFIX) else "")
-
-    alias: str = ""
-    group: int = 0
 
     @property
     def is_doomed(self) -> bool:
@@ -55,11 +61,6 @@ class HostLink:
     def leads_elsewhere(self) -> bool:
         """Whether a namespace is behind it."""
         return self.peer_namespace is not None
-
-    def is_peer_of(self, other: HostLink) -> bool:
-        """Whether the two are the ends of one pair, wherever they are: names and paths are given anew, and each of
-        our pairs has indexes of its own."""
-        return (self.index, self.peer) == (other.peer, other.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,37 @@ def link_by_index(route: NetlinkSocket, index: int) -> HostLink | None:
     return parse_link(message) if message is not None else None
 
 
+def namespace_number(route: NetlinkSocket, fd: int) -> int | None:
+    """What the namespace of the socket calls another one (HostLink.peer_namespace); None if it has no link to it.
+
+    fd: of the other one, open. Raises KernelRefused.
+    """
+    message = route.get(messages.get_namespace_number(fd))
+    if message is None:
+        return None
+    found = codec.attributes(message.body, 4)
+    (number,) = codec.S32.unpack(found[messages.NETNSA_NSID])
+    return None if number < 0 else int(number)
+
+
 def our_links(node: Node) -> dict[str, HostLink]:
     """All links of ours that endpoints have, by the names that we gave them: the node's ends, and what limits their
     traffic. One that somebody else renamed is among them; see ``name_back``."""
-    links = [parse_link(message) for message in node.route.dump(messages.dump_links())]
+    links = [_opened(node.seal, parse_link(message)) for message in node.route.dump(messages.dump_links())]
     # One that has the name wins over one that had it.
     links.sort(key=lambda link: link.name == link.own_name)
     return {link.own_name: link for link in links if link.own_name}
+
+
+def _opened(seal: Seal, link: HostLink) -> HostLink:
+    """With what its alias says, if that was said here."""
+    marked, said = seal.read(link.ends, link.alias)
+    return replace(link, marked=marked, said=said) if marked else link
+
+
+def say(node: Node, link: HostLink, name: str, said: str = "") -> Request:
+    """Have a link's alias say its own name, by which it is found under another one, and what it is."""
+    return messages.set_alias(link.index, name, node.seal.write(link.ends, name, said))
 
 
 def name_back(node: Node, links: Iterable[HostLink]) -> list[KernelRefused]:
@@ -203,7 +228,6 @@ def parse_link(message: Message) -> HostLink:
     """A link from RTM_NEWLINK."""
     _, _, index, flags, _ = messages.LINK.unpack_from(message.body)
     found = codec.attributes(message.body, messages.LINK.size)
-    marked, said = messages.marked(codec.as_text(found.get(messages.IFLA_IFALIAS)))
     return HostLink(
         name=codec.as_text(found.get(messages.IFLA_IFNAME)),
         index=index,
@@ -211,13 +235,12 @@ def parse_link(message: Message) -> HostLink:
         mac=bytes(found.get(messages.IFLA_ADDRESS, b"")).hex(":"),
         mtu=codec.as_u32(found.get(messages.IFLA_MTU)),
         arp=not flags & messages.IFF_NOARP,
-        marked=marked,
         # The kernel leaves it out where it is the link's own index.
         peer=codec.as_u32(found.get(messages.IFLA_LINK), index),
         peer_namespace=(
             codec.as_u32(found[messages.IFLA_LINK_NETNSID]) if messages.IFLA_LINK_NETNSID in found else None
         ),
-        alias=said,
+        alias=codec.as_text(found.get(messages.IFLA_IFALIAS)),
         group=codec.as_u32(found.get(messages.IFLA_GROUP)),
     )
 

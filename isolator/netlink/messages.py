@@ -30,11 +30,6 @@ ENDPOINT_PREFIX = "mrg"
 """Names of the node's ends of endpoints begin with it: at birth only its name marks a link."""
 SHAPER_PREFIX = "mrg-"
 """Of those that limit an endpoint's traffic, which no name of an endpoint begins with."""
-_MARK = "moorage "
-"""What the aliases of our links begin with; their names follow, and what there is to say of them. Others rename links,
-hardly their aliases."""
-MOST_SAID = 230
-"""Bytes that an alias (255, IFALIASZ) has for what there is to say: behind the mark, a name of 15, and a space."""
 DOOMED = 0x6D7267FF
 """The link group that is deleted as one; links only ever join it to go."""
 ROUTE_PROTOCOL = 157
@@ -49,6 +44,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
+RTM_GETNSID = 90
 
 LINK = Struct("=BxHiII")  # family, device type, index, flags, which flags change
 ADDRESS = Struct("=BBBBI")  # family, prefix length, flags, scope, index
@@ -68,6 +64,8 @@ IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_MODE_NONE = 8, 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_SECONDARY, IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x01, 0x02, 0x200
 """The first one stands for temporary addresses in IPv6."""
+
+NETNSA_NSID, NETNSA_FD = 1, 3
 
 NDA_DST, NDA_LLADDR, NDA_PORT = 1, 2, 6
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
@@ -203,21 +201,17 @@ def link_up(index: int, name: str) -> Request:
     return Request(RTM_SETLINK, 0, LINK.pack(0, 0, index, IFF_UP, IFF_UP), f"bring {name} up")
 
 
-def marked(alias: str) -> tuple[str, str]:
-    """The name that a link has by its alias, and what else that says; "" and "" if it is not ours."""
-    name, _, said = alias.removeprefix(_MARK).partition(" ")
-    return (name, said) if alias.startswith(_MARK) and name.startswith(ENDPOINT_PREFIX) else ("", "")
-
-
-def mark(index: int, name: str) -> Request:
-    """Have a link's alias say its name, by which it is found under another one."""
-    body = LINK.pack(0, 0, index, 0, 0) + _alias(name)
-    return Request(RTM_SETLINK, 0, body, f"mark {name} as ours", (errno.ENODEV,))
-
-
-def _alias(name: str, said: str = "") -> bytes:
+def set_alias(index: int, name: str, alias: str) -> Request:
+    """Give a link an alias, text that the kernel keeps and does not read, of at most 255 bytes. name: of the link."""
     # Without a final zero, which the kernel would count to the text.
-    return attribute(IFLA_IFALIAS, f"{_MARK}{name} {said}".rstrip().encode())
+    body = LINK.pack(0, 0, index, 0, 0) + attribute(IFLA_IFALIAS, alias.encode())
+    return Request(RTM_SETLINK, 0, body, f"give the link {name} its alias", (errno.ENODEV,))
+
+
+def get_namespace_number(fd: int) -> Request:
+    """The number that the socket's namespace knows another one by. fd: of that, open."""
+    body = bytes(4) + u32(NETNSA_FD, fd)
+    return Request(RTM_GETNSID, 0, body, "look for a namespace's number")
 
 
 def rename_link(index: int, name: str) -> Request:
@@ -245,12 +239,6 @@ def link_down(name: str) -> Request:
     """Bring a link down; its routes and neighbours go with that."""
     body = LINK.pack(0, 0, 0, 0, IFF_UP) + text(IFLA_IFNAME, name)
     return Request(RTM_SETLINK, 0, body, f"bring {name} down", (errno.ENODEV,))
-
-
-def set_alias(name: str, said: str) -> Request:
-    """Mark a link, and say with it what it is, in at most MOST_SAID bytes that the kernel keeps and does not read."""
-    body = LINK.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name) + _alias(name, said)
-    return Request(RTM_SETLINK, 0, body, f"give the link {name} its alias", (errno.ENODEV,))
 
 
 def set_mac(index: int, name: str, mac: str) -> Request:

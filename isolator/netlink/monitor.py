@@ -17,6 +17,7 @@ from functools import reduce
 from isolator.netlink import codec, messages
 from isolator.netlink.codec import Message
 from isolator.netlink.inventory import parse_link
+from isolator.netlink.seal import claimed
 
 _GROUP_LINK, _GROUP_IPV4_ADDRESS, _GROUP_IPV4_ROUTE, _GROUP_IPV6_ADDRESS, _GROUP_IPV6_ROUTE = 1, 5, 7, 9, 11
 """RTNLGRP_* of linux/rtnetlink.h."""
@@ -140,6 +141,8 @@ def _vanished(datagram: bytes) -> set[str]:
             and message.body[0] == socket.AF_UNSPEC
         ):
             link = parse_link(message)
-            if link.own_name and (message.kind == messages.RTM_DELLINK or link.name != link.own_name):
-                found.add(link.own_name)
+            # Whoever looks because of it asks for the seal.
+            own_name = claimed(link.alias) or link.own_name
+            if own_name and (message.kind == messages.RTM_DELLINK or link.name != own_name):
+                found.add(own_name)
     return found

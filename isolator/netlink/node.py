@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import NoReturn, Self
 
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
+from isolator.netlink.seal import Seal
 from isolator.netlink.socket import NetlinkSocket
 
 _CLONE_NEWNET = 0x40000000
@@ -62,9 +63,13 @@ class Namespace:
 
 
 class Node:
-    """The network namespace of the thread that makes it, and that thread's rtnetlink socket there."""
+    """The network namespace of the thread that makes it, and that thread's rtnetlink socket there.
 
-    def __init__(self) -> None:
+    seal: of what its links' aliases say; without one nothing is believed that others said.
+    """
+
+    def __init__(self, seal: Seal | None = None) -> None:
+        self.seal = seal or Seal(os.urandom(32))
         self._fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._fd)
         self._identity = (status.st_dev, status.st_ino)  # holds as long as the descriptor is open

@@ -12,7 +12,7 @@ from ipam.netgroups import Netgroup
 from ipam.records import Address, AddressState, Label
 from isolator.drivers.naming import host_ifname
 from isolator.model import UNLIMITED, Endpoint
-from isolator.netlink.messages import MOST_SAID
+from isolator.netlink.seal import MOST_SAID
 from isolator.written import (
     assembled,
     decode_endpoint,

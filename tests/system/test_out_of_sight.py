@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from isolator.drivers.naming import host_ifname
+from isolator.model import EndpointKey
 from moorage.lab import Container, LabNode
 from moorage.lab.namespace import Namespace, unique
 from tests.system.conftest import assert_nothing_left, eventually, links
@@ -131,3 +134,37 @@ def test_an_interface_that_somebody_renames_is_its_containers_still(node: LabNod
             assert container.delete("web").exit == 0
         eventually(lambda: states(node) == {})
         assert "lan0" not in node.namespace.run("ip", "-o", "link").stdout
+
+
+def test_what_a_container_writes_on_an_interface_that_it_moves_to_the_node_is_nobodys_word(
+    node: LabNode,
+) -> None:
+    with node.container("attacker") as attacker:
+        assert attacker.add("web").exit == 0
+        with node.container("victim") as victim:
+            ip = victim.add("web").ips[4]
+            eventually(lambda: len(assigned(node)) == 2)
+            before = assigned(node), states(node)
+            name = node.ask("endpoint", "show", f"{victim.id}/eth0")["host_ifname"]
+            (shown,) = json.loads(node.namespace.run("ip", "-j", "link", "show", name).stdout)
+            made_up = host_ifname(EndpointKey("made-up", "eth0"))
+            for number, (link, alias) in enumerate(
+                {
+                    made_up: shown["ifalias"].replace(name, made_up).replace(victim.id, "made-up"),
+                    "evil0": shown["ifalias"],
+                }.items()
+            ):
+                inside = attacker.namespace
+                inside.run("ip", "link", "add", link, "type", "veth", "peer", "name", f"far{number}")
+                inside.run("ip", "link", "set", link, "alias", alias)
+                inside.run("ip", "link", "set", link, "netns", node.namespace.name)
+            node.kill()
+            node.start()
+            assert (assigned(node), states(node)) == before
+            assert node.namespace.pings(ip)
+        # The victim ended, and nobody sent its DEL.
+        eventually(lambda: states(node) == {attacker.id: "attached"})
+        assert name not in links(node)
+        for link in (made_up, "evil0"):
+            node.namespace.run("ip", "link", "delete", link)
+        assert attacker.delete("web").exit == 0

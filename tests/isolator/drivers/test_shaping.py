@@ -18,6 +18,7 @@ from isolator.drivers.naming import host_ifname, shaper_ifname
 from isolator.drivers.routed_layout import peer_index
 from isolator.model import UNLIMITED, Bandwidth, EndpointKey, Limit
 from isolator.netlink import shaper_links
+from isolator.netlink.seal import Seal
 from isolator.netlink.traffic import Bucket
 from tests.isolator.conftest import MakeRoom
 from tests.isolator.rooms import NOTHING, Machine, Room, admission, heard, lines, wire
@@ -54,7 +55,7 @@ def test_no_two_links_of_an_endpoint_share_an_index(index: int) -> None:
 
 def test_who_asks_for_nothing_costs_nothing() -> None:
     wiring = Wiring("mrga", "eth0", None, (), "", 1450)
-    assert shaping.ingress_requests(wiring, 5) == shaping.egress_requests(wiring, 5) == []
+    assert shaping.ingress_requests(wiring, 5) == shaping.egress_requests(wiring, 5, Seal(b"")) == []
 
 
 def limit(

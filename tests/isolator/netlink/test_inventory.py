@@ -43,11 +43,10 @@ def test_a_link_whose_name_another_one_has_keeps_the_one_it_was_given(
     machine: Machine, container: Room
 ) -> None:
     name = machine.attach(container, "eth0", "10.0.0.1").host_ifname
-    machine.sh(f"ip link set {name} name lan0; ip link add {name} type veth peer name peer")
-    renamed = machine.do(our_links, machine.node)[name]
-    assert renamed.name == name, "the one that has the name now"
-    link = machine.do(lambda: link_by_name(machine.node.route, "lan0"))
-    assert link is not None
+    machine.sh(f"ip link set {name} name lan0")
+    link = machine.do(our_links, machine.node)[name]
+    machine.sh(f"ip link add {name} type veth peer name peer")
+    assert machine.do(our_links, machine.node)[name].name == name, "the one that has the name now"
     assert len(machine.do(name_back, machine.node, [link])) == 1
     machine.sh(f"ip link delete {name}")
     assert machine.do(name_back, machine.node, [link]) == []
@@ -55,6 +54,26 @@ def test_a_link_whose_name_another_one_has_keeps_the_one_it_was_given(
 
 def test_a_link_of_somebody_else_is_not_taken_for_ours_by_its_alias(machine: Machine) -> None:
     machine.sh("ip link add other type veth peer name peer; ip link set other alias 'moorage other'")
+    assert machine.do(our_links, machine.node) == {}
+
+
+def test_what_a_container_wrote_on_an_interface_that_it_moved_here_is_nobodys_word(
+    machine: Machine, container: Room
+) -> None:
+    name = machine.attach(container, "eth0", "10.0.0.1").host_ifname
+    ours = machine.do(our_links, machine.node)[name]
+    # It may read what is written here, and choose indexes.
+    container.sh(
+        f"ip link add evil index 4711 type veth peer name inside; ip link set evil alias '{ours.alias}'\n"
+        f"ip link add again index {ours.index} type veth peer name inside2; ip link set again alias '{ours.alias}'"
+    )
+    container.sh(f"ip link set evil netns {machine.name}")
+    assert machine.do(our_links, machine.node) == {name: ours}
+    machine.sh(f"ip link delete {name}")
+    container.sh(f"ip link set again netns {machine.name}")
+    moved = machine.do(lambda: link_by_name(machine.node.route, "again"))
+    assert moved is not None
+    assert (moved.index, moved.alias) == (ours.index, ours.alias)
     assert machine.do(our_links, machine.node) == {}
 
 
