@@ -50,7 +50,7 @@ from isolator.errors import (
     Superseded,
 )
 from isolator.fabric import VXLAN_PORT
-from isolator.hostports import refuse_claimed, refuse_families, refuse_tunnel
+from isolator.hostports import refuse_claimed, refuse_families, refuse_tunnel, unclaimed
 from isolator.journal import Journal
 from isolator.kernel import Kernel, admission
 from isolator.locks import KeyedLocks
@@ -145,9 +145,12 @@ class Endpoints:
         self._locks: KeyedLocks[EndpointKey] = KeyedLocks()
         self._attached_at: dict[EndpointKey, int] = {}
         self._not_admitted: dict[str, str] = {}
-        self._removal = Removal(
-            kernel, journal, holder, self._endpoints, lambda key: self._attached_at.pop(key, None)
-        )
+        self._without: dict[EndpointKey, tuple[str, list[str]]] = {}
+        self._removal = Removal(kernel, journal, holder, self._endpoints, self._forgotten)
+
+    def _forgotten(self, key: EndpointKey) -> None:
+        self._attached_at.pop(key, None)
+        self._without.pop(key, None)
 
     def load(self) -> None:
         """Start from the journal."""
@@ -781,7 +784,8 @@ class Endpoints:
         """Let traffic flow again to one that was cut off, or was missing, and is as it should be; says whether it does.
 
         One whose interface is not there stays as it is. One that was missing, and has not all of its addresses any
-        more, is cut off from now on. Raises KernelRefused, JournalUnwritable, NotFound (network).
+        more, is cut off from now on. A port of the node that another endpoint has by now is not its own any more.
+        Raises KernelRefused, JournalUnwritable, NotFound (network).
         """
         async with self._locks.of(endpoint.key):
             stopped = (EndpointState.CONFLICT, EndpointState.MISSING)
@@ -800,15 +804,25 @@ class Endpoints:
                     ips=[str(ip) for ip in cut.ips],
                 )
                 return False
-            back = replace(endpoint, state=EndpointState.ATTACHED)
+            ports, taken = unclaimed(
+                endpoint.port_mappings, (e for e in self._endpoints.values() if e.state in ADMITTED)
+            )
+            back = replace(endpoint, state=EndpointState.ATTACHED, port_mappings=ports)
             # What another container had by these addresses meanwhile.
             await self._kernel.forget_connections(back.ips)
             await self._prepare(back.network)
             await self._kernel.readmit(back, self._isolation(back.network))
             await self._kernel.repair(back)
-            self._journal.save_endpoint(back)
+            rows = self._untold(back)
+            with self._journal.transaction():
+                self._journal.save_endpoint(back)
+                self._journal.save_addresses(rows)
             self._endpoints[back.key] = back
+            self._holder.accept(rows)
             log.info("endpoint is connected again", endpoint=str(back.key), ips=[str(ip) for ip in back.ips])
+            if taken:
+                self._without[back.key] = (back.request_id, taken)
+                log.warning("endpoint has lost ports of the node", endpoint=str(back.key), ports=taken)
             return True
 
     def _has_all(self, endpoint: Endpoint) -> bool:
@@ -890,13 +904,16 @@ class Endpoints:
         ]
 
     def incomplete(self) -> list[str]:
-        """Sentences about endpoints that were found again without all that they were."""
-        return [
-            f"{endpoint.key} was found again after the journal was lost, but not {', '.join(endpoint.lost)}; start "
-            "its container anew to have that again"
+        """Sentences about endpoints that were found or connected again without all that they were."""
+        found = {
+            endpoint.key: f"was found again after the journal was lost, but not {', '.join(endpoint.lost)}"
             for endpoint in self.all()
             if endpoint.lost
-        ]
+        }
+        for key, (request_id, ports) in self._without.items():
+            if (endpoint := self.get(key)) is not None and endpoint.request_id == request_id:
+                found[key] = f"was connected again without {'; without '.join(ports)}"
+        return [f"{key} {what}; start its container anew to have that again" for key, what in found.items()]
 
     def forget(self, endpoint: Endpoint) -> None:
         """An endpoint of which nothing can be left in the kernel: its boot is over."""

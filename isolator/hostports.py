@@ -126,6 +126,21 @@ def refuse_claimed(spec: AttachSpec, others: Iterable[Endpoint]) -> None:
                     )
 
 
+def unclaimed(
+    mappings: Iterable[PortMapping], others: Iterable[Endpoint]
+) -> tuple[tuple[PortMapping, ...], list[str]]:
+    """Those of the mappings whose ports no other endpoint of this node has; of the rest, which one has it."""
+    free, taken = [], []
+    having = [(mapping, endpoint) for endpoint in others for mapping in endpoint.port_mappings]
+    for mapping in mappings:
+        who = next((str(e.key) for other, e in having if mapping.claims_the_same_as(other)), None)
+        if who is None:
+            free.append(mapping)
+        else:
+            taken.append(f"{mapping}, which {who} has by now")
+    return tuple(free), taken
+
+
 def first_collision(node: Node, spec: AttachSpec, families: Collection[int]) -> Collision | None:
     """A socket of the node that a mapping would take the port from.
 

@@ -800,6 +800,37 @@ async def test_an_address_that_is_taken_back_does_not_attach_an_endpoint_that_no
     assert states(node) == ["missing"] * 2
 
 
+@pytest.mark.parametrize("stopped", ["missing", "conflict"])
+async def test_a_port_that_another_has_by_now_does_not_keep_an_endpoint_from_being_connected_again(
+    node: Node, stopped: str
+) -> None:
+    taken, own = PortMapping("tcp", 31022, 22), PortMapping("tcp", 31080, 80)
+    first = await node.endpoints.attach(replace(node.spec("c1"), port_mappings=(taken, own)))
+    if stopped == "missing":
+        await gone_together(node, "c2")
+        node.kernel.there.add(first.host_ifname)
+    else:
+        assert await node.endpoints.cut_off(conflict(first))
+    await node.endpoints.attach(replace(node.spec("c3"), port_mappings=(taken,)))
+    (before,) = [endpoint for endpoint in node.endpoints.all() if endpoint.key == first.key]
+    assert before.state == stopped
+    assert await node.endpoints.reconnect(before)
+    back = node.endpoints.get(first.key)
+    assert back is not None
+    assert (back.state, back.port_mappings) == (EndpointState.ATTACHED, (own,))
+    assert back in node.journal.load_endpoints()
+    (said,) = node.endpoints.incomplete()
+    assert said.startswith("c1/eth0 was connected again without tcp port 31022 to 22, which c3/eth0 has")
+    held = node.holder.held(first.ips[0])
+    assert held is not None
+    assert held.record is not None
+    found = assembled(from_record(held.record, BOOT), {"ips": [str(held.ip)]})
+    assert found.port_mappings == (own,)
+    await node.endpoints.detach(first.key, Asked(BOOT, 2000))
+    await node.gone()
+    assert node.endpoints.incomplete() == []
+
+
 async def test_what_is_seen_again_is_not_released(node: Node) -> None:
     question = await gone_together(node, "c1", "c2")
     node.kernel.there.add(host_ifname(EndpointKey("c1", "eth0")))
