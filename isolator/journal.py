@@ -68,6 +68,8 @@ class Journal:
         self.rebuilt = False
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if journal_file.finish_copy(path):
+                log.warning("journal had been removed; what a killed agent wrote anew is gone on with")
             try:
                 self._db = self._open()
             except JournalCorrupt as error:
@@ -215,17 +217,14 @@ class Journal:
             log.error(
                 "journal was removed or replaced under the agent; it is written anew", path=str(self._path)
             )
-            anew = self._path.with_name(f"{self._path.name}.anew")
             journal_file.write_copy(
-                anew, {table: list(journal_file.rows_of(self._db, table)) for table in COLUMNS}
+                self._path, {table: list(journal_file.rows_of(self._db, table)) for table in COLUMNS}
             )
             if found[0] not in (None, self._identity[0]):
                 journal_file.move_aside(self._path, "replaced")
             # It takes a log along that may be somebody else's by now.
             self._db.close()
-            for suffix in ("-wal", "-shm"):
-                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-            anew.rename(self._path)
+            journal_file.place_copy(self._path)
             self._db = self._open()
             self._identity = self._on_disk()
         except OSError as error:

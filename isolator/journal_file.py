@@ -154,11 +154,15 @@ def _begin(db: sqlite3.Connection, rows: dict[str, list[Row]]) -> None:
 
 
 def write_copy(path: Path, tables: dict[str, list[Row]]) -> None:
-    """A journal of its own with these rows, at ``path``; durable when it returns. Raises sqlite3.Error, OSError."""
-    path.unlink(missing_ok=True)
-    db = sqlite3.connect(path, isolation_level=None)
+    """A journal with these rows beside the one at ``path``, whole and durable; ``place_copy`` puts it there.
+
+    Raises sqlite3.Error, OSError.
+    """
+    begun = _begun_copy(path)
+    _unlink(begun)
+    db = sqlite3.connect(begun, isolation_level=None)
     try:
-        path.chmod(0o600)
+        begun.chmod(0o600)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         _begin(db, {})
@@ -168,6 +172,39 @@ def write_copy(path: Path, tables: dict[str, list[Row]]) -> None:
         db.execute("COMMIT")
     finally:
         db.close()
+    begun.rename(_copy(path))
+
+
+def place_copy(path: Path) -> None:
+    """Put what ``write_copy`` wrote in the place of what is at ``path``. Raises OSError."""
+    # It would take another one's log for its own.
+    _unlink(path, ("-wal", "-shm"))
+    _copy(path).rename(path)
+
+
+def finish_copy(path: Path) -> bool:
+    """Whether an agent was killed between the two, and the copy is at ``path`` now. Raises OSError."""
+    _unlink(_begun_copy(path))
+    if not _copy(path).exists():
+        return False
+    if path.exists():
+        _copy(path).unlink()  # what was written since stands there
+        return False
+    place_copy(path)
+    return True
+
+
+def _copy(path: Path) -> Path:
+    return path.with_name(f"{path.name}.anew")
+
+
+def _begun_copy(path: Path) -> Path:
+    return path.with_name(f"{path.name}.anew-begun")
+
+
+def _unlink(path: Path, suffixes: Sequence[str] = ("", "-wal", "-shm")) -> None:
+    for suffix in suffixes:
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 # -- what is damage

@@ -325,6 +325,51 @@ def test_a_journal_whose_files_were_taken_away_is_written_anew_with_all_that_it_
     journal.close()
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", range(1, 4))
+def test_an_agent_that_dies_while_it_writes_its_journal_anew_leaves_all_or_what_was_taken_away(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    journal = Journal(path, BOOT)
+    journal.save_endpoint(ENDPOINT)
+    state_id = journal.state_id
+    path.unlink()
+    left, rename = [step], Path.rename
+
+    def dies(self: Path, target: Path) -> Path:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with contextlib.suppress(Killed):
+        journal.keep_in_place()
+    monkeypatch.undo()
+    is_whole = step > 1
+    journal.close()
+    again = Journal(path, BOOT)
+    assert (again.load_endpoints(), again.state_id == state_id) == ([ENDPOINT] if is_whole else [], is_whole)
+    again.close()
+    assert [file.name for file in path.parent.iterdir() if ".anew" in file.name] == []
+
+
+def test_a_copy_that_was_not_needed_is_not_gone_back_to(path: Path) -> None:
+    journal = Journal(path, BOOT)
+    shutil.copy(path, f"{path}.anew")
+    journal.save_endpoint(ENDPOINT)
+    journal.close()
+    again = Journal(path, BOOT)
+    assert again.load_endpoints() == [ENDPOINT]
+    again.close()
+    path.unlink()
+    Journal(path, BOOT).close()
+    assert not Path(f"{path}.anew").exists()
+
+
 def test_a_journal_that_cannot_be_written_anew_goes_on_where_it_is_and_is_tried_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
