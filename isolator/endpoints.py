@@ -584,8 +584,8 @@ class Endpoints:
     async def set_netgroups(self, key: EndpointKey, netgroups: Sequence[Netgroup]) -> bool:
         """Give an attached endpoint other netgroups without a restart; returns whether it left one.
 
-        Raises NotAttached, Refused, JournalUnwritable, KernelRefused. Whoever it left has to be cut off: the caller
-        forgets its connections.
+        Raises NotAttached, Refused, JournalUnwritable, KernelRefused; it has those from before then. Whoever it left
+        has to be cut off: the caller forgets its connections.
         """
         async with self._locks.of(key):
             endpoint = self._endpoints.get(key)
@@ -597,15 +597,26 @@ class Endpoints:
             wanted = tuple(netgroups) or (Netgroup(network.name),)
             authorise_netgroups(str(key), wanted, network)
             changed = replace(endpoint, netgroups=wanted)
-            rows = self._holder.plan_change(endpoint.ips, endpoint.key, netgroups=list(wanted))
-            with self._journal.transaction():
-                self._journal.save_endpoint(changed)
-                self._journal.save_addresses(rows)
-            self._endpoints[key] = changed
-            self._holder.accept(rows)
-            await self._kernel.readmit(changed, isolation_of(network))
+            self._keep_netgroups(changed)
+            try:
+                await self._kernel.readmit(changed, isolation_of(network))
+            except KernelRefused:
+                # A start would take those that the interface says.
+                self._keep_netgroups(endpoint)
+                with contextlib.suppress(KernelRefused):
+                    await self._kernel.readmit(endpoint, isolation_of(network))
+                raise
             log.info("netgroups changed", endpoint=str(key), before=endpoint.netgroups, now=wanted)
             return not set(endpoint.netgroups) <= set(wanted)
+
+    def _keep_netgroups(self, endpoint: Endpoint) -> None:
+        """In the journal, and to be told to the store. Raises JournalUnwritable."""
+        rows = self._holder.plan_change(endpoint.ips, endpoint.key, netgroups=list(endpoint.netgroups))
+        with self._journal.transaction():
+            self._journal.save_endpoint(endpoint)
+            self._journal.save_addresses(rows)
+        self._endpoints[endpoint.key] = endpoint
+        self._holder.accept(rows)
 
     # -- CHECK and what happens by itself
 

@@ -534,6 +534,20 @@ async def test_what_the_kernel_refuses_to_connect_again_stays_cut_off(node: Node
     assert node.endpoints.all() == node.journal.load_endpoints() == [cut]
 
 
+async def test_netgroups_that_the_kernel_refuses_are_those_from_before(node: Node) -> None:
+    await set_network(node.store, "web", NetworkChange(allow_netgroups=("db",)))
+    await node.catalogue.refresh()
+    endpoint = await node.endpoints.attach(node.spec())
+    node.kernel.fail["readmit"] = lambda e: KernelRefused("busy") if "db" in e.netgroups else None
+    with pytest.raises(KernelRefused):
+        await node.endpoints.set_netgroups(endpoint.key, [Netgroup("db")])
+    assert node.endpoints.all() == node.journal.load_endpoints() == [endpoint]
+    (held,) = node.holder.assigned().values()
+    assert held.record is not None
+    assert held.record.netgroups == ["web"]
+    assert node.kernel.calls[-2:] == ["readmit c1"] * 2, "it may have taken effect in part"
+
+
 # -- whose an address is that the store gave to somebody else
 
 HERE = NodeRecord(name="b", version="1", machine_id="m")
