@@ -647,7 +647,8 @@ class Endpoints:
     async def collect(self, names: Sequence[str] | None = None) -> None:
         """Detach endpoints whose interface is gone, because their namespace is.
 
-        names: of node ends that were seen to vanish, or to be renamed, which is undone; None looks at all.
+        names: of node ends that were seen to vanish, or to be renamed, which is undone; None looks at all. A link that
+        has the name of one that vanished is another one, unless this node sealed what it says.
         """
         if names is not None and not any(
             e.host_ifname in names and e.state in COLLECTED for e in self._endpoints.values()
@@ -656,11 +657,11 @@ class Endpoints:
         links = await self._kernel.links()
         for endpoint in self.all():
             suspect = names is None or endpoint.host_ifname in names
-            if suspect and endpoint.state in COLLECTED and endpoint.host_ifname not in links:
+            if suspect and endpoint.state in COLLECTED and not _is_there(endpoint, links, names):
                 async with self._locks.of(endpoint.key):
                     unchanged = self._endpoints.get(endpoint.key) is endpoint
                     # Looked at again: it may have been wired after the first look.
-                    if unchanged and endpoint.host_ifname not in await self._kernel.links():
+                    if unchanged and not _is_there(endpoint, await self._kernel.links(), names):
                         log.info(
                             "endpoint collected: its interface is gone, with its namespace or by itself",
                             endpoint=str(endpoint.key),
@@ -935,6 +936,11 @@ class Endpoints:
         async with self._locks.of(endpoint.key):
             if self._endpoints.get(endpoint.key) is endpoint:
                 await self._removal.begin(endpoint)
+
+
+def _is_there(endpoint: Endpoint, links: Mapping[str, HostLink], vanished: Sequence[str] | None) -> bool:
+    link = links.get(endpoint.host_ifname)
+    return link is not None and (vanished is None or bool(link.marked))
 
 
 def _asker(spec: AttachSpec) -> Asker:

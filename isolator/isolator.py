@@ -763,7 +763,10 @@ class Isolator:
                 async with asyncio.timeout(every.left()):
                     names = await self._vanished.get()
             due = every.is_due()
-            await self._endpoints.collect(None if due else names)
+            if names is not None:
+                await self._endpoints.collect(names)
+            if due or names is None:
+                await self._endpoints.collect()
             if due:
                 await self._missing.look()
 

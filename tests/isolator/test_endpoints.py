@@ -48,7 +48,9 @@ from isolator.model import (
     ValidAttachments,
 )
 from isolator.neighbours import surroundings
-from isolator.written import assembled, from_record
+from isolator.netlink import HostLink
+from isolator.recovery import recall
+from isolator.written import assembled, for_alias, from_record
 from tests.patience import PATIENCE
 
 BOOT = "boot"
@@ -65,6 +67,7 @@ class StubKernel:
     prepared: list[str] = field(default_factory=list)
     limited: set[str] = field(default_factory=set)
     vacant: set[str] = field(default_factory=set)
+    foreign: set[str] = field(default_factory=set)
     taken: str = ""
 
     def _told(self, what: str, endpoint: Endpoint) -> None:
@@ -106,12 +109,20 @@ class StubKernel:
     async def forget_connections(self, ips: Sequence[IPAddress]) -> None:
         self.calls.append("forget")
 
-    async def links(self) -> dict[str, object]:
+    async def links(self) -> dict[str, HostLink]:
         await asyncio.sleep(0)
-        return dict.fromkeys(self.there)
+        return {
+            name: HostLink(
+                name, 7, up=True, mac="", mtu=1500, marked=name if name not in self.foreign else ""
+            )
+            for name in self.there
+        }
 
     async def is_vacant(self, endpoint: Endpoint) -> bool:
         return endpoint.host_ifname in self.vacant
+
+    async def macs(self) -> dict[str, str]:
+        return {}
 
     async def shapers(self) -> set[str]:
         return {name for name in self.there if name.startswith("mrg-")}
@@ -514,6 +525,18 @@ async def test_an_endpoint_in_conflict_is_collected_when_its_namespace_is_gone(n
     await node.gone()
 
 
+async def test_a_link_that_took_the_name_of_one_that_vanished_is_not_the_endpoints(node: Node) -> None:
+    endpoint = await node.endpoints.attach(node.spec())
+    name = endpoint.host_ifname
+    await node.endpoints.collect([name])
+    assert states(node) == ["attached"], "it was renamed, and named back"
+    node.kernel.foreign.add(name)
+    await node.endpoints.collect()
+    assert states(node) == ["attached"], "nobody told that it vanished, and somebody may have taken its alias"
+    await node.endpoints.collect([name])
+    await node.gone()
+
+
 async def test_an_endpoint_that_was_cut_off_is_connected_again_in_the_order_of_an_add(node: Node) -> None:
     endpoint = await node.endpoints.attach(node.spec())
     await node.endpoints.cut_off(conflict(endpoint))
@@ -893,6 +916,22 @@ async def test_an_address_record_says_all_of_its_endpoint_and_nothing_once_that_
     await node.endpoints.detach(endpoint.key, Asked(BOOT, 2000))
     await node.gone()
     assert held.record.endpoint == {}
+
+
+async def test_an_interface_that_claims_another_endpoints_address_is_not_taken_for_one(node: Node) -> None:
+    first = await node.endpoints.attach(node.spec())
+    free = ip_address("10.0.0.77")
+    other = replace(first, key=EndpointKey("other", "eth0"), asked=Asked(BOOT, 2000))
+    found = []
+    for ip in (first.ips[0], free):
+        name, said = host_ifname(other.key), for_alias(replace(other, ips=(ip,)))
+        link = HostLink(name, 8, up=True, mac="", mtu=1500, peer=9, peer_namespace=1, said=said)
+        kernel = cast("Kernel", node.kernel)
+        await recall(kernel, node.endpoints, node.holder, node.catalogue, BOOT, {name: link}, {})
+        assigned = node.holder.assigned().values()
+        found.append(sorted(held.record.container_id for held in assigned if held.record is not None))
+    assert found == [["c1"], ["c1", "other"]]
+    assert ids(node) == ["c1", "other"]
 
 
 async def test_records_of_an_earlier_version_are_told_of_their_endpoints_at_a_start(node: Node) -> None:
