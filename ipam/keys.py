@@ -49,7 +49,9 @@ VOUCHED = "vouched"
 
 NODE_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 """A node's name is part of keys; this is what a host name may be."""
-A_NODE_NAME = "a name of 1 to 63 lower-case letters, digits, dots and dashes that starts and ends with a letter or digit"
+A_NODE_NAME = (
+    "a name of 1 to 63 lower-case letters, digits, dots and dashes, with a letter or digit at both ends"
+)
 
 WIDTH = {4: 8, 6: 32}
 """Hex digits of an address, by family."""
