@@ -137,17 +137,21 @@ class Holder:
     async def sync(self) -> SyncReport:
         """Take the fence and make journal and store agree. Raises Fenced, StoreRewound, StoreUnavailable."""
         self._taken_over = None
-        if self._namesakes is not None:
-            await self._namesakes.look()
         try:
+            if self._namesakes is not None:
+                await self._namesakes.look()
             report = await sync(self._store, self._writer, self._holdings, self._is_live, self.continuity)
         except Fenced as error:
             # What is warm here may be another's meanwhile.
             self._holdings.serving = False
             self._holdings.disputed = True
-            if self._namesakes is not None and (why := await self._namesakes.refusal()):
+            if self._namesakes is not None and (
+                why := await self._namesakes.refusal(had_name=self._writer.has_claimed)
+            ):
                 raise Fenced(why) from error
             raise
+        if self._namesakes is not None:
+            self._namesakes.settled()
         self.journal_was_behind = self.journal_was_behind or report.behind
         if self._taken_over is not None:
             # Told while journal and store were compared.

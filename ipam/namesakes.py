@@ -1,12 +1,15 @@
 """Whose a node's name is: this machine's, another's, or that of a copy of this machine.
 
     state id     made with the journal, and kept in it     the same in every copy of the state directory
-    machine id   from /etc/machine-id                      the same in every copy of the system's disk
+    machine id   the system's and the hardware's           the same in a copy that says the hardware is the same
     boot id      the kernel's                              of one machine, until it boots again
     instance     of one run of an agent                    the journal knows those that wrote what it holds
 
 The node's record has the first two, its sign of life and its fence the others. Two machines may have one name: another
-one takes it over when its agent is not alive, which is how machines are replaced. That is told, and so is a copy.
+one takes it over when it starts while no agent of that name is alive, which is how machines are replaced. That is told,
+and so is a copy; and what the store has of the other one's containers stays theirs until somebody says that they have
+ended. One that starts while the other is alive is refused, and does not take the name by itself when that one's agent
+is away for a moment.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 import structlog
 
 from ipam import keys
-from ipam.errors import StoreError
+from ipam.errors import Fenced, StoreError
 from ipam.membership import LEASE
 from ipam.records import Alive, Fence, Node
 from ipam.store.base import Store
@@ -33,69 +36,113 @@ LEFT_OVER = LEASE + 5.0
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Of one agent's machine, state directory and run; "" where it is not known. known: the instances that wrote what
-    its journal holds, () if the journal is new."""
+    its journal holds, () if the journal is new. journals_machine: the one whose agent wrote the journal last."""
 
     machine_id: str = ""
     state_id: str = ""
     boot_id: str = ""
     instance: str = ""
     known: Collection[str] = ()
+    journals_machine: str = ""
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the journal is from another machine."""
+        return bool(self.journals_machine and self.machine_id) and self.journals_machine != self.machine_id
 
 
 class Namesakes:
     """See the module's docstring. told: sentences about others that have, or had, this node's name.
 
     addresses: this node's on its underlay now.
+    elsewhere: containers that the store, or a journal that was copied, has on this node may live on another machine.
+    is_journal_new: this machine's agent wrote for the node in this very boot, and its journal is lost.
     """
 
     def __init__(
         self, store: Store, node: str, me: Identity, addresses: Callable[[], Collection[str]] = lambda: ()
     ) -> None:
         self.told: list[str] = []
+        self.elsewhere = me.is_moved
+        self.is_journal_new = False
         self._store = store
         self._node = node
         self._me = me
         self._addresses = addresses
         self._seen_alive: dict[str, float] = {}
+        self._other_seen: float | None = None
+        self._refused = ""
 
     async def look(self) -> None:
-        """Before the name's fence is taken: who had it since this journal was written. Raises StoreError."""
+        """Before the name's fence is taken: who had it since this journal was written. Raises Fenced when another
+        machine has it, StoreError."""
         fence = await self._fence()
-        if fence is None or not fence.boot_id or fence.instance in (self._me.instance, *self._me.known):
+        if fence is None or not fence.boot_id:
+            self._refused = ""  # an operator said that nobody has the name
             return
+        if self._refused:
+            raise Fenced(self._refused)
         record = await self._own_record()
         if record is None or not record.state_id:
             return  # an agent that is older than the fields
+        is_this_boot = fence.boot_id == self._me.boot_id
+        if self._is_other_machine(record) and not is_this_boot:
+            self.elsewhere = True
+            copied = " and has a copy of this state directory" if self._is_same_state(record) else ""
+            self._tell(
+                f"node {self._node} was another machine{copied} (instance {fence.instance}) until now, whose agent "
+                "does not run at this moment: if it was replaced by this one, or is this one with other hardware, end "
+                "what the store has of its containers (`moorage endpoint missing --release`); if it goes on, stop this "
+                "agent, and start it under another name, with another --state-dir"
+            )
+            return
+        if fence.instance in (self._me.instance, *self._me.known):
+            return
         if self._is_same_state(record):
             if self._me.known:
+                self.elsewhere = self.elsewhere or not is_this_boot
                 self._tell(
                     f"an agent with a copy of this state directory (instance {fence.instance}) has written for node "
                     f"{self._node} since this one did: if there is a clone of this machine, stop its agent, and give "
                     'the clone a state directory, a machine id and a name of its own (docs/runbook.md, "Two machines '
                     'have one name"); if the journal was put back from a copy, nothing is to be done'
                 )
-        elif self._is_same_machine(record):
-            log.info("the name was this machine's, with another state directory", node=self._node)
         else:
-            self._tell(
-                f"node {self._node} was another machine (instance {fence.instance}) until now, whose agent does not "
-                "run any more: if that one was replaced by this, nothing is to be done; if it goes on, stop this "
-                "agent, and start it under another name, with another --state-dir"
-            )
+            self.is_journal_new = is_this_boot and not self._me.known
+            log.info("the name was this machine's, with another state directory", node=self._node)
+
+    def settled(self) -> None:
+        """Journal and store agree: what was another's is looked after."""
+        self.elsewhere = self.is_journal_new = False
 
     def _tell(self, sentence: str) -> None:
         if sentence not in self.told:
             self.told.append(sentence)
             log.warning("another agent had this node's name", node=self._node, why=sentence)
 
-    async def refusal(self) -> str:
+    async def refusal(self, *, had_name: bool) -> str:
         """Why this agent does not get the name: who runs under it, if that is another machine; "" if none does.
 
-        Raises StoreError.
+        had_name: whether it had it since it started; who never had is refused for good when the other one stays. Raises
+        StoreError.
         """
         alive = await self._alive(self._node)
         if alive is None or alive.instance == self._me.instance or alive.boot_id == self._me.boot_id:
+            self._other_seen = None
             return ""
+        sentence = await self._refusal_by(alive)
+        now = asyncio.get_running_loop().time()
+        if self._other_seen is None:
+            self._other_seen = now
+        elif now > self._other_seen + LEFT_OVER and not had_name:
+            # Not what a machine leaves behind that boots, so it may be away for a moment, and its containers live.
+            self._refused = (
+                f"{sentence}; this agent does not take the name when the other one's is away: restart it when it has "
+                f"the name for good, or run `moorage node adopt {self._node}`"
+            )
+        return self._refused or sentence
+
+    async def _refusal_by(self, alive: Alive) -> str:
         record = await self._own_record()
         whose = f"another agent runs as node {self._node} (instance {alive.instance})"
         if record is not None and self._is_same_state(record):
@@ -132,10 +179,16 @@ class Namesakes:
         return None if now < self._seen_alive.setdefault(name, now) + LEFT_OVER else False
 
     def _looks_like_this(self, record: Node) -> bool:
-        if record.machine_id or record.state_id:
-            return self._is_same_machine(record) or self._is_same_state(record)
-        # Its agent was older than the fields. One without an underlay says nothing, and shares with no other machine.
-        return not record.underlay or not set(record.underlay).isdisjoint(self._addresses())
+        if self._is_same_machine(record) or self._is_same_state(record):
+            return True
+        if not record.underlay:
+            # It shares with no other machine. Where its agent was older than the fields, it says nothing.
+            return not (record.machine_id or record.state_id)
+        # A machine that lost its journal, and got another id, has its addresses.
+        return not set(record.underlay).isdisjoint(self._addresses())
+
+    def _is_other_machine(self, record: Node) -> bool:
+        return bool(self._me.machine_id and record.machine_id) and record.machine_id != self._me.machine_id
 
     def _is_same_machine(self, record: Node) -> bool:
         return bool(self._me.machine_id) and record.machine_id == self._me.machine_id

@@ -123,16 +123,22 @@ class Conflicts:
             return True
         here = await self._namesakes.is_this_machine(record.node)
         if here:
-            row = AddressRow(ip, record.with_(node=self._node), kv.mod_revision, True)
+            await self._inherit(endpoint, AddressRow(ip, record, kv.mod_revision, True))
+        return here is False
+
+    async def _inherit(self, endpoint: Endpoint, stored: AddressRow) -> None:
+        async with self._endpoints.unchanged(endpoint) as is_there:
+            if not is_there:
+                return  # ended meanwhile, perhaps
+            row = AddressRow(stored.ip, stored.record.with_(node=self._node), stored.revision, True)
             self._journal.save_addresses([row])
             self._holder.inherit(row)
-            log.warning(
-                "address was this machine's under another name; it is this node's from now on",
-                ip=str(ip),
-                endpoint=str(endpoint.key),
-                was=record.node,
-            )
-        return here is False
+        log.warning(
+            "address was this machine's under another name; it is this node's from now on",
+            ip=str(stored.ip),
+            endpoint=str(endpoint.key),
+            was=stored.record.node,
+        )
 
     async def _inherit_contested(self) -> None:
         for conflict in self._holder.contested:
@@ -198,7 +204,14 @@ class Conflicts:
                 netgroups=endpoint.netgroups,
             )
         )
-        self._holder.assign(lent, owner(endpoint))
+        is_there = False
+        try:
+            async with self._endpoints.unchanged(endpoint) as is_there:
+                if is_there:
+                    self._holder.assign(lent, owner(endpoint))
+        finally:
+            if not is_there:  # ended meanwhile, perhaps
+                self._holder.put_back(lent)
 
     def _is_confirmed(self, ip: IPAddress, endpoint: Endpoint) -> bool:
         held = self._holder.held(ip)

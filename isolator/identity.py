@@ -13,6 +13,7 @@ from isolator.errors import AgentBusy
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CLAIM = "\0moorage-agent"
 _MACHINE_ID = Path("/etc/machine-id")
+_HARDWARE = Path("/sys/class/dmi/id/product_uuid")
 _APPLICATION = b"moorage node"
 
 
@@ -22,9 +23,11 @@ def boot_id() -> str:
 
 
 def machine_id() -> str:
-    """32 hex digits that are the same for as long as this installation is; "" if /etc/machine-id has none.
+    """32 hex digits that are the same for as long as this installation is, on this hardware; "" if /etc/machine-id has
+    none.
 
-    Derived from it, as machine-id(5) asks of whoever publishes it.
+    Derived from it, as machine-id(5) asks of whoever publishes it, and from the firmware's UUID where there is one: a
+    virtual machine that was cloned has a new one, and its disk says the same.
     """
     try:
         text = _MACHINE_ID.read_text().strip()
@@ -32,7 +35,11 @@ def machine_id() -> str:
         return ""
     if not re.fullmatch("[0-9a-f]{32}", text):
         return ""  # an image that has not been booted yet says "uninitialized"
-    return hmac.new(bytes.fromhex(text), _APPLICATION, hashlib.sha256).hexdigest()[:32]
+    try:
+        hardware = _HARDWARE.read_bytes().strip().lower()
+    except OSError:
+        hardware = b""
+    return hmac.new(bytes.fromhex(text), _APPLICATION + hardware, hashlib.sha256).hexdigest()[:32]
 
 
 def claim_namespace() -> socket.socket:

@@ -62,7 +62,7 @@ from isolator.netlink.monitor import ChangeMonitor, LinkMonitor
 from isolator.netlink.seal import Seal
 from isolator.node_name import settle
 from isolator.pool_routes import PoolRoutes
-from isolator.recovery import adopted_endpoint, carries, owner_of, recall, recover, routed_to
+from isolator.recovery import adopted_endpoint, carries, of_boot, owner_of, recall, recover, routed_to
 from isolator.store_addresses import StoreAddresses
 from isolator.surrounds import kept
 from isolator.underlay import DEFAULT_MTU, Underlay
@@ -156,7 +156,12 @@ class Isolator:
             store,
             name,
             Identity(
-                machine_id(), self._journal.state_id, self._boot_id, self.instance, self._journal.instances
+                machine_id(),
+                self._journal.state_id,
+                self._boot_id,
+                self.instance,
+                self._journal.instances,
+                self._journal.machine_id,
             ),
             lambda: [str(ip) for ip in self._underlay.addresses],
         )
@@ -275,6 +280,9 @@ class Isolator:
             self._fabric.rewound(left)
         self._endpoints.load()
         self._links = await self._kernel.links()
+        if self._namesakes.elsewhere:
+            # A copy of another machine's journal: what is of an earlier boot there may live.
+            self._endpoints.miss([of_boot(e, self._boot_id) for e in self._endpoints.all()])
         self._endpoints.miss(missing(self._endpoints.all(), self._links, self._boot_id))
         self._macs = await self._kernel.macs()
         self._routed = routed_to(await self._kernel.routes())
@@ -334,6 +342,14 @@ class Isolator:
         if in_sync:
             self._recovered.set()
             self._remember_instances([self.instance])
+            self._remember_machine()
+
+    def _remember_machine(self) -> None:
+        if (here := machine_id()) != self._journal.machine_id:
+            try:
+                self._journal.save_machine_id(here)
+            except JournalUnwritable as error:
+                log.warning("a copy of the journal on another machine cannot be told", why=str(error))
 
     def _remember_instances(self, instances: list[str]) -> None:
         try:
@@ -713,19 +729,29 @@ class Isolator:
         if known is not None and (known.key != key or not known.lost):
             return True
         link = owner_of(self._links, record)
-        if link is None or not carries(link, ip, self._routed):
+        is_here = link is not None and carries(link, ip, self._routed)
+        if not is_here and not self._may_be_unseen():
             return False
         network = next((n for n in self._catalogue.networks() if n.name == record.network), None)
         before = self._endpoints.get(key)
-        adopted = adopted_endpoint(
-            before, ip, record, link, network, self._boot_id, self._macs.get(link.own_name)
-        )
+        if link is None or not is_here:
+            adopted = adopted_endpoint(before, ip, record, self._underlay.mtu, network, self._boot_id)
+            self._endpoints.miss([adopted])
+            return True
+        mac = self._macs.get(link.own_name)
+        adopted = adopted_endpoint(before, ip, record, link.mtu, network, self._boot_id, mac)
         if adopted != before:
             log.warning(
                 "endpoint adopted: the journal had lost it", endpoint=str(key), ip=str(ip), lost=adopted.lost
             )
             self._endpoints.adopt(adopted)
         return True
+
+    def _may_be_unseen(self) -> bool:
+        """Whether containers that the store has here, and this agent has not, may live all the same: on a machine that
+        had the name before; or in a network namespace that this agent does not see, nor any other container of theirs,
+        and its journal is too new to say so."""
+        return self._namesakes.elsewhere or (self._namesakes.is_journal_new and not self._links)
 
     def _on_conflict(self, conflict: Conflict) -> None:
         self._conflicts.note(conflict)

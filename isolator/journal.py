@@ -316,6 +316,14 @@ class Journal:
         self._set_meta("instances", msgspec.json.encode(instances).decode())
 
     @property
+    def machine_id(self) -> str:
+        """The machine whose agent wrote it last, once journal and store agreed; "" if none said."""
+        return self._meta("machine_id") or ""
+
+    def save_machine_id(self, machine_id: str) -> None:
+        self._set_meta("machine_id", machine_id)
+
+    @property
     def window(self) -> str:
         """The namespaces that its endpoints were made from (isolator/window.py); "" if none is known."""
         return self._meta("window") or ""

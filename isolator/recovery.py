@@ -52,14 +52,14 @@ def adopted_endpoint(
     endpoint: Endpoint | None,
     ip: IPAddress,
     record: Address,
-    link: HostLink,
+    mtu: int,
     network: Network | None,
     boot_id: str,
     mac: str | None = None,
 ) -> Endpoint:
     """An endpoint as kernel and store together remember it; ``endpoint`` is what is known already.
 
-    network: the record's, None if it is not known.
+    mtu: its interface's. network: the record's, None if it is not known.
     mac: the container's, if the firewall knows it; else the one that follows from its addresses.
     """
     ips = _in_order({ip, *(endpoint.ips if endpoint else ())})
@@ -69,13 +69,18 @@ def adopted_endpoint(
     kernels: Fields = {
         "asked": {"boot_id": boot_id, "at": 0},
         "ips": [str(one) for one in ips],
-        "mtu": link.mtu,
+        "mtu": mtu,
         "next_hop": network.next_hop if network is not None else 1,
         "driver": network.driver if network is not None else "routed",
     }
     if mac is not None:
         kernels["mac"] = mac
     return assembled(told, kernels)
+
+
+def of_boot(endpoint: Endpoint, boot_id: str) -> Endpoint:
+    """As if it was made in that boot."""
+    return replace(endpoint, asked=replace(endpoint.asked, boot_id=boot_id))
 
 
 def _completed(endpoint: Endpoint, told: Fields, ips: tuple[IPAddress, ...]) -> Endpoint:

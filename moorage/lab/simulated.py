@@ -76,7 +76,12 @@ class SimulatedNode:
             self.store,
             self.name,
             Identity(
-                self.machine_id, self.journal.state_id, self.boot_id, self.instance, self.journal.instances
+                self.machine_id,
+                self.journal.state_id,
+                self.boot_id,
+                self.instance,
+                self.journal.instances,
+                self.journal.machine_id,
             ),
         )
         self.journal.save_instances([*self.journal.instances, self.instance])
@@ -113,6 +118,7 @@ class SimulatedNode:
     async def start(self) -> SyncReport:
         self.load()
         report = await self.holder.sync()
+        self.journal.save_machine_id(self.machine_id)
         self.serve()
         return report
 

@@ -11,10 +11,11 @@ import ipam.namesakes as namesakes_module
 from ipam import keys
 from ipam.errors import Fenced
 from ipam.namesakes import Identity, Namesakes
+from ipam.nodes import adopt_node
 from ipam.records import Alive
 from ipam.records import Node as NodeRecord
 from ipam.store import Store
-from ipam.store.base import Put, Txn
+from ipam.store.base import Delete, Put, Txn
 from tests.ipam.nodes import Node
 
 MACHINE, OTHER = "1" * 32, "2" * 32
@@ -81,6 +82,63 @@ async def test_a_clone_is_refused_beside_its_living_original_and_told_what_to_do
     assert clone.namesakes.told == [str(refused.value)]
     clone.journal.close()
     await ended(original)
+
+
+async def test_a_clone_that_was_refused_for_long_does_not_take_the_name_by_itself(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namesakes_module, "LEFT_OVER", 0.0)
+    original = await started(tmp_path / "a", store)
+    clone = Node(copied(tmp_path / "a", tmp_path / "b"), store, "n1", boot_id="boot-2", machine_id=MACHINE)
+    clone.load()
+    for _ in range(3):
+        with pytest.raises(Fenced):
+            await clone.holder.sync()
+    await ended(original)
+    await store.txn(Txn((), (Delete(keys.ALIVE + "n1"),)))
+    with pytest.raises(Fenced, match="does not take the name"):
+        await clone.holder.sync()
+    clone.journal.close()
+    clone.load()  # restarted
+    await clone.holder.sync()
+    clone.journal.close()
+
+
+@pytest.mark.parametrize(
+    ("boot", "machine", "copies"),
+    [("boot-2", OTHER, False), ("boot-2", OTHER, True), ("boot-1", MACHINE, False)],
+    ids=["another machine", "a copied journal", "a lost journal"],
+)
+async def test_what_an_agent_cannot_know_the_end_of_may_live_until_it_is_settled(
+    store: Store, tmp_path: Path, boot: str, machine: str, copies: bool
+) -> None:
+    await ended(await started(tmp_path / "a", store))
+    if copies:
+        copied(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b").mkdir(exist_ok=True)
+    node = Node(tmp_path / "b", store, "n1", boot_id=boot, machine_id=machine)
+    node.load()
+    await node.namesakes.look()
+    assert (node.namesakes.elsewhere, node.namesakes.is_journal_new) == (machine == OTHER, machine == MACHINE)
+    await node.holder.sync()
+    assert (node.namesakes.elsewhere, node.namesakes.is_journal_new) == (False, False)
+    node.journal.close()
+
+
+async def test_what_ended_with_its_boot_or_was_given_up_by_an_operator_does_not_live(
+    store: Store, tmp_path: Path
+) -> None:
+    await ended(await started(tmp_path / "a", store))
+    rebooted = await started(tmp_path / "a", store, boot="boot-2")
+    assert not rebooted.namesakes.elsewhere
+    await ended(rebooted)
+    await adopt_node(store, "n1", force=False)
+    (tmp_path / "b").mkdir()
+    other = Node(tmp_path / "b", store, "n1", boot_id="boot-3", machine_id=OTHER)
+    other.load()
+    await other.namesakes.look()
+    assert not other.namesakes.elsewhere
+    other.journal.close()
 
 
 async def test_an_empty_machine_from_the_same_image_is_told_of_the_machine_id(

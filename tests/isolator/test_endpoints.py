@@ -669,6 +669,64 @@ async def test_an_address_that_the_other_container_gave_up_connects_the_endpoint
     assert judge.problems() == []
 
 
+class Held:
+    """What a call found, held back until ``go``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, whose: object, name: str) -> None:
+        self.found, self.go = asyncio.Event(), asyncio.Event()
+        real = getattr(whose, name)
+
+        async def slow(*arguments: Any) -> Any:
+            answer = await real(*arguments)
+            self.found.set()
+            await self.go.wait()
+            return answer
+
+        monkeypatch.setattr(whose, name, slow)
+
+
+async def ended_meanwhile(node: Node, held: Held, ip: IPAddress) -> None:
+    """A DEL comes between what was found and what is made of it."""
+    await asyncio.wait_for(held.found.wait(), PATIENCE)
+    await node.endpoints.detach(EndpointKey("c1", "eth0"), Asked(BOOT, 2000))
+    await node.gone()
+    held.go.set()
+    await asyncio.sleep(0.2)
+    await node.holder.confirmed([ip])
+    assert ip not in node.holder.assigned()
+
+
+async def test_a_del_while_an_address_is_taken_back_leaves_it_to_nobody(
+    node: Node, judge: Conflicts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ip = await given_away(node, judge, registered(ELSEWHERE), container_id="c2")
+    await state_is(node, EndpointState.CONFLICT, "b", ip)
+    held = Held(monkeypatch, node.holder, "take")
+    await written(node, Delete(keys.address_key(ip)))
+    await ended_meanwhile(node, held, ip)
+
+
+async def test_a_del_while_a_conflict_with_itself_is_judged_leaves_the_address_to_nobody(
+    node: Node, judge: Conflicts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch, Namesakes, "is_this_machine")
+    ip = await given_away(node, judge, registered(HERE))
+    await ended_meanwhile(node, held, ip)
+
+
+@pytest.mark.parametrize("machine", ["", "new"])
+async def test_a_container_of_a_machine_that_lost_all_its_names_is_not_cut_off_by_itself(
+    node: Node, judge: Conflicts, monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    """Node name, state directory and machine id are others; the machine's addresses are the same."""
+    me = Namesakes(node.store, "a", Identity(machine_id=machine, state_id="new"), lambda: ["192.0.2.1"])
+    monkeypatch.setattr(judge, "_namesakes", me)
+    old = NodeRecord(name="b", version="1", machine_id="old", state_id="old", underlay=["192.0.2.1"])
+    ip = await given_away(node, judge, registered(old))
+    await state_is(node, EndpointState.ATTACHED, "a", ip)
+    assert "disconnect c1" not in node.kernel.calls
+
+
 # -- endpoints that nobody sees
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +174,95 @@ def test_a_name_that_the_machine_had_before_and_has_again_gets_back_what_stands_
         assert scene.state() == ["attached"]
         assert "CONFLICT" not in scene.node.log.read_text()
         scene.node.stop()
+
+
+# -- another machine that has the name
+
+OTHER_MACHINE = {"BOOT": "1" * 8 + "-1111-1111-1111-" + "1" * 12, "MACHINE": "b" * 32, "LEFT_OVER": "1"}
+SAME_MACHINE = {"LEFT_OVER": "1"}
+
+
+@pytest.fixture
+def owner() -> Iterator[Scene]:
+    """Its agent runs, and two containers live."""
+    with LabNode("vnode") as node, node.container() as container, node.container() as second:
+        node.start()
+        node.cli("network", "create", "web", "--pool", "10.64.0.0/16")
+        ip = container.add("web").ips[4]
+        second.add("web")
+        eventually(lambda: node.ask("status")["outbox"] == 0)
+        yield Scene(node, container, ip)
+
+
+@pytest.fixture
+def other(owner: Scene) -> Iterator[LabNode]:
+    agent = (sys.executable, str(Path(__file__).with_name("other_machine_agent.py")), "agent")
+    with LabNode("vnode", agent=agent, store=owner.node.store) as node:
+        yield node
+
+
+def stands(owner: Scene) -> bool:
+    """Whether the store has the address of the living container as its, and the container answers on it."""
+    return owner.holder() == ("vnode", owner.container.id) and owner.node.namespace.pings(owner.ip)
+
+
+@pytest.mark.parametrize("has_copy", [False, True], ids=["empty state", "copied state"])
+def test_an_agent_that_was_refused_a_name_does_not_take_it_while_its_owner_is_restarted(
+    owner: Scene, other: LabNode, has_copy: bool
+) -> None:
+    if has_copy:
+        owner.node.stop()
+        shutil.copytree(owner.node.state_dir, other.state_dir)
+        owner.node.start()
+    other.start(**OTHER_MACHINE)
+    eventually(lambda: "does not take the name" in other.ask("status")["problem"])
+    owner.node.stop()
+    time.sleep(4)  # it tries every two
+    owner.node.start()
+    eventually(lambda: owner.node.ask("status")["problem"] == "")
+    assert owner.state() == ["attached", "attached"]
+    assert stands(owner)
+    assert "moorage node adopt vnode" in other.ask("status")["problem"]
+
+
+@pytest.mark.parametrize(
+    ("has_copy", "where"),
+    [(True, OTHER_MACHINE), (False, OTHER_MACHINE), (False, SAME_MACHINE)],
+    ids=["copied state on another machine", "another machine", "another namespace and a new journal"],
+)
+def test_what_lives_where_an_agent_cannot_see_it_is_a_question_when_that_takes_the_name(
+    owner: Scene, other: LabNode, has_copy: bool, where: dict[str, str]
+) -> None:
+    owner.node.stop()
+    if has_copy:
+        shutil.copytree(owner.node.state_dir, other.state_dir)
+    other.start(**where)
+    eventually(lambda: other.ask("status")["in_sync"])
+    assert "all 2 containers" in other.ask("status")["missing"]
+    assert stands(owner)
+    other.kill()
+    other.start(**where)
+    eventually(lambda: other.ask("status")["in_sync"])
+    status = other.ask("status")
+    assert "all 2 containers" in status["missing"]
+    assert status["identity"] == []
+    other.stop()
+    owner.node.start()
+    eventually(lambda: owner.state() == ["attached", "attached"])
+    assert stands(owner)
+
+
+def test_an_operator_ends_the_containers_of_the_machine_that_was_replaced(
+    owner: Scene, other: LabNode
+) -> None:
+    owner.node.stop()
+    owner.node.switch_off()
+    other.start(**OTHER_MACHINE)
+    eventually(lambda: other.ask("status")["in_sync"])
+    assert "node vnode was another machine" in other.ask("status")["identity"][0]
+    other.cli("endpoint", "missing", "--release")
+    assert other.ask("status")["missing"] == ""
+    eventually(lambda: not other.ask("ip", "list", "--state", "assigned"))
 
 
 HASTY = Path(__file__).parent.parent / "cluster" / "hasty_agent.py"
