@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from isolator import alias_key
 from isolator.journal import Journal
 from isolator.model import Endpoint, EndpointKey
 from isolator.netlink import unpinned
@@ -104,7 +105,8 @@ def is_whole(node: LabNode) -> bool:
     return node.cli("ip", "check", check=False).returncode == 0
 
 
-def test_every_field_of_an_endpoint_outlives_a_lost_journal(open_node: LabNode) -> None:
+@pytest.mark.parametrize("key", ["with aliases", "without the key of aliases"])
+def test_every_field_of_an_endpoint_outlives_a_lost_journal(open_node: LabNode, key: str) -> None:
     node = open_node
     with (
         node.container() as rich,
@@ -126,6 +128,8 @@ def test_every_field_of_an_endpoint_outlives_a_lost_journal(open_node: LabNode) 
         assert unset <= {"next_hop", "lost"}, "this test's endpoint needs a value there"
         node.kill()
         journals.lose(node.state_dir)
+        if key == "without the key of aliases":
+            (node.state_dir / alias_key.NAME).unlink()
         node.start()
         eventually(lambda: all(e.netns for e in journals.endpoints_of(node.state_dir).values()))
         after = journals.endpoints_of(node.state_dir)
