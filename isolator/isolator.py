@@ -729,18 +729,29 @@ class Isolator:
         self._fabric.addresses_changed()
 
     async def _look_at_fence(self) -> None:
-        """Notices a store that went back in time also where nothing is written, before others take what it forgot."""
+        """Notices a store that is away, or went back in time, also where nothing is written: before others take what it
+        forgot."""
+        pause = FENCE_EVERY
         while True:
-            await asyncio.sleep(FENCE_EVERY)
+            await asyncio.sleep(pause)
             before = self._journal.confirmed_seq
-            if self._holder.problem:
+            if not self._holder.agrees:
                 continue
             try:
                 kv = await self._store.get(keys.WRITERS + self.node)
-                self._continuity.touch()
-                stood = 0 if kv is None else Fence.decode(kv.key, kv.value).seq
             except StoreError as error:
                 log.info("fence was not looked at", why=str(error))
+                self._holder.unread(str(error))
+                # Who finds nothing warm is refused until it answers.
+                pause = RETRY
+                continue
+            self._holder.read()
+            self._continuity.touch()
+            pause = FENCE_EVERY
+            try:
+                stood = 0 if kv is None else Fence.decode(kv.key, kv.value).seq
+            except StoreError as error:
+                log.info("fence cannot be read", why=str(error))
                 continue
             # A sync that ended meanwhile has settled it, and left a lower number.
             if stood < min(before, self._journal.confirmed_seq):
