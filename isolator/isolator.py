@@ -497,6 +497,7 @@ class Isolator:
                 f"{key} ({', '.join(map(str, ips))})"
                 for key, ips in self._endpoints.unknown_to_others().items()
             ],
+            "journal": self._unwritable(),
             "journal_rebuilt": self._journal.rebuilt,
             "lost": self._endpoints.incomplete(),
             **self._holder.status(),
@@ -511,6 +512,14 @@ class Isolator:
             ],
             **self._firewalls.status(),
         }
+
+    def _unwritable(self) -> str:
+        """A sentence, if the journal cannot be written now; every ADD is refused with it."""
+        try:
+            self._journal.check_writable()
+        except JournalUnwritable as error:
+            return str(error)
+        return ""
 
     def _other_name(self) -> str:
         """A sentence, if the host is called otherwise than its node."""

@@ -53,6 +53,8 @@ def agent(session: Session) -> Iterator[Finding]:
         return
     if status["problem"]:
         yield Finding("agent", f"the agent is out of sync with the store: {status['problem']}")
+    if why := status.get("journal"):
+        yield Finding("journal", f"{why}; until then every ADD is refused")
     for sentence in status.get("certificates", []):
         yield Finding("certificates", sentence)
     for sentence in status.get("collisions", []):

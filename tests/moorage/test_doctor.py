@@ -38,6 +38,12 @@ def test_clones_and_endpoints_that_nobody_sees_are_told(monkeypatch: pytest.Monk
     ]
 
 
+def test_a_journal_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(monkeypatch, journal="the journal cannot be written") == [
+        "the journal cannot be written; until then every ADD is refused"
+    ]
+
+
 def test_a_tunnel_that_takes_anybodys_packets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (sentence,) = said(monkeypatch, fabric=QUIET["fabric"] | {"tunnel": TUNNEL | {"open": True}})
     assert "takes packets from anybody" in sentence
