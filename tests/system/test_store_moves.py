@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from moorage.lab import LabNode
@@ -31,3 +37,26 @@ def test_containers_go_on_with_a_loaded_store(node: LabNode) -> None:
         assert (check["findings"], check["nodes_asked"]) == ([], 1)
         assert old.delete("web").exit == 0
         assert new.delete("web").exit == 0
+
+
+def test_a_network_that_a_backup_does_not_know_is_made_again_by_what_the_check_says(node: LabNode) -> None:
+    store, backup = Path(node.store.removeprefix("sqlite://")), node.directory / "backup"
+    with closing(sqlite3.connect(store)) as running, closing(sqlite3.connect(backup)) as copy:
+        running.backup(copy)
+    node.cli("network", "create", "late", "--pool", "10.65.0.0/24", "--pool", "fd65::/64")
+    with node.container() as container:
+        ips = container.add("late").ips
+        node.stop()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{store}{suffix}").unlink(missing_ok=True)
+        shutil.copy(backup, store)
+        node.start()
+        findings: list[dict[str, Any]] = []
+        eventually(lambda: findings.extend(node.ask("ip", "check", check=False)["findings"]) or findings)
+        assert {finding["subject"] for finding in findings} == {str(ip) for ip in ips.values()}
+        assert {finding["evidence"]["container"] for finding in findings} == {f"{container.id}/eth0"}
+        (command,) = {finding["repair"].split("`")[1] for finding in findings}
+        node.cli(*command.split()[1:])
+        eventually(lambda: node.ask("ip", "check", check=False)["findings"] == [])
+        assert node.namespace.pings(ips[4])
+        assert container.delete("late").exit == 0
