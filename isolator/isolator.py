@@ -501,7 +501,10 @@ class Isolator:
             "journal_rebuilt": self._journal.rebuilt,
             "lost": self._endpoints.incomplete(),
             **self._holder.status(),
-            "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
+            "fabric": {
+                **self._fabric.status(),
+                "tunnel": self._neighbours.tunnel_status(self._underlay.addresses),
+            },
             "connections": self._connections.status(),
             "collisions": self._collisions(),
             "certificates": self._settings.ending_certificates(),
