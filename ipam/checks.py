@@ -235,7 +235,7 @@ async def _ask(store: Store, node: str, look: _Look, *, repair: bool) -> None:
     look.asked += 1
     look.findings.extend(_finding(row) for row in answer.get("findings", []))
     look.repaired.extend(_finding(row) for row in answer.get("repaired", []))
-    look.notes.extend(answer.get("notes", []))
+    look.notes.extend(f"node {node}: {note}" for note in answer.get("notes", []))
     for ip, endpoint in answer.get("carried", {}).items():
         look.carried[ip].append((node, endpoint))
     look.unwritten.update(answer.get("unwritten", []))

@@ -185,7 +185,7 @@ async def test_what_agents_find_and_repair_is_reported(store: Store) -> None:
     }
     report = await checked(store, {"n1": {"findings": [row], "repaired": [row]}}, repair=True)
     assert report.findings == report.repaired == [Finding(4, "mrg1", "is a stray", {"a": "1"}, "removed")]
-    assert report.nodes_asked == 1
+    assert (report.nodes_asked, report.notes) == (1, ["node n1: repair=True"])
 
 
 async def test_only_the_second_look_repairs(store: Store) -> None:
