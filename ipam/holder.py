@@ -148,6 +148,8 @@ class Holder:
             if self._namesakes is not None and (why := await self._namesakes.refusal()):
                 raise Fenced(why) from error
             raise
+        if self._namesakes is not None:
+            self._namesakes.settled()
         self.journal_was_behind = self.journal_was_behind or report.behind
         if self._taken_over is not None:
             # Told while journal and store were compared.

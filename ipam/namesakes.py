@@ -51,12 +51,21 @@ class Namesakes:
     def __init__(
         self, store: Store, node: str, me: Identity, addresses: Callable[[], Collection[str]] = lambda: ()
     ) -> None:
-        self.told: list[str] = []
+        self._before: list[str] = []
+        self._beside = ""
         self._store = store
         self._node = node
         self._me = me
         self._addresses = addresses
         self._seen_alive: dict[str, float] = {}
+
+    @property
+    def told(self) -> list[str]:
+        return [self._beside] if self._beside else list(self._before)
+
+    def settled(self) -> None:
+        """This agent has the name, so nobody has it beside it."""
+        self._beside = ""
 
     async def look(self) -> None:
         """Before the name's fence is taken: who had it since this journal was written. Raises StoreError."""
@@ -84,8 +93,8 @@ class Namesakes:
             )
 
     def _tell(self, sentence: str) -> None:
-        if sentence not in self.told:
-            self.told.append(sentence)
+        if sentence not in self._before:
+            self._before.append(sentence)
             log.warning("another agent had this node's name", node=self._node, why=sentence)
 
     async def refusal(self) -> str:
@@ -93,6 +102,7 @@ class Namesakes:
 
         Raises StoreError.
         """
+        self._beside = ""
         alive = await self._alive(self._node)
         if alive is None or alive.instance == self._me.instance or alive.boot_id == self._me.boot_id:
             return ""
@@ -105,7 +115,7 @@ class Namesakes:
                 'agent, give it a state directory, a machine id and a name of its own (docs/runbook.md, "Two machines '
                 'have one name"), and start it again'
             )
-            self.told = [sentence]
+            self._beside = sentence
             return sentence
         if record is not None and record.machine_id and self._is_same_machine(record):
             return (

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import ipam.namesakes as namesakes_module
-from ipam import keys
+from ipam import keys, writer
 from ipam.errors import Fenced
 from ipam.namesakes import Identity, Namesakes
 from ipam.records import Alive
 from ipam.records import Node as NodeRecord
 from ipam.store import Store
-from ipam.store.base import Put, Txn
+from ipam.store.base import Delete, Put, Txn
 from tests.ipam.nodes import Node
 
 MACHINE, OTHER = "1" * 32, "2" * 32
@@ -33,6 +33,8 @@ async def ended(node: Node) -> None:
     """Its agent is stopped, and its sign of life is gone."""
     await node.crash()
     await node.membership.leave()
+    # It may have been given twice, on a lease each.
+    await node.store.txn(Txn((), (Delete(keys.ALIVE + node.name),)))
 
 
 def copied(before: Path, after: Path) -> Path:
@@ -80,6 +82,37 @@ async def test_a_clone_is_refused_beside_its_living_original_and_told_what_to_do
     assert f"a copy of this machine's {what}" in str(refused.value)
     assert clone.namesakes.told == [str(refused.value)]
     clone.journal.close()
+    await ended(original)
+
+
+async def test_a_clone_that_is_gone_is_not_said_to_run_any_more(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHOWS_WITHIN", 0.0)
+    await ended(await started(tmp_path / "a", store))
+    original = Node(tmp_path / "a", store, "n1", boot_id="boot-1", machine_id=MACHINE)
+    original.load()
+    await original.holder.sync()
+    clone = await started(copied(tmp_path / "a", tmp_path / "b"), store, boot="boot-2")
+    with pytest.raises(Fenced, match="one of the two is a clone"):
+        await original.holder.sync()
+    (now,) = original.namesakes.told
+    assert "one of the two is a clone" in now
+    await ended(clone)
+    await original.holder.sync()
+    (before,) = original.namesakes.told
+    assert before.startswith("an agent with a copy of this state directory"), "that is so, and was before"
+    original.journal.close()
+
+
+async def test_nothing_is_said_of_a_clone_that_never_had_the_name(store: Store, tmp_path: Path) -> None:
+    original = await started(tmp_path / "a", store)
+    clone = Node(copied(tmp_path / "a", tmp_path / "b"), store, "n1", boot_id="boot-2", machine_id=MACHINE)
+    clone.load()
+    with pytest.raises(Fenced, match="one of the two is a clone"):
+        await clone.holder.sync()
+    clone.journal.close()
+    assert original.namesakes.told == []
     await ended(original)
 
 
