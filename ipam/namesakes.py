@@ -43,7 +43,8 @@ class Identity:
 
 
 class Namesakes:
-    """See the module's docstring. told: sentences about others that have, or had, this node's name.
+    """See the module's docstring. told: sentences about others that have, or had, this node's name. lost_journal: the
+    journal is new, and the node was this machine's before.
 
     addresses: this node's on its underlay now.
     """
@@ -51,6 +52,7 @@ class Namesakes:
     def __init__(
         self, store: Store, node: str, me: Identity, addresses: Callable[[], Collection[str]] = lambda: ()
     ) -> None:
+        self.lost_journal = False
         self._before: list[str] = []
         self._beside = ""
         self._store = store
@@ -84,6 +86,7 @@ class Namesakes:
                     'have one name"); if the journal was put back from a copy, nothing is to be done'
                 )
         elif self._is_same_machine(record):
+            self.lost_journal = not self._me.known
             log.info("the name was this machine's, with another state directory", node=self._node)
         else:
             self._tell(

@@ -498,7 +498,9 @@ class Isolator:
                 for key, ips in self._endpoints.unknown_to_others().items()
             ],
             "journal": self._unwritable(),
-            "journal_rebuilt": self._journal.rebuilt,
+            "journal_rebuilt": (
+                self._journal.rebuilt or self._namesakes.lost_journal or self._holder.journal_was_behind
+            ),
             "lost": self._endpoints.incomplete(),
             **self._holder.status(),
             "fabric": {

@@ -55,9 +55,11 @@ async def test_an_agent_that_is_killed_and_started_again_has_no_namesake(
 
 
 async def test_a_machine_that_lost_its_journal_takes_its_name_over(store: Store, tmp_path: Path) -> None:
-    await ended(await started(tmp_path / "a", store))
+    first = await started(tmp_path / "a", store)
+    assert not first.namesakes.lost_journal
+    await ended(first)
     node = await started(tmp_path / "b", store)
-    assert node.namesakes.told == []
+    assert (node.namesakes.told, node.namesakes.lost_journal) == ([], True)
     await ended(node)
 
 
@@ -65,6 +67,7 @@ async def test_a_machine_that_replaces_another_has_its_name_and_says_so(store: S
     await ended(await started(tmp_path / "a", store))
     node = await started(tmp_path / "b", store, boot="boot-2", machine=OTHER)
     assert "node n1 was another machine" in node.namesakes.told[0]
+    assert not node.namesakes.lost_journal
     await ended(node)
 
 
