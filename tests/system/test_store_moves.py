@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from moorage.lab import LabNode
 from tests.system.conftest import eventually
 
 pytestmark = pytest.mark.kernel
+
+RUNBOOK = Path(__file__).parent.parent.parent / "docs" / "runbook.md"
 
 
 def test_containers_go_on_with_a_loaded_store(node: LabNode) -> None:
@@ -41,8 +42,11 @@ def test_containers_go_on_with_a_loaded_store(node: LabNode) -> None:
 
 def test_a_network_that_a_backup_does_not_know_is_made_again_by_what_the_check_says(node: LabNode) -> None:
     store, backup = Path(node.store.removeprefix("sqlite://")), node.directory / "backup"
-    with closing(sqlite3.connect(store)) as running, closing(sqlite3.connect(backup)) as copy:
-        running.backup(copy)
+    (written,) = re.findall(r"^python3 -c '(.+)'$", RUNBOOK.read_text("utf-8"), re.MULTILINE)
+    script = written.replace("/var/lib/moorage/store.db", str(store)).replace(
+        "/var/backups/moorage.db", str(backup)
+    )
+    node.namespace.run("python3", "-c", script)
     node.cli("network", "create", "late", "--pool", "10.65.0.0/24", "--pool", "fd65::/64")
     with node.container() as container:
         ips = container.add("late").ips
