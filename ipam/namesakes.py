@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from ipam import keys
-from ipam.errors import StoreError
+from ipam.errors import ANEW, StoreError
 from ipam.membership import LEASE
 from ipam.records import Alive, Fence, Node
 from ipam.store.base import Store
@@ -92,7 +92,7 @@ class Namesakes:
             self._tell(
                 f"node {self._node} was another machine (instance {fence.instance}) until now, whose agent does not "
                 "run any more: if that one was replaced by this, nothing is to be done; if it goes on, stop this "
-                "agent, and start it under another name, with another --state-dir"
+                f"agent, and start it under another name, {ANEW}"
             )
 
     def _tell(self, sentence: str) -> None:
@@ -123,9 +123,9 @@ class Namesakes:
         if record is not None and record.machine_id and self._is_same_machine(record):
             return (
                 f"{whose}, on a machine with this one's machine id: one of the two is a clone; give it a machine id "
-                "and a name of its own, and start it with another --state-dir"
+                f"and a name of its own, and start it {ANEW}"
             )
-        return f"{whose}; stop it, or start this one under another name, with another --state-dir"
+        return f"{whose}; stop it, or start this one under another name, {ANEW}"
 
     async def is_this_machine(self, name: str) -> bool | None:
         """Whether a node of the store is this very machine, under another name or this one.
