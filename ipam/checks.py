@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class _Look:
     asked: int = 0
     silent: list[str] = field(default_factory=list)
     assigned: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, Address] = field(default_factory=dict)
     carried: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     unwritten: set[str] = field(default_factory=set)
 
@@ -96,6 +97,10 @@ async def _look(store: Store, *, repair: bool) -> _Look:
     look = _Look()
     pools = await _pools(store, look)
     holders = await _look_at_addresses(store, pools, look)
+    if look.outside:
+        networks, _ = await read_prefix(store, keys.NETWORKS)
+        known = {kv.key.removeprefix(keys.NETWORKS) for kv in networks}
+        look.findings.extend(_outside_findings(look.outside, known))
     await _look_at_blocks(store, pools, look)
     leases, _ = await read_prefix(store, keys.ALIVE)
     alive = {kv.key.removeprefix(keys.ALIVE) for kv in leases}
@@ -147,14 +152,50 @@ async def _look_at_addresses(store: Store, pools: Sequence[Geometry], look: _Loo
         holders[address.node] += 1
         if address.state is AddressState.ASSIGNED:
             look.assigned[str(ip)] = address.node
-        look.findings.extend(_address_findings(ip, address, pools))
+        pool = next((p for p in pools if p.family == ip.version and ip in p.cidr), None)
+        if pool is None:
+            look.outside[str(ip)] = address
+        else:
+            look.findings.extend(_address_findings(ip, address, pool))
     return holders
 
 
-def _address_findings(ip: IPAddress, address: Address, pools: Sequence[Geometry]) -> list[Finding]:
-    pool = next((p for p in pools if p.family == ip.version and ip in p.cidr), None)
-    if pool is None:
-        return [Finding(5, str(ip), "lies outside every pool", {"node": address.node, "pool": address.pool})]
+def _outside_findings(outside: Mapping[str, Address], networks: Collection[str]) -> list[Finding]:
+    """Addresses of pools that the store does not have, perhaps any more: it was restored from a backup that is older.
+
+    outside: by IP. networks: the names of those that the store has.
+    """
+    used: dict[str, set[str]] = defaultdict(set)
+    for address in outside.values():
+        if address.state.is_taken:
+            used[address.network].add(_cidr_of(address.pool))
+    found = []
+    for ip, address in outside.items():
+        evidence = {"node": address.node, "network": address.network, "pool": address.pool}
+        step = (
+            f"the agent of node {address.node} gives it back; start it, or see `moorage node remove --help`"
+        )
+        if address.container_id:
+            evidence["container"] = f"{address.container_id}/{address.ifname}"
+        if address.state.is_taken:
+            what, option = ("set", "--add-pool") if address.network in networks else ("create", "--pool")
+            pools = " ".join(f"{option} {cidr}" for cidr in sorted(used[address.network]))
+            user = f"container {evidence['container']}" if address.container_id else "who uses it"
+            step = (
+                "if the store was restored from a backup that is older than the pool, make it again, with its options: "
+                f"`moorage network {what} {address.network} {pools}`; else end {user}"
+            )
+        found.append(Finding(5, ip, "lies outside every pool", evidence, step))
+    return found
+
+
+def _cidr_of(pool: str) -> str:
+    """Of the pool by that name (see networks.py)."""
+    base, _, length = pool.rpartition("-")
+    return f"{base}/{length}" if base else "CIDR"
+
+
+def _address_findings(ip: IPAddress, address: Address, pool: Geometry) -> list[Finding]:
     found = []
     if pool.name != address.pool:
         found.append(
@@ -194,7 +235,7 @@ async def _ask(store: Store, node: str, look: _Look, *, repair: bool) -> None:
     look.asked += 1
     look.findings.extend(_finding(row) for row in answer.get("findings", []))
     look.repaired.extend(_finding(row) for row in answer.get("repaired", []))
-    look.notes.extend(answer.get("notes", []))
+    look.notes.extend(f"node {node}: {note}" for note in answer.get("notes", []))
     for ip, endpoint in answer.get("carried", {}).items():
         look.carried[ip].append((node, endpoint))
     look.unwritten.update(answer.get("unwritten", []))

@@ -7,6 +7,10 @@ they are ours and listed in docs/errors.md.
 
 from typing import ClassVar
 
+ANEW = "with --state-dir /var/lib/moorage/NEWNAME"
+"""For sentences about an agent that needs a state directory of its own. Its unit lets it write nowhere else than below
+/var/lib/moorage."""
+
 
 class MoorageError(Exception):
     """Anything moorage refuses or could not do; ``str()`` is what the user reads."""

@@ -105,7 +105,7 @@ class Holder:
         self._is_live = is_live
         self._on_asserted = on_asserted
         self._taken_over: Fenced | None = None
-        outage = Outage(self._on_away)
+        self._outage = outage = Outage(self._on_away)
         grace = Grace(journal, boot_id, at_least=cooldown)
         self.continuity = Continuity(store, node, journal, grace, self._doubt, nodes)
         self._writer = Writer(store, node, instance, boot_id, outage, lambda: self.continuity.guard, state_id)
@@ -177,6 +177,14 @@ class Holder:
                 self._lose_sync(error)
                 await asyncio.sleep(SYNC_RETRY)
 
+    def unread(self, why: str) -> None:
+        """What is read of the store now and then, also where nothing is written, was not answered."""
+        self._outage.unread(why)
+
+    def read(self) -> None:
+        """It was."""
+        self._outage.read()
+
     def _doubt(self, why: str) -> None:
         if self._holdings.serving:
             self._lose_sync(StoreRewound(f"the store is in doubt: {why}"))
@@ -242,6 +250,12 @@ class Holder:
     def problem(self) -> str:
         """Why nothing but warm addresses can be given out now; "" if all is well."""
         return self._holdings.trouble
+
+    @property
+    def agrees(self) -> bool:
+        """Whether journal and store were made to agree, and nothing was heard since that says otherwise; also while the
+        store does not answer."""
+        return not self._holdings.problem
 
     @property
     def serves(self) -> bool:

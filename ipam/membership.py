@@ -11,7 +11,7 @@ import structlog
 
 from ipam import keys
 from ipam.drain import Drain
-from ipam.errors import Fenced, StoreError, TryAgain
+from ipam.errors import ANEW, Fenced, StoreError, TryAgain
 from ipam.records import Alive, Fence, Node
 from ipam.schema import check_schema, read_schema
 from ipam.store.base import KeyValue, Lease, Put, Store, Txn, absent, unchanged
@@ -186,7 +186,7 @@ class Membership:
             self._on_fenced(
                 Fenced(
                     f"another agent took over node {self._node.name}; give one of the two another --node "
-                    "name, with another --state-dir"
+                    f"name, {ANEW}"
                 )
             )
 

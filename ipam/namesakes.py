@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import structlog
 
 from ipam import keys
-from ipam.errors import Fenced, StoreError
+from ipam.errors import ANEW, Fenced, StoreError
 from ipam.membership import LEASE
 from ipam.records import Alive, Fence, Node
 from ipam.store.base import Store
@@ -52,7 +52,8 @@ class Identity:
 
 
 class Namesakes:
-    """See the module's docstring. told: sentences about others that have, or had, this node's name.
+    """See the module's docstring. told: sentences about others that have, or had, this node's name. lost_journal: the
+    journal is new, and the node was this machine's before.
 
     addresses: this node's on its underlay now.
     elsewhere: containers that the store, or a journal that was copied, has on this node may live on another machine.
@@ -62,9 +63,11 @@ class Namesakes:
     def __init__(
         self, store: Store, node: str, me: Identity, addresses: Callable[[], Collection[str]] = lambda: ()
     ) -> None:
-        self.told: list[str] = []
         self.elsewhere = me.is_moved
         self.is_journal_new = False
+        self.lost_journal = False
+        self._before: list[str] = []
+        self._beside = ""
         self._store = store
         self._node = node
         self._me = me
@@ -72,6 +75,15 @@ class Namesakes:
         self._seen_alive: dict[str, float] = {}
         self._other_seen: float | None = None
         self._refused = ""
+
+    @property
+    def told(self) -> list[str]:
+        return [self._beside] if self._beside else list(self._before)
+
+    def settled(self) -> None:
+        """This agent has the name, so nobody has it beside it; and what was another's is looked after."""
+        self._beside = ""
+        self.elsewhere = self.is_journal_new = False
 
     async def look(self) -> None:
         """Before the name's fence is taken: who had it since this journal was written. Raises Fenced when another
@@ -93,7 +105,7 @@ class Namesakes:
                 f"node {self._node} was another machine{copied} (instance {fence.instance}) until now, whose agent "
                 "does not run at this moment: if it was replaced by this one, or is this one with other hardware, end "
                 "what the store has of its containers (`moorage endpoint missing --release`); if it goes on, stop this "
-                "agent, and start it under another name, with another --state-dir"
+                f"agent, and start it under another name, {ANEW}"
             )
             return
         if fence.instance in (self._me.instance, *self._me.known):
@@ -108,16 +120,13 @@ class Namesakes:
                     'have one name"); if the journal was put back from a copy, nothing is to be done'
                 )
         else:
+            self.lost_journal = not self._me.known and self._is_same_machine(record)
             self.is_journal_new = is_this_boot and not self._me.known
             log.info("the name was this machine's, with another state directory", node=self._node)
 
-    def settled(self) -> None:
-        """Journal and store agree: what was another's is looked after."""
-        self.elsewhere = self.is_journal_new = False
-
     def _tell(self, sentence: str) -> None:
-        if sentence not in self.told:
-            self.told.append(sentence)
+        if sentence not in self._before:
+            self._before.append(sentence)
             log.warning("another agent had this node's name", node=self._node, why=sentence)
 
     async def refusal(self, *, had_name: bool) -> str:
@@ -126,6 +135,7 @@ class Namesakes:
         had_name: whether it had it since it started; who never had is refused for good when the other one stays. Raises
         StoreError.
         """
+        self._beside = ""
         alive = await self._alive(self._node)
         if alive is None or alive.instance == self._me.instance or alive.boot_id == self._me.boot_id:
             self._other_seen = None
@@ -152,14 +162,14 @@ class Namesakes:
                 'agent, give it a state directory, a machine id and a name of its own (docs/runbook.md, "Two machines '
                 'have one name"), and start it again'
             )
-            self.told = [sentence]
+            self._beside = sentence
             return sentence
         if record is not None and record.machine_id and self._is_same_machine(record):
             return (
                 f"{whose}, on a machine with this one's machine id: one of the two is a clone; give it a machine id "
-                "and a name of its own, and start it with another --state-dir"
+                f"and a name of its own, and start it {ANEW}"
             )
-        return f"{whose}; stop it, or start this one under another name, with another --state-dir"
+        return f"{whose}; stop it, or start this one under another name, {ANEW}"
 
     async def is_this_machine(self, name: str) -> bool | None:
         """Whether a node of the store is this very machine, under another name or this one.

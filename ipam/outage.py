@@ -4,7 +4,8 @@
     hesitates --GRACE is over--> away: who waits is refused, and who comes later is refused at once
     hesitates, away --answered()--> answers
 
-The writer reports to it. Reads need not: they are repeated for longer than GRACE before they fail.
+The writer reports to it, and the look at the fence of a node that has nothing to write (``unread``, ``read``). Other
+reads need not: they are repeated for longer than GRACE before they fail.
 """
 
 from __future__ import annotations
@@ -26,18 +27,40 @@ class Outage:
     def __init__(self, on_away: Callable[[str], None] = lambda _: None) -> None:
         self._on_away = on_away
         self._grace: asyncio.TimerHandle | None = None
-        self.why = ""
+        self._failed = ""
+        self._unread = ""
         self.away = False
 
+    @property
+    def why(self) -> str:
+        return self._failed or self._unread
+
     def failed(self, why: str) -> None:
-        """Something was sent and not answered."""
-        self.why = why
+        """A transaction was sent and not answered."""
+        self._failed = why
+        self._begin_grace()
+
+    def answered(self) -> None:
+        """The store said something to a transaction, whatever it was."""
+        self._failed = self._unread = ""
+        self._end()
+
+    def unread(self, why: str) -> None:
+        """A read was not answered."""
+        self._unread = why
+        self._begin_grace()
+
+    def read(self) -> None:
+        """A read was answered. A store that takes no writes may still answer those, so what failed stays."""
+        self._unread = ""
+        if not self._failed:
+            self._end()
+
+    def _begin_grace(self) -> None:
         if self._grace is None:
             self._grace = asyncio.get_running_loop().call_later(GRACE, self._end_grace)
 
-    def answered(self) -> None:
-        """The store said something, whatever it was."""
-        self.why = ""
+    def _end(self) -> None:
         self.away = False
         if self._grace is not None:
             self._grace.cancel()

@@ -26,7 +26,7 @@ import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from ipam import keys
-from ipam.errors import Ambiguous, Fenced, StoreError, StoreUnavailable
+from ipam.errors import ANEW, Ambiguous, Fenced, StoreError, StoreUnavailable
 from ipam.outage import Outage
 from ipam.records import Alive, Fence
 from ipam.store.base import (
@@ -161,8 +161,8 @@ class Writer:
                 if stood is not None and stood.vacant and self._had_fence:
                     raise Fenced(
                         f"node {self._node} was taken from this agent by `moorage node adopt`: the next agent that "
-                        "starts under this name has it; restart this one to have it back, or give it another --node, "
-                        "with another --state-dir"
+                        "starts under this name has it; restart this one to have it back, or give it another --node "
+                        f"name, {ANEW}"
                     )
                 if stood is not None:
                     self._leave_time_to(stood)
@@ -202,7 +202,7 @@ class Writer:
                 return
         raise Fenced(
             f"another agent runs as node {self._node} (instance {lease.instance}); "
-            "stop it or wait until its lease expires, or give this node another --node name, with another --state-dir"
+            f"stop it or wait until its lease expires, or give this node another --node name, {ANEW}"
         )
 
     def _leave_time_to(self, stood: Fence) -> None:
@@ -216,7 +216,7 @@ class Writer:
         if now < self._usurper[1] + SHOWS_WITHIN:
             raise Fenced(
                 f"another agent (instance {stood.instance}) took over node {self._node}; stop one of the two, "
-                "or give this one another --node name, with another --state-dir"
+                f"or give this one another --node name, {ANEW}"
             )
 
     def _hold(self, revision: int, seq: int, fresh: bool) -> bool:
@@ -294,7 +294,7 @@ class Writer:
                 f"node {self._node} was removed, or taken from this agent, by an operator"
                 if not fence.boot_id
                 else f"another agent (instance {fence.instance}) took over node {self._node}; "
-                "stop one of the two, or give this one another --node name, with another --state-dir"
+                f"stop one of the two, or give this one another --node name, {ANEW}"
             )
         if stood.mod_revision == self._revision:
             raise IncarnationMoved("a node doubts the store; what this node holds is asserted anew")

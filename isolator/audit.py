@@ -57,7 +57,7 @@ async def audit(
 
 def _notes(endpoints: Endpoints, holder: Holder) -> Iterator[str]:
     if holder.problem:
-        yield f"node is out of sync with the store: {holder.problem}"
+        yield f"out of sync with the store: {holder.problem}"
     missing = [str(e.key) for e in endpoints.all() if e.state is EndpointState.MISSING]
     if missing:
         yield (

@@ -515,10 +515,16 @@ class Isolator:
                 f"{key} ({', '.join(map(str, ips))})"
                 for key, ips in self._endpoints.unknown_to_others().items()
             ],
-            "journal_rebuilt": self._journal.rebuilt,
+            "journal": self._unwritable(),
+            "journal_rebuilt": (
+                self._journal.rebuilt or self._namesakes.lost_journal or self._holder.journal_was_behind
+            ),
             "lost": self._endpoints.incomplete(),
             **self._holder.status(),
-            "fabric": {**self._fabric.status(), "tunnel": self._neighbours.tunnel_status()},
+            "fabric": {
+                **self._fabric.status(),
+                "tunnel": self._neighbours.tunnel_status(self._underlay.addresses),
+            },
             "connections": self._connections.status(),
             "collisions": self._collisions(),
             "certificates": self._settings.ending_certificates(),
@@ -529,6 +535,14 @@ class Isolator:
             ],
             **self._firewalls.status(),
         }
+
+    def _unwritable(self) -> str:
+        """A sentence, if the journal cannot be written now; every ADD is refused with it."""
+        try:
+            self._journal.check_writable()
+        except JournalUnwritable as error:
+            return str(error)
+        return ""
 
     def _other_name(self) -> str:
         """A sentence, if the host is called otherwise than its node."""
@@ -758,18 +772,29 @@ class Isolator:
         self._fabric.addresses_changed()
 
     async def _look_at_fence(self) -> None:
-        """Notices a store that went back in time also where nothing is written, before others take what it forgot."""
+        """Notices a store that is away, or went back in time, also where nothing is written: before others take what it
+        forgot."""
+        pause = FENCE_EVERY
         while True:
-            await asyncio.sleep(FENCE_EVERY)
+            await asyncio.sleep(pause)
             before = self._journal.confirmed_seq
-            if self._holder.problem:
+            if not self._holder.agrees:
                 continue
             try:
                 kv = await self._store.get(keys.WRITERS + self.node)
-                self._continuity.touch()
-                stood = 0 if kv is None else Fence.decode(kv.key, kv.value).seq
             except StoreError as error:
                 log.info("fence was not looked at", why=str(error))
+                self._holder.unread(str(error))
+                # Who finds nothing warm is refused until it answers.
+                pause = RETRY
+                continue
+            self._holder.read()
+            self._continuity.touch()
+            pause = FENCE_EVERY
+            try:
+                stood = 0 if kv is None else Fence.decode(kv.key, kv.value).seq
+            except StoreError as error:
+                log.info("fence cannot be read", why=str(error))
                 continue
             # A sync that ended meanwhile has settled it, and left a lower number.
             if stood < min(before, self._journal.confirmed_seq):

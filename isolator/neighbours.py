@@ -10,7 +10,7 @@ look through the kernel's table for all that left meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from ipaddress import ip_network
 
 import structlog
@@ -255,13 +255,14 @@ class Neighbours:
     def _is_tunnelled(self) -> bool:
         return any(network.fabric == TUNNEL for network in self._catalogue.networks())
 
-    def tunnel_status(self) -> dict[str, object]:
-        """Who may send to this node's tunnel, for `moorage status`."""
+    def tunnel_status(self, own: Collection[IPAddress]) -> dict[str, object]:
+        """Who may send to this node's tunnel, for `moorage status`. own: this node's underlay addresses now, which are
+        nobody else's while the store has others for its name, or none."""
         hosts = self._hosts
         return {
             "open": self._is_tunnelled() and (hosts is None or not hosts.tunnel),
             "addresses": len(hosts.underlays) if hosts is not None else 0,
-            "unnamed": [str(ip) for ip in self._registered.unnamed],
+            "unnamed": [str(ip) for ip in self._registered.unnamed if ip not in own],
         }
 
     # -- connections

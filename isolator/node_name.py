@@ -34,7 +34,7 @@ def settle(journal: Journal, wanted: str, *, given: bool, state_dir: Path) -> st
                 f"the state directory {state_dir} is node {known}'s, and this agent was told to be node {wanted}; "
                 f"start it as {known}, or without a name; to rename the machine, have it give back what it has as "
                 f"{known} (`moorage node drain {known}`, end its containers, stop it, `moorage node remove {known}`), "
-                f"and start it as {wanted} with another --state-dir"
+                f"and start it as {wanted} with --state-dir {state_dir / wanted}"
             )
         log.warning(
             "the host has another name than the node, which keeps its own",

@@ -53,6 +53,8 @@ def agent(session: Session) -> Iterator[Finding]:
         return
     if status["problem"]:
         yield Finding("agent", f"the agent is out of sync with the store: {status['problem']}")
+    if why := status.get("journal"):
+        yield Finding("journal", f"{why}; until then every ADD is refused")
     for sentence in status.get("certificates", []):
         yield Finding("certificates", sentence)
     for sentence in status.get("collisions", []):
@@ -128,12 +130,13 @@ def _connections(connections: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def forwarding(_: Session) -> Iterator[Finding]:
+def forwarding(session: Session) -> Iterator[Finding]:
     """Does the node forward packets?"""
+    why = "something changed it" if _agent_answers(session) else "the agent turns it on when it starts"
     for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
         if sysctl.read(name) == "0":
             setting = name.replace("/", ".")
-            problem = f"{setting} is 0, so nothing is forwarded from or to containers; something changed it"
+            problem = f"{setting} is 0, so nothing is forwarded from or to containers; {why}"
             yield Finding("forwarding", problem, (f"sysctl -w {setting}=1",))
 
 
@@ -265,6 +268,14 @@ def _opens_docker_user(session: Session) -> bool:
         return False
     # An agent of an earlier version leaves that chain alone.
     return bool(status.get("docker_user", {}).get("managed")) and not status["endpoints"]
+
+
+def _agent_answers(session: Session) -> bool:
+    try:
+        session.ask_agent("status")
+    except MoorageError:
+        return False
+    return True
 
 
 def _legacy_tables() -> bool:

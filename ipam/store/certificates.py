@@ -25,18 +25,44 @@ ASK = 2.0
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
+_MISFIT = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH")
+"""OpenSSL's names for it."""
+
 _SEQUENCE, _VERSION, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0xA0, 0x17, 0x18
 
 
 def ending_files(url: EtcdUrl, now: float | None = None) -> list[str]:
-    """A sentence for each file of the URL whose certificate ends soon, or has. now: wall clock, seconds."""
-    found: list[str] = []
+    """A sentence for each file of the URL whose certificate ends soon, or has, or whose key is another one's. now: wall
+    clock, seconds."""
+    return [*_misfits(url), *_endings(url, now, SOON)]
+
+
+def failing_files(url: EtcdUrl, now: float | None = None) -> list[str]:
+    """Of these sentences those that tell why no connection can be made: gRPC's own words do not name the file."""
+    return [*_misfits(url), *_endings(url, now, 0.0)]
+
+
+def _endings(url: EtcdUrl, now: float | None, within: float) -> Iterator[str]:
     for what, path in (("certificate authority", url.ca), ("client certificate", url.cert)):
         if path is not None and (ends := _end_of_file(path, what)) is not None:
-            found += _told(
-                f"the {what} {path}", ends, now, "put a new one in its place, which needs no restart"
+            cure = "put a new one in its place, which needs no restart"
+            yield from _told(f"the {what} {path}", ends, now, cure, within)
+
+
+def _misfits(url: EtcdUrl) -> Iterator[str]:
+    if url.cert is None or url.key is None:
+        return
+    try:
+        # The password is for a key that has one, which is asked for otherwise.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(url.cert, url.key, password="")
+    except ssl.SSLError as error:
+        if error.reason in _MISFIT:
+            yield (
+                f"the key {url.key} is not the one of the client certificate {url.cert}; put both of one pair in their "
+                "places, which needs no restart"
             )
-    return found
+    except (OSError, ValueError):
+        return  # then no connection is made either, which is said elsewhere
 
 
 def ending_servers(url: EtcdUrl, now: float | None = None) -> list[str]:
@@ -50,7 +76,7 @@ def ending_servers(url: EtcdUrl, now: float | None = None) -> list[str]:
             ends = end_of(_shown_by(address, url))
         except (OSError, ValueError):
             continue  # the agent says what is wrong with it
-        found += _told(f"the certificate of etcd at {address}", ends, now, "renew it on that machine")
+        found += _told(f"the certificate of etcd at {address}", ends, now, "renew it on that machine", SOON)
     return found
 
 
@@ -89,9 +115,9 @@ def _end_of_file(path: Path, what: str) -> float | None:
     return ends[0] if what == "client certificate" else max(ends)
 
 
-def _told(whose: str, ends: float, now: float | None, cure: str) -> Iterator[str]:
+def _told(whose: str, ends: float, now: float | None, cure: str, within: float) -> Iterator[str]:
     left = ends - (time.time() if now is None else now)
-    if left < SOON:
+    if left < within:
         date = datetime.fromtimestamp(ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
         when = f"expires in {left / 86400:.0f} days, on {date}" if left > 0 else f"has expired, on {date}"
         yield f"{whose} {when}; {cure}"

@@ -22,6 +22,7 @@ from typing import Any
 
 from ipam.errors import InvalidInput, StoreUnavailable
 from ipam.store import etcd_proto as pb
+from ipam.store.certificates import failing_files
 from ipam.store.etcd_channel import Channel, aio, channel, grpc
 from ipam.store.etcd_errors import Failure
 from ipam.store.etcd_url import Address, Certificates, EtcdUrl, certificates
@@ -176,6 +177,7 @@ class Link:
     def __init__(self, url: EtcdUrl, on_new: Callable[[], None]) -> None:
         """on_new: told when what is called next may go over a connection that nothing went over before."""
         self._on_new = on_new
+        self._url = url
         # Shuffled, so that a thousand agents do not all lean on the first member of the list.
         self._endpoints = [Endpoint(address, url) for address in url.addresses]
         random.shuffle(self._endpoints)
@@ -234,10 +236,10 @@ class Link:
         failures = await asyncio.gather(*(_probe(endpoint.connection()) for endpoint in self._endpoints))
         names = ", ".join(sorted(str(endpoint.address) for endpoint in self._endpoints))
         reasons = "; ".join(sorted({reason for reason in failures if reason}))
-        return (
-            f"etcd cannot be reached at {names} ({reasons or 'no answer'}); check that it runs, "
-            "the addresses and certificates in the store URL, and the network in between"
+        cure = "; ".join(failing_files(self._url)) or (
+            "check that it runs, the addresses and certificates in the store URL, and the network in between"
         )
+        return f"etcd cannot be reached at {names} ({reasons or 'no answer'}); {cure}"
 
 
 def _look_at(task: asyncio.Task[Connection]) -> None:

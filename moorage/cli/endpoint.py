@@ -83,12 +83,10 @@ def show(session: Session, name: str) -> None:
 
 @endpoint.command(short_help="Containers whose interfaces were gone when the agent started.")
 @click.argument("names", metavar="[CONTAINER[/IFNAME]]...", nargs=-1)
-@click.option("--release", "answer", flag_value="release", help="They have ended: release their addresses.")
-@click.option(
-    "--keep", "answer", flag_value="keep", help="They live: ask no more until the agent's next start."
-)
+@click.option("--release", is_flag=True, help="They have ended: release their addresses.")
+@click.option("--keep", is_flag=True, help="They live: ask no more until the agent's next start.")
 @pass_session
-def missing(session: Session, names: tuple[str, ...], answer: str | None) -> None:
+def missing(session: Session, names: tuple[str, ...], release: bool, keep: bool) -> None:
     """Show the containers whose interfaces were all gone when the agent started, or say what became of them.
 
     Their addresses are kept, because it may be the agent that does not see them: start it where it ran before, if
@@ -101,9 +99,11 @@ def missing(session: Session, names: tuple[str, ...], answer: str | None) -> Non
       moorage endpoint missing --release
       moorage endpoint missing --keep 4f7a
     """
+    if release and keep:
+        raise click.UsageError("--release and --keep say the opposite of each other; leave one out")
     found = session.ask_agent("missing")
-    chosen = [one for name in names for one in matching(found, *name.partition("/")[::2])] or found
-    if answer is None:
+    chosen = [one for name in names for one in _missing(session, found, name)] or found
+    if not (release or keep):
         session.out.rows(
             chosen,
             [
@@ -115,14 +115,27 @@ def missing(session: Session, names: tuple[str, ...], answer: str | None) -> Non
         )
         return
     keys = [(one["container_id"], one["ifname"]) for one in chosen]
+    answer, what = ("release", "released") if release else ("keep", "kept")
     done = session.ask_agent("missing", answer=answer, keys=keys) if keys else []
     answered = {(one["container_id"], one["ifname"]) for one in done}
     seen = [f"{container}/{ifname}" for container, ifname in keys if (container, ifname) not in answered]
-    what = "released" if answer == "release" else "kept"
     said = f"the addresses of {len({container for container, _ in answered})} containers are {what}"
     if seen:
         said += f"; seen again meanwhile, so not released: {', '.join(seen)}"
     session.out.done(said, {"answer": answer, "count": len(done), "seen_again": seen})
+
+
+def _missing(session: Session, found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Those of the missing endpoints that a name means. Raises NotFound."""
+    container, _, ifname = name.partition("/")
+    try:
+        return matching(found, container, ifname)
+    except NotFound:
+        other = matching(session.ask_agent("endpoints"), container, ifname)[0]
+        raise NotFound(
+            f"{other['container_id']}/{other['ifname']} is {other['state']}, not missing; see `moorage endpoint "
+            "missing` for those that are"
+        ) from None
 
 
 @endpoint.command("set-netgroups", short_help="Give a running container other netgroups.")

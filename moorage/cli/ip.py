@@ -258,6 +258,7 @@ def check(session: Session, repair: bool) -> None:
         return await checks.check(store, repair=repair)
 
     report = session.run(act)
+    report.notes = [*report.notes, *_own_agents_note(session, report.notes)]
     left = [finding for finding in report.findings if finding not in report.repaired]
     if session.out.as_json:
         session.out.record(
@@ -273,6 +274,20 @@ def check(session: Session, repair: bool) -> None:
     else:
         print_report(report, left, repair)
     click.get_current_context().exit(1 if left else 0)
+
+
+def _own_agents_note(session: Session, notes: list[str]) -> list[str]:
+    """Another machine's agent answers for the name of one that is fenced, and knows nothing of what that one has."""
+    try:
+        status = session.ask_agent("status")
+    except MoorageError:
+        return []  # the command may be run anywhere
+    problem = status["problem"]
+    if not problem or any(problem in note for note in notes):
+        return []
+    return [
+        f"this machine's agent, of node {status['node']}, is not in sync, so what it has was not looked at: {problem}"
+    ]
 
 
 def finding_row(finding: Finding) -> dict[str, Any]:

@@ -47,14 +47,21 @@ def test_an_agent_cut_off_from_etcd_serves_what_is_warm_then_refuses_and_drains_
         stored_for(others[0], staying)
 
 
-def test_all_members_down_for_30_s_and_back(story: Story) -> None:
-    with story() as (lab, load):
+def test_all_members_down_for_30_s_and_back_is_noticed_by_idle_nodes_too(story: Story) -> None:
+    with story(quiet=1) as (lab, load):
+        idle, *busy = lab.nodes
         staying = [load.settle(node, 2) for node in lab.nodes]
+        eventually(lambda: idle.ask("status")["outbox"] == 0)
         lab.etcd.kill()
         down = time.monotonic()
-        for node in lab.nodes:
+        for node in busy:
             refused_quickly(load, node, down)
             assert node.ask("status")["problem"]
+        # It has nothing to write by which it would notice.
+        eventually(lambda: not idle.ask("status")["in_sync"])
+        assert "etcd cannot be reached at" in idle.ask("status")["problem"]
+        (found, *_) = idle.ask("doctor", check=False)
+        assert (found["check"], "etcd cannot be reached at" in found["problem"]) == ("agent", True)
         while time.monotonic() < down + 30 or len(load.deletes(since=down)) <= 20:
             assert time.monotonic() < down + 30 + PATIENCE, "the load is stuck"
             load.look()

@@ -58,7 +58,13 @@ BLOCK = keys.block_key(ip_network("10.64.0.64/26"))
 @pytest.mark.parametrize(
     ("key", "value", "invariant", "problem", "evidence"),
     [
-        (OUTSIDE, address(), 5, "lies outside every pool", {"node": "n9", "pool": "10.64.0.0-24"}),
+        (
+            OUTSIDE,
+            address(network="late"),
+            5,
+            "lies outside every pool",
+            {"node": "n9", "network": "late", "pool": "10.64.0.0-24", "container": "c/eth0"},
+        ),
         (IP, address(pool="x"), 5, "names another pool than it lies in", {"says": "x", "is": "10.64.0.0-24"}),
         (IP, address(container_id=""), 2, "is assigned to nobody", {"node": "n9"}),
         (IP, b"garbage", 5, "is no valid address record", None),
@@ -79,6 +85,24 @@ async def test_a_planted_violation_is_found_with_its_evidence(
     (finding,) = (await check(store)).findings
     assert (finding.invariant, finding.problem) == (invariant, problem)
     assert finding.evidence.get("error") if evidence is None else finding.evidence == evidence
+
+
+async def test_addresses_of_a_network_that_the_store_forgot_lead_to_what_makes_it_again(store: Store) -> None:
+    await network(store, "10.64.0.0/24")
+    for ip, pool, name in [
+        ("10.65.0.9", "10.65.0.0-24", "late"),
+        ("fd65::9", "fd65::-64", "late"),
+        ("10.66.0.9", "10.66.0.0-24", "prod"),
+    ]:
+        await plant(store, keys.address_key(ip_address(ip)), address(pool=pool, network=name))
+    warm = address(pool="10.67.0.0-24", network="prod", state=AddressState.WARM, container_id="", ifname="")
+    await plant(store, keys.address_key(ip_address("10.67.0.9")), warm)
+    steps = {finding.subject: finding.repair for finding in (await check(store)).findings}
+    for ip in ("10.65.0.9", "fd65::9"):
+        assert "`moorage network create late --pool 10.65.0.0/24 --pool fd65::/64`" in steps[ip]
+        assert "end container c/eth0" in steps[ip]
+    assert "`moorage network set prod --add-pool 10.66.0.0/24`" in steps["10.66.0.9"]
+    assert "node n9" in steps["10.67.0.9"]
 
 
 After = Callable[[Txn], None]
@@ -161,7 +185,7 @@ async def test_what_agents_find_and_repair_is_reported(store: Store) -> None:
     }
     report = await checked(store, {"n1": {"findings": [row], "repaired": [row]}}, repair=True)
     assert report.findings == report.repaired == [Finding(4, "mrg1", "is a stray", {"a": "1"}, "removed")]
-    assert report.nodes_asked == 1
+    assert (report.nodes_asked, report.notes) == (1, ["node n1: repair=True"])
 
 
 async def test_only_the_second_look_repairs(store: Store) -> None:

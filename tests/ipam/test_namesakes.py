@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ipam.namesakes as namesakes_module
-from ipam import keys
+from ipam import keys, writer
 from ipam.errors import Fenced
 from ipam.namesakes import Identity, Namesakes
 from ipam.nodes import adopt_node
@@ -34,6 +34,8 @@ async def ended(node: Node) -> None:
     """Its agent is stopped, and its sign of life is gone."""
     await node.crash()
     await node.membership.leave()
+    # It may have been given twice, on a lease each.
+    await node.store.txn(Txn((), (Delete(keys.ALIVE + node.name),)))
 
 
 def copied(before: Path, after: Path) -> Path:
@@ -54,9 +56,11 @@ async def test_an_agent_that_is_killed_and_started_again_has_no_namesake(
 
 
 async def test_a_machine_that_lost_its_journal_takes_its_name_over(store: Store, tmp_path: Path) -> None:
-    await ended(await started(tmp_path / "a", store))
+    first = await started(tmp_path / "a", store)
+    assert not first.namesakes.lost_journal
+    await ended(first)
     node = await started(tmp_path / "b", store)
-    assert node.namesakes.told == []
+    assert (node.namesakes.told, node.namesakes.lost_journal) == ([], True)
     await ended(node)
 
 
@@ -64,6 +68,7 @@ async def test_a_machine_that_replaces_another_has_its_name_and_says_so(store: S
     await ended(await started(tmp_path / "a", store))
     node = await started(tmp_path / "b", store, boot="boot-2", machine=OTHER)
     assert "node n1 was another machine" in node.namesakes.told[0]
+    assert not node.namesakes.lost_journal
     await ended(node)
 
 
@@ -139,6 +144,37 @@ async def test_what_ended_with_its_boot_or_was_given_up_by_an_operator_does_not_
     await other.namesakes.look()
     assert not other.namesakes.elsewhere
     other.journal.close()
+
+
+async def test_a_clone_that_is_gone_is_not_said_to_run_any_more(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHOWS_WITHIN", 0.0)
+    await ended(await started(tmp_path / "a", store))
+    original = Node(tmp_path / "a", store, "n1", boot_id="boot-1", machine_id=MACHINE)
+    original.load()
+    await original.holder.sync()
+    clone = await started(copied(tmp_path / "a", tmp_path / "b"), store, boot="boot-2")
+    with pytest.raises(Fenced, match="one of the two is a clone"):
+        await original.holder.sync()
+    (now,) = original.namesakes.told
+    assert "one of the two is a clone" in now
+    await ended(clone)
+    await original.holder.sync()
+    (before,) = original.namesakes.told
+    assert before.startswith("an agent with a copy of this state directory"), "that is so, and was before"
+    original.journal.close()
+
+
+async def test_nothing_is_said_of_a_clone_that_never_had_the_name(store: Store, tmp_path: Path) -> None:
+    original = await started(tmp_path / "a", store)
+    clone = Node(copied(tmp_path / "a", tmp_path / "b"), store, "n1", boot_id="boot-2", machine_id=MACHINE)
+    clone.load()
+    with pytest.raises(Fenced, match="one of the two is a clone"):
+        await clone.holder.sync()
+    clone.journal.close()
+    assert original.namesakes.told == []
+    await ended(original)
 
 
 async def test_an_empty_machine_from_the_same_image_is_told_of_the_machine_id(

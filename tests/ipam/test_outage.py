@@ -39,6 +39,49 @@ async def test_who_answers_within_the_grace_was_never_away() -> None:
     assert (store.away, told) == (False, [])
 
 
+async def test_a_read_that_fails_opens_the_same_grace_and_only_who_was_answered_ends_what_failed() -> None:
+    told: list[str] = []
+    store = Outage(told.append)
+    store.unread("no member")
+    assert (store.why, store.away, told) == ("no member", False, [])
+    store.read()
+    assert store.why == ""
+    await asyncio.sleep(outage.GRACE * 2)
+    assert (store.away, told) == (False, []), "it was read within the grace"
+    store.failed("no space")
+    store.unread("no member")
+    await eventually(lambda: store.away)
+    store.read()
+    assert (store.why, store.away) == ("no space", True), "what can be read may still take no writes"
+    store.unread("no member")
+    store.answered()
+    assert (store.why, store.away) == ("", False)
+
+
+async def test_on_a_node_that_only_reads_nobody_waits_for_a_store_that_is_away(
+    faulty: FaultyStore, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = await network(faulty.store, "10.64.0.0/24", warm=0)
+    await node.start()
+    await eventually(node.is_quiet)
+    faulty.down = True
+    transactions = node.status()["transactions"]
+    node.holder.unread("the store does not answer (test)")
+    assert (node.status()["in_sync"], node.status()["problem"]) == (False, "the store does not answer (test)")
+    await asyncio.sleep(outage.GRACE * 2)
+    with pytest.raises(TryAgain, match="does not answer"):
+        node.holder.check_ready(net.name)
+    monkeypatch.setattr(outage, "GRACE", PATIENCE)
+    with pytest.raises(TryAgain, match="does not answer"):
+        async with asyncio.timeout(refill.REFILL_PATIENCE / 2):
+            await node.take(net)
+    assert node.status()["transactions"] == transactions
+    faulty.down = False
+    node.holder.read()
+    assert node.status()["in_sync"]
+    assert await node.take(net)
+
+
 @pytest.mark.parametrize("ips", [(), ("10.64.0.9",)], ids=["any", "by name"])
 async def test_who_finds_nothing_warm_waits_while_the_store_elects_a_leader(
     faulty: FaultyStore, node: Node, monkeypatch: pytest.MonkeyPatch, ips: tuple[str, ...]

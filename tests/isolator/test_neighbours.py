@@ -253,7 +253,20 @@ async def test_what_an_earlier_agent_left_in_the_table_stays(stage: Stage) -> No
     stage.kernel.known_hosts = Hosts(underlays=frozenset({unknown}), here=frozenset({N1}), tunnel=4789)
     stage.cluster.listed.set()
     assert await tunnel_sources(stage) == {N1, N2, unknown}
-    assert stage.neighbours.tunnel_status()["unnamed"] == [str(unknown)]
+    assert stage.neighbours.tunnel_status(own=[N1])["unnamed"] == [str(unknown)]
+
+
+async def test_the_nodes_own_address_is_no_strangers_also_while_the_store_has_another_for_it(
+    stage: Stage,
+) -> None:
+    """Its record is gone, or another machine's that has its name."""
+    before, foreign = ip_address("192.0.2.3"), ip_address("192.0.2.4")
+    stage.kernel.known_hosts = Hosts(
+        underlays=frozenset({before, foreign}), here=frozenset({before}), tunnel=4789
+    )
+    stage.cluster.listed.set()
+    assert await tunnel_sources(stage) == {N1, N2, before, foreign}
+    assert stage.neighbours.tunnel_status(own=[before])["unnamed"] == [str(foreign)]
 
 
 async def test_who_was_a_member_before_a_restart_stays_one_while_the_store_is_in_doubt(stage: Stage) -> None:

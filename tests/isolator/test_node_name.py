@@ -78,7 +78,7 @@ def test_another_chosen_name_is_refused_with_both_and_the_way_out(journal: Journ
         "start it as n1",
         "node drain n1",
         "node remove n1",
-        "--state-dir",
+        f"--state-dir {STATE_DIR}/n2",
     ):
         assert part in said
     assert journal.node == "n1"

@@ -82,6 +82,34 @@ def test_an_endpoint_that_is_not_there_says_where_to_look(live: CommandLine, nam
     assert "see `moorage endpoint list`" in live.fails("endpoint", "show", name)
 
 
+@pytest.fixture
+def missing(moorage: CommandLine) -> Iterator[CommandLine]:
+    """A command line beside an agent that misses a container, abc1, and has others."""
+    gone = [one | {"state": "missing"} for one in ENDPOINTS[:1]]
+    answers = {"endpoints": (0, gone + ENDPOINTS[1:]), "missing": (0, gone)}
+    with answering(moorage.socket, answers) as seen:
+        yield moorage
+    asked = [one["asked"] for one in seen]
+    assert not [one for one in asked if one.get("answer")], "nothing was released or kept"
+
+
+def test_a_container_cannot_have_ended_and_live(missing: CommandLine) -> None:
+    said = missing.fails("endpoint", "missing", "--release", "--keep", code=2)
+    assert "--release and --keep" in said
+    assert "--release and --keep" in missing.fails(
+        "endpoint", "missing", "--keep", "--release", "abc1", code=2
+    )
+
+
+def test_an_endpoint_that_is_not_missing_is_named_with_what_it_is(missing: CommandLine) -> None:
+    for answer in ("--release", "--keep"):
+        assert missing.fails("endpoint", "missing", answer, "abc1", "xy") == (
+            "xyz/eth0 is attached, not missing; see `moorage endpoint missing` for those that are"
+        )
+    assert missing.fails("endpoint", "missing", "abc1/eth1").startswith("abc1/eth1 is attached, not missing;")
+    assert "there is no endpoint nope" in missing.fails("endpoint", "missing", "--release", "nope")
+
+
 def test_status_in_words_and_json(live: CommandLine) -> None:
     assert live.ok("status") == (
         "node       a\n"

@@ -16,6 +16,7 @@ from ipam.checks import CheckReport, Finding
 from ipam.intents import IntentServer
 from ipam.records import Address, AddressState, Alive, Intent, Label, Node
 from ipam.store import Put, Store, Txn, open_store
+from tests.moorage.agents import answering
 from tests.moorage.conftest import CommandLine
 
 ASSIGNED = Address(
@@ -247,6 +248,31 @@ def reporting(monkeypatch: pytest.MonkeyPatch, report: CheckReport) -> None:
 def test_a_check_without_finding_is_exit_0(filled: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     reporting(monkeypatch, CheckReport(addresses=7, nodes_asked=2))
     assert filled.ok("ip", "check") == "7 addresses, 2 nodes asked: no violation\n"
+
+
+@pytest.mark.parametrize(
+    ("notes", "own"),
+    [
+        (
+            [],
+            [
+                "note: this machine's agent, of node a, is not in sync, so what it has was not looked at: fenced"
+            ],
+        ),
+        (["node a: out of sync with the store: fenced"], []),
+    ],
+    ids=["another agent answered for the name", "it answered itself"],
+)
+def test_a_check_says_that_the_agent_beside_it_is_not_in_sync(
+    filled: CommandLine, monkeypatch: pytest.MonkeyPatch, notes: list[str], own: list[str]
+) -> None:
+    reporting(monkeypatch, CheckReport(addresses=7, nodes_asked=1, notes=notes))
+    status = {"node": "a", "problem": "fenced"}
+    with answering(filled.socket, {"status": (0, status)}):
+        lines = filled.ok("ip", "check").splitlines()
+        told = filled.json("ip", "check")["notes"]
+    assert lines == [*(f"note: {note}" for note in notes), *own, "7 addresses, 1 nodes asked: no violation"]
+    assert [f"note: {note}" for note in told] == lines[:-1]
 
 
 def test_a_check_with_findings_is_exit_1_and_shows_evidence(

@@ -10,12 +10,13 @@ import pytest
 
 import isolator.errors
 import netmodules.cni.errors
-from ipam.errors import MoorageError
+from ipam.errors import ANEW, MoorageError
 from moorage.cli import cli
 from moorage.config import KEYS, TABLES
 from netmodules.labels import KNOWN
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
 ERROR_MODULES = ("ipam.errors", isolator.errors.__name__, netmodules.cni.errors.__name__)
 
 
@@ -52,3 +53,21 @@ def test_every_command_is_explained() -> None:
 def test_every_label_is_explained(label: str) -> None:
     text = (DOCS / "labels.md").read_text("utf-8")
     assert f"`{label}`" in text or (label.endswith(".egress") and "`.egress`" in text)
+
+
+def test_who_is_told_to_take_another_state_directory_is_told_one_that_the_unit_lets_the_agent_write() -> None:
+    unit = (ROOT / "packaging" / "moorage-agent.service").read_text("utf-8")
+    assert "ProtectSystem=strict" in unit, "else any place would do"
+    assert "StateDirectory=moorage" in unit
+    texts = [
+        *DOCS.rglob("*.md"),
+        *(file for room in ("ipam", "isolator") for file in (ROOT / room).rglob("*.py")),
+    ]
+    nowhere = [
+        f"{text.relative_to(ROOT)}: {line.strip()}"
+        for text in texts
+        for line in text.read_text("utf-8").splitlines()
+        if re.search(r"(another|other) `?--state-dir|`--node` and `--state-dir`", line)
+    ]
+    assert nowhere == []
+    assert ANEW == "with --state-dir /var/lib/moorage/NEWNAME"

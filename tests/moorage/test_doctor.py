@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from ipam.errors import MoorageError
+from isolator import sysctl
 from moorage import doctor
 from moorage.cli.session import Session
 
@@ -36,6 +38,30 @@ def test_clones_and_endpoints_that_nobody_sees_are_told(monkeypatch: pytest.Monk
         "a clone",
         "have they ended?",
     ]
+
+
+def test_a_journal_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(monkeypatch, journal="the journal cannot be written") == [
+        "the journal cannot be written; until then every ADD is refused"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [(True, "something changed it"), (False, "the agent turns it on when it starts")],
+)
+def test_forwarding_that_is_off_is_nobodys_doing_before_the_agent_starts(
+    monkeypatch: pytest.MonkeyPatch, runs: bool, says: str
+) -> None:
+    def ask(*_: object) -> dict[str, Any]:
+        if not runs:
+            raise MoorageError("no agent answers")
+        return QUIET
+
+    monkeypatch.setattr(Session, "ask_agent", ask)
+    monkeypatch.setattr(sysctl, "read", lambda _: "0")
+    told = [finding.problem for finding in doctor.forwarding(Session())]
+    assert [sentence.endswith(says) for sentence in told] == [True, True]
 
 
 def test_a_tunnel_that_takes_anybodys_packets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

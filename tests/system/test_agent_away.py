@@ -174,9 +174,13 @@ def test_with_a_full_disk_add_is_refused_and_del_still_works(small_disk: Path) -
             assert "journal" in answers[-1].json["msg"]
             status = second.status("web").json
             assert (status["code"], "journal" in status["msg"]) == (50, True)
+            assert "cannot be written" in node.ask("status")["journal"]
+            findings = {found["check"]: found["problem"] for found in node.ask("doctor", check=False)}
+            assert f"{state}/journal.db cannot be written" in findings["journal"]
             assert first.delete("web").exit == 0
             eventually(lambda: links(node) == [])
             filler.unlink()
+            eventually(lambda: node.ask("status")["journal"] == "")
             assert second.add("web").exit == 0
             second.delete("web")
             assert_nothing_left(node)

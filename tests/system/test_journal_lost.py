@@ -126,11 +126,13 @@ def test_every_field_of_an_endpoint_outlives_a_lost_journal(open_node: LabNode, 
             if getattr(before[EndpointKey(rich.id, "eth0")], f.name) == f.default
         }
         assert unset <= {"next_hop", "lost"}, "this test's endpoint needs a value there"
+        assert not node.ask("status")["journal_rebuilt"]
         node.kill()
         journals.lose(node.state_dir)
         if key == "without the key of aliases":
             (node.state_dir / alias_key.NAME).unlink()
         node.start()
+        eventually(lambda: node.ask("status")["journal_rebuilt"])
         eventually(lambda: all(e.netns for e in journals.endpoints_of(node.state_dir).values()))
         after = journals.endpoints_of(node.state_dir)
         assert {str(key): different(before[key], after[key]) for key in before} == {
@@ -226,6 +228,7 @@ def test_a_journal_that_was_put_back_from_before_wins_over_nothing_that_happened
         journals.put_back(node.state_dir, tmp_path / "copy")
         node.start()
         settled(node)
+        assert node.ask("status")["journal_rebuilt"]
         eventually(lambda: journals.endpoints_of(node.state_dir).keys() == expected.keys())
         found = journals.endpoints_of(node.state_dir)
         assert {

@@ -74,6 +74,30 @@ async def test_a_client_of_another_authority_is_refused(
     await fails(mutual.url(ca=authority.ca, cert=cert, key=key))
 
 
+async def test_a_client_certificate_that_is_over_is_named(authority: Authority, mutual: Cluster) -> None:
+    cert, key = authority.issue("over", "clientAuth", "DNS:over", days=0)
+    async with asyncio.timeout(PATIENCE):
+        while "has expired" not in "".join(
+            ending_files(parse(f"etcd://a?ca={authority.ca}&cert={cert}&key={key}"))
+        ):
+            await asyncio.sleep(0.05)
+    assert f"the client certificate {cert} has expired, on" in await fails(
+        mutual.url(ca=authority.ca, cert=cert, key=key)
+    )
+
+
+async def test_a_key_of_another_certificate_is_named(authority: Authority, mutual: Cluster) -> None:
+    cert, _ = authority.issue("client", "clientAuth", "DNS:client")
+    _, key = authority.issue("another", "clientAuth", "DNS:another")
+    sentence = f"the key {key} is not the one of the client certificate {cert}"
+    assert sentence in await fails(mutual.url(ca=authority.ca, cert=cert, key=key))
+    url = parse(f"etcd://a?ca={authority.ca}&cert={cert}&key={key}")
+    assert [text.startswith(sentence) for text in ending_files(url, time.time() - 30 * 86400)] == [True]
+    # What is no key or certificate at all is not told apart here.
+    key.write_text("nothing")
+    assert ending_files(url, time.time() - 30 * 86400) == []
+
+
 async def test_a_server_of_another_authority_is_not_believed(
     authority: Authority, mutual: Cluster, tmp_path: Path
 ) -> None:
