@@ -167,7 +167,7 @@ class History:
                 file.write(self._chance.randbytes(8))
 
     def disk_full(self) -> None:
-        node = self._any()
+        node = self._chance.choice([node for node in self._lab.nodes if node.state_dir.resolve().is_mount()])
         filler = node.state_dir / "filler"
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
