@@ -121,8 +121,9 @@ class Journal:
         except StoreError as error:
             raise StoreError(f"the journal {self._path} cannot be used: {error}") from error
         self._db = db
+        known = {str(key): value for key, value in journal_file.rows_of(db, "meta")}
         for number in ("confirmed_seq", "attempts"):
-            int(self._meta(number) or 0)
+            int(known.get(number) or 0)
         _ = self.instances
         try:
             self.load_addresses()

@@ -423,3 +423,28 @@ for n in range(100000):
     kept = {endpoint.key.container_id for endpoint in journal.load_endpoints()}
     assert {f"c{n}" for n in range(last + 1)} <= kept
     journal.close()
+
+
+def test_a_value_by_name_that_is_no_text_any_more_is_damage(tmp_path: Path) -> None:
+    """Each of them, also what is read only after the start."""
+    path = tmp_path / "journal.db"
+    journal = Journal(path, BOOT)
+    journal.save_node("node-1")
+    journal.save_machine_id("0123456789abcdef")
+    journal.save_window('{"boot_id":"boot"}')
+    journal.save_instances(["instance-1"])
+    journal.save_grace(b'{"until":1.5}')
+    journal.save_known(b'{"cluster":"c"}')
+    journal.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        values = dict(db.execute("SELECT key, value FROM meta"))
+    whole = path.read_bytes()
+    assert {"node", "machine_id", "window", "state_id"} <= values.keys()
+    for key, value in values.items():
+        text = str(value).encode()
+        if len(text) > 3:  # numbers are looked at elsewhere
+            assert text in whole, key
+            path.write_bytes(whole.replace(text, text[:2] + b"\xbe" + text[3:]))
+            damaged = Journal(path, BOOT)
+            assert damaged.rebuilt, key
+            damaged.close()
