@@ -24,8 +24,10 @@ from pathlib import Path
 
 import structlog
 
+from ipam.supervision import Supervision
 from isolator.errors import AgentBusy
 from netmodules import frame
+from netmodules.accepting import Acceptor
 from netmodules.request import Handler, Reply, Request, parse_request, refusal
 
 __all__ = ["Handler", "Reply", "Request", "Server"]
@@ -34,6 +36,12 @@ log = structlog.get_logger(__name__)
 
 # Connections that wait to be accepted: a burst of containers, each with several networks.
 BACKLOG = 1024
+
+CALLERS = 512
+"""Connections that are served at a time."""
+
+ACCEPT_AGAIN = 2.0
+"""Seconds at most before somebody is accepted again, where that failed."""
 
 
 class _Call:
@@ -54,6 +62,7 @@ class Server:
 
     handlers: by the request's ``call``.
     on_abandoned: undoes an ADD that succeeded and whose caller is gone.
+    supervision: of the task that accepts. callers: served at a time; the others wait to be accepted.
     return_window: seconds in which a caller that was cut off may return.
     read_timeout: seconds a caller has to send its whole request, and to take its reply.
     """
@@ -63,17 +72,22 @@ class Server:
         socket_path: Path,
         handlers: Mapping[str, Handler],
         on_abandoned: Callable[[Request], Awaitable[None]],
+        supervision: Supervision,
         *,
+        callers: int = CALLERS,
         return_window: float = 30.0,
         read_timeout: float = 10.0,
     ) -> None:
         self._path = socket_path
         self._handlers = handlers
         self._on_abandoned = on_abandoned
+        self._supervision = supervision
+        self._most_callers = callers
         self._return_window = return_window
         self._read_timeout = read_timeout
         self._allowed_uids = {0, os.geteuid()}
-        self._listener: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._inode = 0
         self._calls: dict[str, _Call] = {}
         self._reading: set[asyncio.Task[None]] = set()
@@ -87,16 +101,20 @@ class Server:
         _refuse_live_agent(self._path)
         listening = _bind(self._path)
         self._inode = self._path.stat().st_ino
-        self._listener = await asyncio.start_unix_server(self._serve, sock=listening, backlog=BACKLOG)
+        self._listening = listening
+        acceptor = Acceptor(listening, self._serve, self._most_callers)
+        self._accepting = self._supervision.start("listener", acceptor.run, longest=ACCEPT_AGAIN)
         log.info("listening", socket=str(self._path))
 
     async def stop(self, timeout: float = 30.0) -> None:
         """Stop accepting, remove the socket, let calls in flight finish for ``timeout`` seconds."""
-        if self._listener is None:
+        if self._listening is None or self._accepting is None:
             return
         self._stopping = True
-        self._listener.close()
-        self._listener = None
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+        self._listening.close()
+        self._listening = None
         _unlink_if_ours(self._path, self._inode)
         for call in list(self._calls.values()):
             if call.watch is not None and call.task.done():
@@ -134,7 +152,6 @@ class Server:
         finally:
             self._reading.discard(task)
             self._answering.discard(task)
-            writer.close()
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request | None:
         """The caller's request, or None when there is nothing to answer."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ipam.supervision import Supervision
 from isolator.errors import AgentBusy
 from netmodules import frame
 from netmodules.server import Reply, Request, Server
@@ -35,7 +36,11 @@ class Agent:
         self.go_on.set()
         self.called = asyncio.Event()
         self.server = Server(
-            path, {"cni": self.handle}, self.on_abandoned, **{"return_window": WINDOW, **options}
+            path,
+            {"cni": self.handle},
+            self.on_abandoned,
+            Supervision(),
+            **{"return_window": WINDOW, **options},
         )
 
     async def handle(self, request: Request) -> Reply:
