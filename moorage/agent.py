@@ -24,7 +24,7 @@ import structlog
 from ipam.errors import InvalidInput, MoorageError, TryAgain
 from ipam.store import ending_certificates, endpoints, open_store
 from ipam.supervision import Supervision
-from isolator.identity import claim_namespace
+from isolator.claim import Claim
 from isolator.isolator import Isolator, Settings
 from isolator.model import Endpoint, EndpointKey
 from moorage import __version__
@@ -99,7 +99,7 @@ async def _serve(config: AgentConfig, callers: int) -> None:
     supervision = Supervision()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    with contextlib.closing(claim_namespace()):
+    with Claim():
         store = await open_store(config.store, supervision=supervision)
         try:
             isolator = Isolator(

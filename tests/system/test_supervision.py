@@ -115,11 +115,10 @@ def test_every_task_of_an_agent_that_raises_is_told_tried_again_and_ends_nothing
             name for name in map(supervised_name, old) if not is_of(name, tasks | PARTS | GRPC | WORKERS)
         }
         assert unknown <= {"moorage-store-pulse"}, "long-lived, and not supervised under a name of the list"
-        for name in sorted({name for name in old if is_of(name, PARTS)}):
+        for name in sorted({name for name in raising.living() if is_of(name, PARTS)}):
             before = raising.failing()
-            if raising.control(
-                f"raise {name}"
-            ):  # those that it shares an owner with may have ended with that
+            # Those that it shares an owner with may have ended with that.
+            if raising.control(f"raise {name}"):
                 eventually(lambda before=before: set(raising.failing()) - set(before))
         assert raising.failing()
         supervised = sorted(name for name in old if supervised_name(name) in tasks)
