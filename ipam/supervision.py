@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before a task that failed is tried again: after the first failure, and at most."""
 
-LONGER, WORKS_AT_LATEST = 3.0, 60.0
+LONGER, WORKS_AT_LATEST = 1.0, 60.0
 """Seconds that a task has to run before it counts as working again: so much longer than it ran before it failed, to
 have got past what it failed at, and at most."""
 

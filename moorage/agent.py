@@ -33,7 +33,7 @@ from moorage.notify import READY, STOPPING, notify
 from netmodules.cni.handler import CniHandler
 from netmodules.modules.handler import KIND, ModulesHandler
 from netmodules.request import Reply, Request
-from netmodules.server import Server
+from netmodules.server import CALLERS, Server
 from netmodules.spool import NETMODULES, Entry, Spool, SpoolWatcher
 
 if TYPE_CHECKING:
@@ -45,7 +45,13 @@ STOP_WITHIN = 55.0
 """Seconds for requests in flight when the agent ends: as long as a hook waits for its answer."""
 
 DESCRIPTORS = 65536
-"""Most that the agent asks for; half of them are for its callers, the others for what these want."""
+"""Most that the agent asks for."""
+
+OWN_DESCRIPTORS = 64
+"""What it has open while it serves nobody, and some. Half of the others are for callers, half for what these want."""
+
+LEAST_CALLERS = 8
+"""With hardly any descriptors at all."""
 
 SWITCH_INTERVAL = 0.0005
 """Seconds a thread keeps the interpreter when another wants it. Python's 5 ms is longer than a whole ADD, which
@@ -65,7 +71,7 @@ def run(config: AgentConfig) -> int:
         log.error("agent cannot run", why="it needs root, for namespaces and netlink; run it with sudo")
         return 1
     try:
-        asyncio.run(_serve(config, descriptors // 2))
+        asyncio.run(_serve(config, _callers(descriptors)))
     except MoorageError as error:
         log.error("agent cannot run", why=str(error))
         return 1
@@ -91,6 +97,11 @@ def _raise_descriptors() -> int:
         return most
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
+
+
+def _callers(descriptors: int) -> int:
+    """How many may be served at a time."""
+    return max(LEAST_CALLERS, min(CALLERS, (descriptors - OWN_DESCRIPTORS) // 2))
 
 
 async def _serve(config: AgentConfig, callers: int) -> None:

@@ -26,6 +26,10 @@ _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Nothing is wrong with the socket when accept(2) says one of these."""
 
 
+READ_AHEAD = 1 << 14
+"""Bytes that are taken of what nobody has asked for yet, about."""
+
+
 class Acceptor:
     """Serves what comes to a listening socket. most: connections at a time."""
 
@@ -59,7 +63,7 @@ class Acceptor:
 
     async def _serve_one(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(READ_AHEAD)
         protocol = asyncio.StreamReaderProtocol(reader)
         transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection)
         try:

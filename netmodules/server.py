@@ -38,7 +38,11 @@ log = structlog.get_logger(__name__)
 BACKLOG = 1024
 
 CALLERS = 512
-"""Connections that are served at a time."""
+"""Connections that are served at a time, at most."""
+
+ORDINARY, LARGE_AT_ONCE = 1 << 16, 8
+"""Bytes of a request that is read whenever it comes, and how many larger ones are read at a time: a runtime's GC may
+name thousands of attachments."""
 
 ACCEPT_AGAIN = 2.0
 """Seconds at most before somebody is accepted again, where that failed."""
@@ -85,6 +89,7 @@ class Server:
         self._most_callers = callers
         self._return_window = return_window
         self._read_timeout = read_timeout
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._allowed_uids = {0, os.geteuid()}
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -163,7 +168,7 @@ class Server:
         try:
             async with asyncio.timeout(self._read_timeout):
                 header = await reader.readexactly(frame.HEADER)
-                payload = await reader.readexactly(frame.payload_length(header))
+                payload = await self._payload(reader, frame.payload_length(header))
             return parse_request(frame.decode(payload))
         except asyncio.IncompleteReadError as error:
             if header or error.partial:
@@ -173,6 +178,12 @@ class Server:
         except ValueError as error:
             log.warning("request is not a moorage frame", error=str(error))
         return None
+
+    async def _payload(self, reader: asyncio.StreamReader, length: int) -> bytes:
+        if length <= ORDINARY:
+            return await reader.readexactly(length)
+        async with self._large:
+            return await reader.readexactly(length)
 
     async def _answer(
         self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
