@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from sqlite3 import Connection
 from typing import TypeVar
@@ -32,6 +31,7 @@ from ipam.store.gate import Gate
 from ipam.store.sqlite_file import Database, open_database
 from ipam.store.sqlite_mvcc import Clock
 from ipam.supervision import Job, Supervision
+from ipam.worker import Worker
 
 T = TypeVar("T")
 
@@ -390,7 +390,7 @@ class _Desk:
     """A connection, and the one thread that opens, uses and closes it."""
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._thread = Worker(name)
         self._database: Database
 
     @classmethod

@@ -8,6 +8,7 @@ coroutine's, and of all threads but the main one; ``raise NAME\\n`` -> how many 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import re
@@ -21,6 +22,9 @@ from ipam.store import sqlite_file
 from moorage import agent
 
 MADE = "made to raise"
+
+PULSE = "moorage-store-pulse"
+"""A thread with work of its own."""
 
 
 class Raising(Coroutine[Any, Any, Any]):
@@ -69,7 +73,13 @@ class Control:
         return found + [(name, now) for name in mine]
 
     def make_raise(self, name: str) -> int:
-        if name == "moorage-store-pulse":
+        threads = [one.ident for one in threading.enumerate() if one.name == name != PULSE]
+        for ident in threads:
+            error = ctypes.py_object(RuntimeError)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident or 0), error)
+        if threads:
+            return len(threads)
+        if name == PULSE:
             self.pulse_raises = True
             return 1
         chosen = [(task, coroutine) for task, coroutine in self._tasks() if name_of(task, coroutine) == name]

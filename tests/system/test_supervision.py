@@ -43,8 +43,17 @@ PARTS = {"watch of .*", "watch ends", "moorage-etcd-watch"}
 GRPC = {r"_?\w*Call\.\w+"}
 """What gRPC starts for each stream; whoever reads from that hears of it."""
 
-WORKERS = {r"moorage-.*_0", r"asyncio_\d+", r"Thread-\d+ \(_poll_wrapper\)"}
-"""Patterns of threads that do what is handed to them, and what that raises, who handed it gets; the last is gRPC's."""
+WORKERS = {
+    "moorage-store-reader",
+    "moorage-store-writer",
+    "moorage-wiring",
+    "moorage-reaping",
+    "moorage-fabric",
+}
+"""Threads that do what is handed to them, and what that raises, who handed it gets."""
+
+OTHERS = {r"asyncio_\d+", r"Thread-\d+ \(_poll_wrapper\)"}
+"""Patterns of threads of asyncio's, likewise, and of gRPC's."""
 
 ON_ETCD = [
     pytest.mark.etcd,
@@ -114,7 +123,9 @@ def test_every_task_of_an_agent_that_raises_is_told_tried_again_and_ends_nothing
         old = sorted({*raising.living(LONG), *(n for n in raising.living() if supervised_name(n) in tasks)})
         assert tasks - set(map(supervised_name, old)) == set()
         unknown = {
-            name for name in map(supervised_name, old) if not is_of(name, tasks | PARTS | GRPC | WORKERS)
+            name
+            for name in map(supervised_name, old)
+            if not is_of(name, tasks | PARTS | GRPC | WORKERS | OTHERS)
         }
         assert unknown <= {"moorage-store-pulse"}, "long-lived, and not supervised under a name of the list"
         for name in sorted({name for name in raising.living() if is_of(name, PARTS)}):
@@ -123,6 +134,8 @@ def test_every_task_of_an_agent_that_raises_is_told_tried_again_and_ends_nothing
             if raising.control(f"raise {name}"):
                 eventually(lambda before=before: set(raising.failing()) - set(before))
         assert raising.failing()
+        for name in sorted(WORKERS & set(old)):
+            assert raising.control(f"raise {name}") == 1
         supervised = sorted(name for name in old if supervised_name(name) in tasks)
         supervised.sort(key="isolator".__eq__)  # it starts most of the others anew
         raised: dict[str, tuple[float, str]] = {}
@@ -152,7 +165,7 @@ def test_every_task_of_an_agent_that_raises_is_told_tried_again_and_ends_nothing
             assert any(f"task={shown}" in log for shown in (name, repr(name))), "what fails is logged"
         assert "task works again" in log
         assert node.namespace.pings(ips[4])
-        container.delete("web")
+        assert container.delete("web").exit == 0
         eventually(lambda: node.ask("endpoint", "list") == [])
         eventually(lambda: links(node) == [])
         eventually(lambda: elements(node) == 0)
