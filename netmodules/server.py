@@ -24,6 +24,7 @@ from pathlib import Path
 
 import structlog
 
+from ipam.errors import TryAgain
 from ipam.supervision import Supervision
 from isolator.errors import AgentBusy
 from netmodules import frame
@@ -43,6 +44,9 @@ CALLERS = 512
 ORDINARY, LARGE_AT_ONCE = 1 << 16, 8
 """Bytes of a request that is read whenever it comes, and how many larger ones are read at a time: a runtime's GC may
 name thousands of attachments."""
+
+SOCKET_EVERY = 2.0
+"""Seconds between looks whether the socket is still at its path."""
 
 ACCEPT_AGAIN = 2.0
 """Seconds at most before somebody is accepted again, where that failed."""
@@ -104,12 +108,34 @@ class Server:
         """Listen. Raises AgentBusy when a live agent answers on the path; replaces a dead one's socket."""
         _prepare_directory(self._path.parent)
         _refuse_live_agent(self._path)
+        self._listen()
+        self._accepting = self._supervision.start("listener", self._accept, longest=ACCEPT_AGAIN)
+
+    def _listen(self) -> None:
         listening = _bind(self._path)
-        self._inode = self._path.stat().st_ino
-        self._listening = listening
-        acceptor = Acceptor(listening, self._serve, self._most_callers)
-        self._accepting = self._supervision.start("listener", acceptor.run, longest=ACCEPT_AGAIN)
+        if self._listening is not None:
+            self._listening.close()
+        self._listening, self._inode = listening, self._path.stat().st_ino
         log.info("listening", socket=str(self._path))
+
+    async def _accept(self) -> None:
+        """Until cancelled, on a socket that callers find. Raises what keeps it from that."""
+        if not self._path.exists():
+            _prepare_directory(self._path.parent)
+            self._listen()
+        assert self._listening is not None
+        acceptor = Acceptor(self._listening, self._serve, self._most_callers)
+        accepting = asyncio.create_task(acceptor.run(), name="accepting")
+        try:
+            while True:
+                await asyncio.wait({accepting}, timeout=SOCKET_EVERY)
+                if accepting.done():
+                    return accepting.result()
+                if not self._path.exists():
+                    raise TryAgain(f"somebody removed the socket {self._path}; it is made anew")
+        finally:
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
 
     async def stop(self, timeout: float = 30.0) -> None:
         """Stop accepting, remove the socket, let calls in flight finish for ``timeout`` seconds."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import stat
 import time
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from ipam import supervision
 from ipam.supervision import Supervision
 from isolator.errors import AgentBusy
-from netmodules import frame
+from netmodules import frame, server
 from netmodules.server import Reply, Request, Server
 from tests.patience import PATIENCE
 
@@ -402,6 +404,23 @@ async def test_a_dead_agents_socket_is_replaced_and_a_live_ones_is_not(agent: Ag
     await next_agent.server.start()
     assert await next_agent.ask(request())
     await next_agent.server.stop()
+
+
+async def test_a_socket_that_somebody_removed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SOCKET_EVERY", 0.05)
+    monkeypatch.setattr(supervision, "FIRST_PAUSE", 0.01)
+    async with running(tmp_path) as agent:
+        agent.go_on.clear()
+        before = asyncio.create_task(agent.ask(request("b" * 32)))
+        await agent.called.wait()
+        shutil.rmtree(agent.path.parent)
+        await until(agent.path.exists)
+        assert stat.S_IMODE(agent.path.parent.stat().st_mode) == 0o700
+        agent.go_on.set()
+        assert (await agent.ask(request("c" * 32)))["exit"] == b"0"
+        assert (await before)["exit"] == b"0"
 
 
 async def test_a_stopped_agent_leaves_its_successors_socket_alone(agent: Agent) -> None:

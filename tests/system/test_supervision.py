@@ -37,7 +37,7 @@ TASKS = {
 }  # fmt: skip
 """What every agent supervises, beside ``store pulse``, of SQLite."""
 
-PARTS = {"watch of .*", "watch ends", "moorage-etcd-watch"}
+PARTS = {"watch of .*", "watch ends", "moorage-etcd-watch", "accepting"}
 """Patterns of tasks that others of the list have started, and wait for: what they raise, those raise."""
 
 GRPC = {r"_?\w*Call\.\w+"}
