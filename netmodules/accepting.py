@@ -48,7 +48,7 @@ class Acceptor:
         while True:
             await self._room.acquire()
             try:
-                connection, _ = await loop.sock_accept(self._listening)
+                connection = await self._next()
             except BaseException as error:
                 self._room.release()
                 if isinstance(error, OSError) and error.errno in _SHORT:
@@ -60,6 +60,21 @@ class Acceptor:
             task = loop.create_task(self._serve_one(connection))
             self._connections.add(task)
             task.add_done_callback(self._ended)
+
+    async def _next(self) -> socket.socket:
+        """A connection; being cancelled loses none, as it would one that the event loop's ``sock_accept`` just took."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return self._listening.accept()[0]
+            except BlockingIOError:
+                pass
+            comes = asyncio.Event()
+            loop.add_reader(self._listening, comes.set)
+            try:
+                await comes.wait()
+            finally:
+                loop.remove_reader(self._listening)
 
     async def _serve_one(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -29,8 +29,13 @@ pytestmark = pytest.mark.kernel
 CALLERS = int(os.environ.get("CALLERS") or 400)
 """Hooks at once. 5,000 in the run by hand."""
 
-DISKS = [("run", "state"), ("run",), ("state",)][: 3 if os.environ.get("CALLERS") else 1]
-"""What is on the full one: the spool stands in ``run``, the journal in ``state``. Each alone in the run by hand."""
+DISKS = [("run", "state"), ("run",), ("state",)]
+"""What is on the full one: the spool stands in ``run``, the journal in ``state``."""
+
+BY_HAND = pytest.mark.skipif(
+    not os.environ.get("CALLERS"),
+    reason="test_journal_lost.py and test_agent_away.py fill either for a while",
+)
 
 NOWHERE = b"/proc/1/ns/nowhere"
 
@@ -189,6 +194,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+@BY_HAND
 @pytest.mark.parametrize("full", DISKS, ids="-and-".join)
 def test_with_full_disks_and_an_agent_that_was_killed_all_goes_on_when_there_is_room(
     small_disk: Path, full: tuple[str, ...]
