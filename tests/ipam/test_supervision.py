@@ -36,12 +36,10 @@ async def end(task: asyncio.Task[None]) -> None:
     "way", ["raises", "returns", "is cancelled by what it waits for", "runs out of memory"]
 )
 async def test_whatever_way_a_task_ends_in_it_is_told_and_tried_again(way: str) -> None:
-    supervised, tries = Supervision(), 0
+    supervised, mended = Supervision(), False
 
     async def job() -> None:
-        nonlocal tries
-        tries += 1
-        if tries == 4:
+        if mended:
             await asyncio.Event().wait()
         match way:
             case "raises":
@@ -57,7 +55,8 @@ async def test_whatever_way_a_task_ends_in_it_is_told_and_tried_again(way: str) 
         task = supervised.start("fabric", job)
         await until(supervised.failing)
         assert "the agent's task fabric failed" in supervised.failing()[0]
-        await until(lambda: tries == 4 and not supervised.failing())
+        mended = True
+        await until(lambda: not supervised.failing())
         await end(task)
     assert [(one["event"], one["task"]) for one in logs] == [
         ("task failed; it is tried again", "fabric"),
