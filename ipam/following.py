@@ -30,9 +30,12 @@ async def follow(
     store went back in time, say, which no watch notices. Returns then, and when the store has compacted what comes
     next: list again. Raises StoreError.
     """
-    tasks = [asyncio.create_task(_follow(store, prefix, at + 1, deliver)) for prefix, at in listed.items()]
+    tasks = [
+        asyncio.create_task(_follow(store, prefix, at + 1, deliver), name=f"watch of {prefix}")
+        for prefix, at in listed.items()
+    ]
     # No task group: one whose parent is cancelled in the moment in which a child fails forgets the cancellation.
-    tasks.append(asyncio.create_task(_until(again)))
+    tasks.append(asyncio.create_task(_until(again), name="watch ends"))
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

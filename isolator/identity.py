@@ -1,17 +1,13 @@
-"""Who this agent is: its machine, the boot it runs in, the clock of that boot, and its claim on the namespace."""
+"""Who this agent is: its machine, and the boot it runs in."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import re
-import socket
 from pathlib import Path
 
-from isolator.errors import AgentBusy
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_CLAIM = "\0moorage-agent"
 _MACHINE_ID = Path("/etc/machine-id")
 _HARDWARE = Path("/sys/class/dmi/id/product_uuid")
 _APPLICATION = b"moorage node"
@@ -40,21 +36,3 @@ def machine_id() -> str:
     except OSError:
         hardware = b""
     return hmac.new(bytes.fromhex(text), _APPLICATION + hardware, hashlib.sha256).hexdigest()[:32]
-
-
-def claim_namespace() -> socket.socket:
-    """Be the only agent of this network namespace for as long as the socket is open.
-
-    An abstract unix socket belongs to the network namespace and vanishes with its process, so there is
-    nothing to clean up after a crash. Raises AgentBusy.
-    """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        claim.bind(_CLAIM)
-    except OSError as error:
-        claim.close()
-        raise AgentBusy(
-            "another moorage agent runs in this network namespace; stop it first "
-            "(`moorage status` shows it), or start this one in a namespace of its own"
-        ) from error
-    return claim

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ipam import keys
 from ipam.catalogue import Catalogue
 from ipam.cluster import Cluster
 from ipam.continuity import PAUSE
-from ipam.errors import Fenced, InvalidInput, MoorageError, StoreError, TryAgain
+from ipam.errors import Fenced, InvalidInput, StoreError, TryAgain
 from ipam.holder import COOLDOWN, Holder
 from ipam.holdings import Conflict
 from ipam.intents import IntentServer
@@ -38,6 +38,7 @@ from ipam.pool_collisions import colliding_address, colliding_pools
 from ipam.records import Address, AddressState, Fence, Node
 from ipam.schema import FEATURE, VERSION, SchemaMismatch, ensure_schema
 from ipam.store.base import Store
+from ipam.supervision import Job, Supervision
 from ipam.taken import aggregated, lines
 from isolator.alias_key import alias_key
 from isolator.allocated import UNUSED_FOR, Allocated
@@ -104,9 +105,6 @@ UNDERLAY_SETTLE = 0.1
 GRACE_EVERY = 0.25
 """Seconds between looks whether all nodes have asserted what they hold, while that is waited for."""
 
-RETRY = 1.0
-"""Seconds before a background task that failed is started again."""
-
 KNOWN_INSTANCES = 16
 """Agents that are remembered to have written for the node: one, and as many as may have died since without."""
 
@@ -142,8 +140,12 @@ class Settings:
 class Isolator:
     """See the module's docstring. allocated: for engines that ask for addresses before they have a container."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
-        """Opens the journal. Raises JournalUnwritable, InvalidInput if it is another node's."""
+    def __init__(self, settings: Settings, store: Store, supervision: Supervision | None = None) -> None:
+        """Opens the journal. Raises JournalUnwritable, InvalidInput if it is another node's.
+
+        supervision: of what ``run`` starts, shared with whoever has tasks beside it; one of its own without.
+        """
+        self._supervision = supervision or Supervision()
         self.instance = uuid.uuid4().hex
         self._store = store
         self._boot_id = boot_id()
@@ -261,6 +263,7 @@ class Isolator:
         self._macs: dict[str, str] = {}
         self._vanished: asyncio.Queue[list[str] | None] = asyncio.Queue()
         self._recovered = asyncio.Event()
+        self._begun_before: list[Endpoint] = []
         self._mesos_agent: str | None = None if settings.asks_mesos else ""
 
     # -- life
@@ -326,6 +329,7 @@ class Isolator:
         except (StoreError, TryAgain, TimeoutError) as error:
             log.warning("store is not in sync; serving what the journal knows", why=str(error) or "no answer")
         await self._recover()
+        self._begun_before = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHING]
 
     async def _recover(self) -> None:
         in_sync = not self._holder.problem
@@ -361,48 +365,55 @@ class Isolator:
         """Everything that goes on beside the calls, until cancelled."""
         assert self._membership is not None, "start() comes first"
         intents = IntentServer(self._store, self._settings.node, self._answers.answer)
+        works: dict[str, Job] = {
+            "addresses": self._holder.serve,
+            "catalogue": self._catalogue.follow,
+            "incarnation": self._continuity.follow,
+            "continuity": self._continuity.keep,
+            "grace": self._end_grace,
+            "membership": self._membership.keep,
+            "takeover": self._membership.follow,
+            "fence": self._look_at_fence,
+            "intents": intents.run,
+            "reaper": self._endpoints.reap,
+            "collector": self._collect,
+            "links": self._watch_links,
+            "conflicts": self._conflicts.run,
+            "reconnections": self._conflicts.bring_back,
+            "allocated": self.allocated.run,
+            "firewall": self._heal,
+            "firewalls": self._firewalls.run,
+            "forwarding": self._forwarding.keep,
+            "neighbours": lambda: self._neighbours.tell(self._cluster),
+            "connections": self._neighbours.forget,
+            "limits": self._keep_limits,
+            "fullness": self._connections.watch,
+            "pool routes": self._pool_routes.keep,
+            "mending": self._mending.run,
+            "journal": self._keep_journal,
+            "cluster": self._cluster.follow,
+            "fabric": self._fabric.keep_kernel,
+            "fabric addresses": self._fabric.keep_addresses,
+            "underlay": self._follow_underlay,
+            "changes": self._watch_changes,
+        }
+        tasks = [self._supervision.start(name, work) for name, work in works.items()]
+        tasks.append(self._supervision.start("unfinished", self._undo_unfinished, ends=True))
+        try:
+            await asyncio.wait(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch_links(self) -> None:
         monitor = LinkMonitor(
             lambda names: self._vanished.put_nowait(sorted(names)), lambda: self._vanished.put_nowait(None)
         )
-        monitor.start(asyncio.get_running_loop())
-        changes = ChangeMonitor(self._underlay_changed.set, self._fabric.port)
-        changes.start(asyncio.get_running_loop())
-        try:
-            async with asyncio.TaskGroup() as group:
-                for name, work in (
-                    ("addresses", self._holder.serve),
-                    ("catalogue", self._catalogue.follow),
-                    ("incarnation", self._continuity.follow),
-                    ("continuity", self._continuity.keep),
-                    ("grace", self._end_grace),
-                    ("membership", self._membership.keep),
-                    ("takeover", self._membership.follow),
-                    ("fence", self._look_at_fence),
-                    ("intents", intents.run),
-                    ("reaper", self._endpoints.reap),
-                    ("collector", self._collect),
-                    ("conflicts", self._conflicts.run),
-                    ("reconnections", self._conflicts.bring_back),
-                    ("allocated", self.allocated.run),
-                    ("firewall", self._heal),
-                    ("firewalls", self._firewalls.run),
-                    ("forwarding", self._forwarding.keep),
-                    ("neighbours", lambda: self._neighbours.tell(self._cluster)),
-                    ("connections", self._neighbours.forget),
-                    ("limits", self._keep_limits),
-                    ("fullness", self._connections.watch),
-                    ("pool routes", self._pool_routes.keep),
-                    ("mending", self._mending.run),
-                    ("unfinished", self._undo_unfinished),
-                    ("journal", self._keep_journal),
-                    ("cluster", self._cluster.follow),
-                    ("fabric", self._fabric.run),
-                    ("underlay", self._follow_underlay),
-                ):
-                    group.create_task(_supervised(name, work), name=name)
-        finally:
-            monitor.stop()
-            changes.stop()
+        await monitor.run()
+
+    async def _watch_changes(self) -> None:
+        await ChangeMonitor(self._underlay_changed.set, self._fabric.port).run()
 
     async def stop(self) -> None:
         """End in order; endpoints stay as they are. ``run`` has been cancelled before."""
@@ -527,6 +538,7 @@ class Isolator:
             },
             "connections": self._connections.status(),
             "collisions": self._collisions(),
+            "failing": self._supervision.failing(),
             "certificates": self._settings.ending_certificates(),
             "damage": [
                 *self._forwarding.problems(),
@@ -861,22 +873,8 @@ class Isolator:
 
     async def _undo_unfinished(self) -> None:
         """An ADD that a killed agent had begun waits for its hook to come back, but not for ever."""
-        begun = [e for e in self._endpoints.all() if e.state is EndpointState.ATTACHING]
         await asyncio.sleep(RETURN_WINDOW)
         # The journal may be older than it looks: only the store tells.
         await self._recovered.wait()
-        for endpoint in begun:
+        for endpoint in self._begun_before:
             await self._endpoints.undo_unfinished(endpoint.key, endpoint.request_id)
-        await asyncio.Event().wait()
-
-
-async def _supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Run it for ever: trouble is logged and outlived, a bug is logged with its traceback."""
-    while True:
-        try:
-            await work()
-        except MoorageError as error:
-            log.warning("background task failed; started again", task=name, why=str(error))
-        except Exception:
-            log.exception("background task failed on a bug; started again", task=name)
-        await asyncio.sleep(RETRY)

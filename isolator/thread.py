@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from ipam.worker import Worker
 from isolator.netlink.node import Node
 from isolator.netlink.seal import Seal
 
@@ -18,7 +18,7 @@ class KernelThread:
     """One thread, and a netlink socket in the network namespace that the agent is in. seal: as for Node."""
 
     def __init__(self, name: str, seal: Seal | None = None) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._executor = Worker(name)
         self.node = self.call(lambda: Node(seal))
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

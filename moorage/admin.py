@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
 import uuid
 from pathlib import Path
@@ -59,9 +60,18 @@ def call(socket_path: str, name: str, **arguments: Any) -> Any:
 
 def _connect(path: str) -> socket.socket:
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    link.settimeout(TIMEOUT)
+    # Not a timeout of Python's: connect(2) would not wait where many wait to be accepted.
+    link.setsockopt(
+        socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(TIMEOUT * 1e6), 10**6))
+    )
     try:
         link.connect(path)
+        link.settimeout(TIMEOUT)
+    except BlockingIOError:
+        link.close()
+        raise TryAgain(
+            f"the agent on {path} accepted nobody for {TIMEOUT:g} s; see its log and `moorage status`, then try again"
+        ) from None
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         link.close()
         raise TryAgain(

@@ -12,17 +12,19 @@ import contextlib
 import ctypes
 import functools
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
 
 from ipam.errors import InvalidInput, MoorageError, TryAgain
 from ipam.store import ending_certificates, endpoints, open_store
-from isolator.identity import claim_namespace
+from ipam.supervision import Supervision
+from isolator.claim import Claim
 from isolator.isolator import Isolator, Settings
 from isolator.model import Endpoint, EndpointKey
 from moorage import __version__
@@ -31,13 +33,25 @@ from moorage.notify import READY, STOPPING, notify
 from netmodules.cni.handler import CniHandler
 from netmodules.modules.handler import KIND, ModulesHandler
 from netmodules.request import Reply, Request
-from netmodules.server import Server
+from netmodules.server import CALLERS, Server
 from netmodules.spool import NETMODULES, Entry, Spool, SpoolWatcher
+
+if TYPE_CHECKING:
+    from moorage.mesos import MesosFacts
 
 log = structlog.get_logger(__name__)
 
 STOP_WITHIN = 55.0
 """Seconds for requests in flight when the agent ends: as long as a hook waits for its answer."""
+
+DESCRIPTORS = 65536
+"""Most that the agent asks for."""
+
+OWN_DESCRIPTORS = 64
+"""What it has open while it serves nobody, and some. Half of the others are for callers, half for what these want."""
+
+LEAST_CALLERS = 8
+"""With hardly any descriptors at all."""
 
 SWITCH_INTERVAL = 0.0005
 """Seconds a thread keeps the interpreter when another wants it. Python's 5 ms is longer than a whole ADD, which
@@ -52,11 +66,12 @@ def run(config: AgentConfig) -> int:
     """Run the agent until it is told to end; returns the exit code."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     _share_memory()
+    descriptors = _raise_descriptors()
     if os.geteuid() != 0:
         log.error("agent cannot run", why="it needs root, for namespaces and netlink; run it with sudo")
         return 1
     try:
-        asyncio.run(_serve(config))
+        asyncio.run(_serve(config, _callers(descriptors)))
     except MoorageError as error:
         log.error("agent cannot run", why=str(error))
         return 1
@@ -74,12 +89,29 @@ def _share_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
-async def _serve(config: AgentConfig) -> None:
+def _raise_descriptors() -> int:
+    """As many as the hard limit allows: the soft one is often 1,024, for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def _callers(descriptors: int) -> int:
+    """How many may be served at a time."""
+    return max(LEAST_CALLERS, min(CALLERS, (descriptors - OWN_DESCRIPTORS) // 2))
+
+
+async def _serve(config: AgentConfig, callers: int) -> None:
+    """callers: connections that may be served at a time."""
     ending = asyncio.Event()
+    supervision = Supervision()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    with contextlib.closing(claim_namespace()):
-        store = await open_store(config.store)
+    with Claim():
+        store = await open_store(config.store, supervision=supervision)
         try:
             isolator = Isolator(
                 Settings(
@@ -96,11 +128,12 @@ async def _serve(config: AgentConfig) -> None:
                     ending_certificates=functools.partial(ending_certificates, config.store),
                 ),
                 store,
+                supervision,
             )
             node = isolator.node
             try:
                 await isolator.start()
-                await _serve_until(ending, config, isolator)
+                await _serve_until(ending, config, isolator, supervision, callers)
             finally:
                 await isolator.stop()
         finally:
@@ -108,8 +141,17 @@ async def _serve(config: AgentConfig) -> None:
     log.info("agent ended", node=node)
 
 
-async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Isolator) -> None:
-    beside = asyncio.create_task(_beside(config, isolator))
+async def _serve_until(
+    ending: asyncio.Event,
+    config: AgentConfig,
+    isolator: Isolator,
+    supervision: Supervision,
+    callers: int,
+) -> None:
+    """Nothing that goes on beside serving ends it, whatever becomes of that."""
+    beside = [supervision.start("isolator", isolator.run)]
+    if config.mesos_agent_url is not None:
+        beside.append(supervision.start("mesos", _mesos_facts(config.mesos_agent_url, config, isolator).run))
     spool = Spool(config.socket.parent / "spool")
 
     async def carry_out(entry: Entry) -> None:
@@ -118,7 +160,7 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
         else:
             await isolator.detach(entry.key, entry.request.asked)
 
-    watcher = SpoolWatcher(spool, carry_out)
+    watcher = SpoolWatcher(spool, carry_out, supervision)
     cni = CniHandler(isolator, drain=watcher.drain)
     modules = ModulesHandler(
         isolator.allocated,
@@ -130,7 +172,9 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
     async def undo(request: Request) -> None:
         await (modules if request.call == KIND else cni).undo(request)
 
-    server = Server(config.socket, {"cni": cni, KIND: modules, "admin": admin}, undo)
+    server = Server(
+        config.socket, {"cni": cni, KIND: modules, "admin": admin}, undo, supervision, callers=callers
+    )
     try:
         try:
             await watcher.drain()
@@ -140,36 +184,24 @@ async def _serve_until(ending: asyncio.Event, config: AgentConfig, isolator: Iso
         await server.start()
         log.info("agent serves", node=isolator.node, socket=str(config.socket), instance=isolator.instance)
         notify(READY)
-        ended = asyncio.create_task(ending.wait())
-        await asyncio.wait({ended, beside}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
+        await ending.wait()
         notify(STOPPING)
-        if beside.done():
-            # Without it nothing is written, reaped or watched: better to be started again.
-            beside.result()
     finally:
         await server.stop(STOP_WITHIN)
         await watcher.stop()
-        beside.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await beside
+        for task in beside:
+            task.cancel()
+        await asyncio.wait(beside)
 
 
-async def _beside(config: AgentConfig, isolator: Isolator) -> None:
-    """What goes on beside serving, until cancelled."""
-    if config.mesos_agent_url is None:
-        await isolator.run()
-        return
+def _mesos_facts(url: str, config: AgentConfig, isolator: Isolator) -> MesosFacts:
     # Imported only now: requests costs 10 MB, which an agent without Mesos need not pay.
     from marathon.http import Access
     from marathon.mesos import Agent
     from moorage.mesos import MesosFacts
 
     access = Access(user_file=config.mesos_credentials, ca=config.mesos_ca)
-    facts = MesosFacts(isolator, Agent(config.mesos_agent_url, access))
-    async with asyncio.TaskGroup() as group:
-        group.create_task(isolator.run())
-        group.create_task(facts.run())
+    return MesosFacts(isolator, Agent(url, access))
 
 
 class AdminHandler:
@@ -204,7 +236,11 @@ class AdminHandler:
         return await call(arguments)
 
     async def _status(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {**self._isolator.status(), "spool": len(self._spool.entries())}
+        try:
+            spooled = len(self._spool.entries())
+        except OSError:
+            spooled = None  # which the task that carries them out tells of
+        return {**self._isolator.status(), "spool": spooled}
 
     async def _endpoints(self, _: dict[str, Any]) -> list[dict[str, Any]]:
         return self._rows(self._isolator.endpoints())

@@ -61,6 +61,8 @@ def agent(session: Session) -> Iterator[Finding]:
         yield Finding("pools", sentence)
     for sentence in status.get("damage", []):
         yield Finding("agent", f'{sentence}; see docs/runbook.md, "Something cannot be put back"')
+    for sentence in status.get("failing", []):
+        yield Finding("agent", sentence)
     for sentence in status.get("lost", []):
         yield Finding("agent", sentence)
     # An agent of an earlier version does not say why, and knows neither of the others.

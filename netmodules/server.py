@@ -24,8 +24,11 @@ from pathlib import Path
 
 import structlog
 
+from ipam.errors import TryAgain
+from ipam.supervision import Supervision
 from isolator.errors import AgentBusy
 from netmodules import frame
+from netmodules.accepting import Acceptor
 from netmodules.request import Handler, Reply, Request, parse_request, refusal
 
 __all__ = ["Handler", "Reply", "Request", "Server"]
@@ -34,6 +37,19 @@ log = structlog.get_logger(__name__)
 
 # Connections that wait to be accepted: a burst of containers, each with several networks.
 BACKLOG = 1024
+
+CALLERS = 512
+"""Connections that are served at a time, at most."""
+
+ORDINARY, LARGE_AT_ONCE = 1 << 16, 8
+"""Bytes of a request that is read whenever it comes, and how many larger ones are read at a time: a runtime's GC may
+name thousands of attachments."""
+
+SOCKET_EVERY = 2.0
+"""Seconds between looks whether the socket is still at its path."""
+
+ACCEPT_AGAIN = 2.0
+"""Seconds at most before somebody is accepted again, where that failed."""
 
 
 class _Call:
@@ -54,6 +70,7 @@ class Server:
 
     handlers: by the request's ``call``.
     on_abandoned: undoes an ADD that succeeded and whose caller is gone.
+    supervision: of the task that accepts. callers: served at a time; the others wait to be accepted.
     return_window: seconds in which a caller that was cut off may return.
     read_timeout: seconds a caller has to send its whole request, and to take its reply.
     """
@@ -63,17 +80,23 @@ class Server:
         socket_path: Path,
         handlers: Mapping[str, Handler],
         on_abandoned: Callable[[Request], Awaitable[None]],
+        supervision: Supervision,
         *,
+        callers: int = CALLERS,
         return_window: float = 30.0,
         read_timeout: float = 10.0,
     ) -> None:
         self._path = socket_path
         self._handlers = handlers
         self._on_abandoned = on_abandoned
+        self._supervision = supervision
+        self._most_callers = callers
         self._return_window = return_window
         self._read_timeout = read_timeout
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._allowed_uids = {0, os.geteuid()}
-        self._listener: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._inode = 0
         self._calls: dict[str, _Call] = {}
         self._reading: set[asyncio.Task[None]] = set()
@@ -85,18 +108,44 @@ class Server:
         """Listen. Raises AgentBusy when a live agent answers on the path; replaces a dead one's socket."""
         _prepare_directory(self._path.parent)
         _refuse_live_agent(self._path)
+        self._listen()
+        self._accepting = self._supervision.start("listener", self._accept, longest=ACCEPT_AGAIN)
+
+    def _listen(self) -> None:
         listening = _bind(self._path)
-        self._inode = self._path.stat().st_ino
-        self._listener = await asyncio.start_unix_server(self._serve, sock=listening, backlog=BACKLOG)
+        if self._listening is not None:
+            self._listening.close()
+        self._listening, self._inode = listening, self._path.stat().st_ino
         log.info("listening", socket=str(self._path))
+
+    async def _accept(self) -> None:
+        """Until cancelled, on a socket that callers find. Raises what keeps it from that."""
+        if not self._path.exists():
+            _prepare_directory(self._path.parent)
+            self._listen()
+        assert self._listening is not None
+        acceptor = Acceptor(self._listening, self._serve, self._most_callers)
+        accepting = asyncio.create_task(acceptor.run(), name="accepting")
+        try:
+            while True:
+                await asyncio.wait({accepting}, timeout=SOCKET_EVERY)
+                if accepting.done():
+                    return accepting.result()
+                if not self._path.exists():
+                    raise TryAgain(f"somebody removed the socket {self._path}; it is made anew")
+        finally:
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
 
     async def stop(self, timeout: float = 30.0) -> None:
         """Stop accepting, remove the socket, let calls in flight finish for ``timeout`` seconds."""
-        if self._listener is None:
+        if self._listening is None or self._accepting is None:
             return
         self._stopping = True
-        self._listener.close()
-        self._listener = None
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+        self._listening.close()
+        self._listening = None
         _unlink_if_ours(self._path, self._inode)
         for call in list(self._calls.values()):
             if call.watch is not None and call.task.done():
@@ -134,7 +183,6 @@ class Server:
         finally:
             self._reading.discard(task)
             self._answering.discard(task)
-            writer.close()
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request | None:
         """The caller's request, or None when there is nothing to answer."""
@@ -146,7 +194,7 @@ class Server:
         try:
             async with asyncio.timeout(self._read_timeout):
                 header = await reader.readexactly(frame.HEADER)
-                payload = await reader.readexactly(frame.payload_length(header))
+                payload = await self._payload(reader, frame.payload_length(header))
             return parse_request(frame.decode(payload))
         except asyncio.IncompleteReadError as error:
             if header or error.partial:
@@ -156,6 +204,12 @@ class Server:
         except ValueError as error:
             log.warning("request is not a moorage frame", error=str(error))
         return None
+
+    async def _payload(self, reader: asyncio.StreamReader, length: int) -> bytes:
+        if length <= ORDINARY:
+            return await reader.readexactly(length)
+        async with self._large:
+            return await reader.readexactly(length)
 
     async def _answer(
         self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -23,6 +23,7 @@ from pathlib import Path
 import structlog
 
 from ipam.errors import MoorageError
+from ipam.supervision import Supervision
 from isolator.model import EndpointKey
 from netmodules import frame
 from netmodules.cni.environment import read_key
@@ -36,6 +37,10 @@ NETMODULES = EndpointKey("netmodules", "calls")
 
 # Seconds after which a file that a hook was writing belongs to a hook that died.
 TEMPORARY_AGE = 60.0
+
+
+LOOK_AGAIN = 5.0
+"""Seconds at most between looks at a spool that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +152,14 @@ class SpoolWatcher:
     SLOWEST = 30.0
 
     def __init__(
-        self, spool: Spool, handle: Callable[[Entry], Awaitable[None]], *, interval: float = 0.25
+        self,
+        spool: Spool,
+        handle: Callable[[Entry], Awaitable[None]],
+        supervision: Supervision,
+        *,
+        interval: float = 0.25,
     ) -> None:
+        self._supervision = supervision
         self._spool = spool
         self._handle = handle
         self._interval = interval
@@ -158,7 +169,7 @@ class SpoolWatcher:
 
     async def start(self) -> None:
         """Begin to watch."""
-        self._task = asyncio.create_task(self._watch())
+        self._task = self._supervision.start("spool", self._watch, longest=LOOK_AGAIN)
 
     async def stop(self) -> None:
         """Stop watching, after the entry at hand."""
@@ -181,11 +192,7 @@ class SpoolWatcher:
 
     async def _watch(self) -> None:
         while True:
-            try:
-                entries = self._spool.entries()
-            except OSError as error:
-                log.error("the spool cannot be read", error=str(error))
-                entries = []
+            entries = self._spool.entries()
             for entry in entries:
                 if time.monotonic() >= self._again.get(entry.path, (0.0, 0.0))[0]:
                     await self._try(entry)

@@ -38,6 +38,7 @@ from ipam.store.certificates import ending_files
 from ipam.store.etcd_url import SCHEME, parse
 from ipam.store.sqlite import SqliteStore
 from ipam.store.sqlite_file import exists
+from ipam.supervision import Supervision
 
 __all__ = [
     "MAX_OPS",
@@ -72,8 +73,10 @@ FORMS = "sqlite:///path/to/store.db (one node) or etcd://host:2379,host:2379 (a 
 """What a store URL may look like, for messages."""
 
 
-async def open_store(url: str, *, create: bool = True) -> Store:
+async def open_store(url: str, *, create: bool = True, supervision: Supervision | None = None) -> Store:
     """Open the store a URL names; a SQLite file is made if there is none and ``create`` is set.
+
+    supervision: of the store's own tasks; without, who opens it does not hear of what they raise.
 
     An etcd need not be reachable yet: the first call says if it is not.
 
@@ -84,7 +87,7 @@ async def open_store(url: str, *, create: bool = True) -> Store:
         # Imported only now: grpcio costs 25 MB, which an agent of a single node need not pay.
         from ipam.store.etcd import EtcdStore
 
-        return await EtcdStore.open(url)
+        return await EtcdStore.open(url, supervision)
     try:
         scheme = urlsplit(url).scheme
     except ValueError as error:
@@ -97,7 +100,7 @@ async def open_store(url: str, *, create: bool = True) -> Store:
                     f"there is no store at {path}; `moorage network create` or the agent makes it, "
                     "or name another with --store"
                 )
-            return await SqliteStore.open(path)
+            return await SqliteStore.open(path, supervision)
         case "":
             raise InvalidInput(f"the store URL {url!r} has no scheme; it has the form {FORMS}")
         case _:

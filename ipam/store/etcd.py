@@ -21,24 +21,26 @@ from ipam.store.etcd_calls import Calls, Gone, TooLarge
 from ipam.store.etcd_codec import Codec
 from ipam.store.etcd_lease import EtcdLease
 from ipam.store.etcd_watch import Watch, compacted, oldest_revision
+from ipam.supervision import Supervision
 
 
 class EtcdStore:
     """See ipam.store.base.Store for what it promises."""
 
-    def __init__(self, calls: Calls, codec: Codec) -> None:
+    def __init__(self, calls: Calls, codec: Codec, supervision: Supervision) -> None:
+        self._supervision = supervision
         self._calls = calls
         self._codec = codec
         self._watches: set[Watch] = set()
         self._leases: set[EtcdLease] = set()
 
     @classmethod
-    async def open(cls, url: str) -> EtcdStore:
-        """Reads the files that the URL names, and connects nowhere. Raises InvalidInput."""
+    async def open(cls, url: str, supervision: Supervision | None = None) -> EtcdStore:
+        """Reads the files that the URL names, and connects nowhere; see open_store. Raises InvalidInput."""
         parsed = etcd_url.parse(url)
         etcd_url.certificates(parsed)
         etcd_url.login(parsed)
-        return cls(Calls(parsed), Codec(parsed.prefix))
+        return cls(Calls(parsed), Codec(parsed.prefix), supervision or Supervision())
 
     async def get(self, key: str) -> KeyValue | None:
         rules.check_key(key)
@@ -82,7 +84,7 @@ class EtcdStore:
     async def lease(self, ttl: float) -> EtcdLease:
         if ttl <= 0:
             raise ValueError(f"a lease of {ttl} s is over before it began")
-        return await EtcdLease.grant(self._calls, ttl, self._leases)
+        return await EtcdLease.grant(self._calls, ttl, self._leases, self._supervision)
 
     async def standing(self) -> Standing:
         before = await self._calls.ask(pb.STATUS, pb.StatusRequest())

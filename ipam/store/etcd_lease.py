@@ -16,6 +16,7 @@ from ipam.store import etcd_proto as pb
 from ipam.store.etcd_calls import ATTEMPT, Calls, NoAnswer
 from ipam.store.etcd_channel import aio
 from ipam.store.etcd_errors import LeaseOver
+from ipam.supervision import Supervision
 
 RENEWALS = 3
 """Renewals within its time to live: two may fail before it is lost."""
@@ -27,24 +28,36 @@ RETRY = 0.25
 class EtcdLease:
     """See ipam.store.base.Lease."""
 
-    def __init__(self, calls: Calls, lease: int, ttl: int, deadline: float, kept: set[EtcdLease]) -> None:
-        """kept: holds this lease while it is renewed."""
+    def __init__(
+        self,
+        calls: Calls,
+        lease: int,
+        ttl: int,
+        deadline: float,
+        kept: set[EtcdLease],
+        supervision: Supervision,
+    ) -> None:
+        """kept: holds this lease while it is renewed. supervision: of who renews it."""
         self._calls = calls
         self._id = lease
         self._ttl = ttl
         self._deadline = deadline
         self._gone = False
         self._kept = kept
-        self._keeper = asyncio.create_task(self._keep_alive(), name=f"moorage-etcd-lease-{lease:x}")
+        self._keeper = supervision.start(
+            f"lease {lease:x}", self._keep_alive, longest=ttl / RENEWALS, ends=True
+        )
         kept.add(self)
 
     @classmethod
-    async def grant(cls, calls: Calls, ttl: float, kept: set[EtcdLease]) -> EtcdLease:
+    async def grant(
+        cls, calls: Calls, ttl: float, kept: set[EtcdLease], supervision: Supervision
+    ) -> EtcdLease:
         """etcd counts whole seconds and has a least of its own (1.5 elections). Raises StoreError."""
         asked = _now()
         # Asked for twice it leaves a lease behind that has no keys, for one time to live.
         reply = await calls.ask(pb.LEASE_GRANT, pb.LeaseGrantRequest(TTL=math.ceil(ttl)))
-        return cls(calls, reply.ID, reply.TTL, asked + reply.TTL, kept)
+        return cls(calls, reply.ID, reply.TTL, asked + reply.TTL, kept, supervision)
 
     @property
     def id(self) -> int:

@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from sqlite3 import Connection
 from typing import TypeVar
@@ -31,6 +30,8 @@ from ipam.store.base import Event, KeyValue, Page, Standing, Txn, TxnResult, Wat
 from ipam.store.gate import Gate
 from ipam.store.sqlite_file import Database, open_database
 from ipam.store.sqlite_mvcc import Clock
+from ipam.supervision import Job, Supervision
+from ipam.worker import Worker
 
 T = TypeVar("T")
 
@@ -50,28 +51,30 @@ _AFTER_ASCII = "\x80"
 class SqliteStore:
     """See ipam.store.base.Store for what it promises."""
 
-    def __init__(self, path: Path, reader: _Desk, writer: _Desk) -> None:
+    def __init__(self, path: Path, reader: _Desk, writer: _Desk, supervision: Supervision) -> None:
         self._path = path
+        self._supervision = supervision
         self._reader = reader
         self._writer = writer
         self._clock = Clock.of_this_boot()
         self._closed = False
         self._watches: dict[asyncio.Event, tuple[str, str]] = {}
-        self._pulse: _Pulse | None = None
+        self._pulse = _Pulse(path, self._clock, self._wake_watches)
+        self._beating: asyncio.Task[None] | None = None
         self._keepers: set[asyncio.Task[None]] = set()
         self._expiry = _Expiry(self._clock)
         self._gate = Gate()
 
     @classmethod
-    async def open(cls, path: Path) -> SqliteStore:
-        """Open the store at ``path``, made if there is none. Raises StoreError, StoreUnavailable."""
+    async def open(cls, path: Path, supervision: Supervision | None = None) -> SqliteStore:
+        """Open the store at ``path``, made if there is none; see open_store. Raises StoreError, StoreUnavailable."""
         writer = await _Desk.open("moorage-store-writer", lambda: open_database(path))
         try:
             reader = await _Desk.open("moorage-store-reader", lambda: Database(path))
         except BaseException:
             await writer.close()
             raise
-        return cls(path, reader, writer)
+        return cls(path, reader, writer, supervision or Supervision())
 
     async def get(self, key: str) -> KeyValue | None:
         rules.check_key(key)
@@ -126,8 +129,10 @@ class SqliteStore:
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
-        if self._pulse is not None:
-            await self._reader.run(self._pulse.stop)
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait([self._beating])
+            await self._reader.run(self._pulse.join)
         await self._reader.close()
         await self._writer.close()
 
@@ -173,8 +178,8 @@ class SqliteStore:
     async def _watch(self, start: str, end: str, revision: int) -> AsyncIterator[WatchBatch]:
         wake = asyncio.Event()
         self._watches[wake] = (start, end)
-        if self._pulse is None:
-            self._pulse = _Pulse(self._path, self._clock, self._wake_watches)
+        if self._beating is None:
+            self._beating = self._supervision.start("store pulse", self._pulse.run)
         try:
             while not self._closed:
                 wake.clear()
@@ -214,10 +219,12 @@ class SqliteStore:
         """For SqliteLease."""
         await self._write(lambda db: mvcc.revoke(db, lease))
 
-    def keep(self, task: asyncio.Task[None]) -> None:
-        """For SqliteLease: have its keep-alive end with the store."""
+    def keep(self, name: str, work: Job, *, longest: float) -> asyncio.Task[None]:
+        """For SqliteLease: supervise its keep-alive, and have it end with the store."""
+        task = self._supervision.start(name, work, longest=longest, ends=True)
         self._keepers.add(task)
         task.add_done_callback(self._keepers.discard)
+        return task
 
     def now(self) -> float:
         """The time that leases are measured in."""
@@ -233,8 +240,7 @@ class SqliteLease:
         self._ttl = ttl
         self._deadline = deadline
         self._gone = False
-        self._keeper = asyncio.create_task(self._keep_alive(), name=f"moorage-lease-{lease}")
-        store.keep(self._keeper)
+        self._keeper = store.keep(f"lease {lease}", self._keep_alive, longest=ttl / RENEWALS)
 
     @property
     def id(self) -> int:
@@ -299,51 +305,92 @@ class _Pulse:
     """A thread that looks for other processes' writes and for leases that are over."""
 
     def __init__(self, path: Path, clock: Clock, on_change: Callable[[], None]) -> None:
-        """on_change: called on the event loop that runs now."""
+        """on_change: called on the event loop that ``run`` runs on."""
         self._path = path
         self._clock = clock
         self._on_change = on_change
-        self._loop = asyncio.get_running_loop()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="moorage-store-pulse", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    async def run(self) -> None:
+        """Until cancelled; the thread ends soon after. Raises what ended the thread."""
+        beats = _Beats(asyncio.get_running_loop(), self._on_change)
+        # Not of an executor, which a process that ends without closing the store would wait for.
+        self._thread = threading.Thread(
+            target=self._run, args=(beats,), name="moorage-store-pulse", daemon=True
+        )
         self._thread.start()
+        try:
+            await beats.ended
+        finally:
+            beats.stopped.set()
 
-    def stop(self, _: Database) -> None:
-        """Returns when the thread has ended; not to be called on the event loop."""
-        self._stopped.set()
-        self._thread.join()
+    def join(self, _: Database) -> None:
+        """Wait for the thread's end; not to be called on the event loop."""
+        if self._thread is not None:
+            self._thread.join()
 
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            # Watches meet a store's error in their own reads; here is nobody to tell.
+    def _run(self, beats: _Beats) -> None:
+        while not beats.stopped.is_set():
             try:
+                # Watches meet a store's error in their own reads; here is nobody to tell.
                 with contextlib.suppress(StoreError), contextlib.closing(Database(self._path)) as database:
-                    self._beat(database)
-            except RuntimeError:  # the event loop ended and nobody closed the store
+                    self._beat(database, beats)
+            except Exception as error:
+                beats.end(error)
                 return
-            self._stopped.wait(RETRY)
+            beats.stopped.wait(RETRY)
 
-    def _beat(self, database: Database) -> None:
+    def _beat(self, database: Database, beats: _Beats) -> None:
         expiry = _Expiry(self._clock)
         changed = True  # since whatever the watches saw before this connection was there
         deadline = 0.0
         while True:
             if changed:
-                self._loop.call_soon_threadsafe(self._on_change)
+                beats.tell()
                 with database.reading() as db:
                     deadline = mvcc.next_deadline(db, self._clock)
-            if self._stopped.wait(BEAT):
+            if beats.stopped.wait(BEAT):
                 return
             changed = database.changed()
             if self._clock.now() >= deadline:
                 changed = expiry.attempt(database) or changed
 
 
+class _Beats:
+    """What a pulse's thread and the event loop tell each other."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_change: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_change = on_change
+        self.stopped = threading.Event()
+        self.ended: asyncio.Future[None] = loop.create_future()
+
+    def tell(self) -> None:
+        """Something changed; from the thread."""
+        self._call(self._on_change)
+
+    def end(self, error: Exception) -> None:
+        """The thread ends of that; from the thread."""
+        self._call(lambda: self._fail(error))
+
+    def _fail(self, error: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+    def _call(self, what: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            self.stopped.set()  # and nobody closed the store
+
+
 class _Desk:
     """A connection, and the one thread that opens, uses and closes it."""
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._thread = Worker(name)
         self._database: Database
 
     @classmethod

@@ -301,22 +301,17 @@ class Fabric:
             for error in await self._kernel.apply(held, kept):
                 log.warning("a route was not cut back", why=str(error))
 
-    async def run(self) -> None:
-        """Keep the kernel as it should be, until cancelled."""
-        await self._cluster.listed.wait()
-        await self._until_known()
-        self._begun = self._all_dirty = True
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_kernel())
-            group.create_task(self._keep_addresses())
-
     async def _until_known(self) -> None:
+        await self._cluster.listed.wait()
         while True:
             if self._addresses.known:
                 return
             await asyncio.sleep(KNOWN_POLL)
 
-    async def _keep_kernel(self) -> None:
+    async def keep_kernel(self) -> None:
+        """Keep the kernel as it should be, until cancelled."""
+        await self._until_known()
+        self._begun = self._all_dirty = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ADDRESS_PATIENCE):
                 await self._addresses_settled.wait()
@@ -333,7 +328,9 @@ class Fabric:
             await asyncio.sleep(SETTLE)
             self._wake.clear()
 
-    async def _keep_addresses(self) -> None:
+    async def keep_addresses(self) -> None:
+        """Have the addresses that the device needs, until cancelled."""
+        await self._until_known()
         while True:
             missing = await self._addresses.settle([] if self._is_leaving() else self._tunnelled())
             if missing and missing != self._missing:

@@ -31,22 +31,29 @@ class _Monitor(ABC):
     """Made in the network namespace that the calling thread is in."""
 
     def __init__(self, *groups: int) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         self._socket.bind((0, reduce(lambda mask, group: mask | 1 << (group - 1), groups, 0)))
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to call back, on that loop. Whatever happened since the monitor was made is told then."""
-        self._loop = loop
-        loop.add_reader(self._socket, self._read)
+    async def run(self) -> None:
+        """Call back until cancelled, beginning with whatever happened since it was made. Raises what reading raises, or
+        who is called back."""
+        loop = asyncio.get_running_loop()
+        failed: asyncio.Future[None] = loop.create_future()
 
-    def stop(self) -> None:
-        """Stop for good; twice is fine."""
-        if self._loop is not None:
-            self._loop.remove_reader(self._socket)
-            self._loop = None
-        self._socket.close()
+        def read() -> None:
+            try:
+                self._read()
+            except Exception as error:
+                loop.remove_reader(self._socket)
+                failed.set_exception(error)
+
+        loop.add_reader(self._socket, read)
+        try:
+            await failed
+        finally:
+            loop.remove_reader(self._socket)
+            self._socket.close()
 
     def _read(self) -> None:
         datagrams: list[bytes] = []

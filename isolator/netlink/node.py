@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn, Self
 
+from ipam.errors import TryAgain
 from isolator.errors import KernelRefused, NamespaceGone, NotANamespace
 from isolator.netlink.seal import Seal
 from isolator.netlink.socket import NetlinkSocket
@@ -103,6 +104,11 @@ class Node:
                     "that path took it away"
                 ) from error
             number = error.errno or 0
+            if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise TryAgain(
+                    f"could not open the network namespace {path}: {error.strerror}; raise LimitNOFILE, or the "
+                    "memory, of the agent's unit if this stays"
+                ) from error
             raise KernelRefused(
                 f"could not open the network namespace {path}: {error.strerror}; see that the agent runs as root, with "
                 "the capabilities of packaging/moorage-agent.service",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ipam.errors import MoorageError, TryAgain
 from moorage import admin
+from netmodules import frame
 from tests.moorage.agents import answering, serving
+from tests.patience import PATIENCE
 
 
 def test_the_answer_is_returned_and_the_request_has_all_fields(tmp_path: Path) -> None:
@@ -70,3 +74,35 @@ def test_an_agent_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: 
         silent.listen()
         with pytest.raises(TryAgain, match="did not answer within"):
             admin.call(str(tmp_path / "s"), "status")
+
+
+def test_an_agent_that_others_wait_for_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as other:
+        busy.bind(str(path))
+        busy.listen(0)
+        busy.settimeout(PATIENCE)
+        other.connect(str(path))  # there is room for one
+
+        def serve() -> None:
+            time.sleep(0.2)
+            busy.accept()[0].close()
+            accepted, _ = busy.accept()
+            with accepted, accepted.makefile("rb") as reading:
+                reading.read(frame.payload_length(reading.read(frame.HEADER)))
+                accepted.sendall(frame.encode({"exit": b"0", "stdout": b"[]"}))
+
+        with ThreadPoolExecutor(1) as serving_it:
+            serving_it.submit(serve)
+            assert admin.call(str(path), "status") == []
+
+
+def test_an_agent_that_accepts_nobody_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "TIMEOUT", 0.1)
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as other:
+        busy.bind(str(path))
+        busy.listen(0)
+        other.connect(str(path))
+        with pytest.raises(TryAgain, match=r"accepted nobody for 0\.1 s"):
+            admin.call(str(path), "status")

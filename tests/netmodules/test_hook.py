@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ipam.supervision import Supervision
 from isolator.model import EndpointKey
 from netmodules import frame, hook
 from netmodules.server import Reply, Request, Server
@@ -211,7 +212,7 @@ async def test_the_real_process_adds_and_deletes_against_the_real_server(
 ) -> None:
     isolator = FakeIsolator()
     handler = handler_for(isolator)
-    server = Server(agent_socket, {"cni": handler}, handler.undo)
+    server = Server(agent_socket, {"cni": handler}, handler.undo, Supervision())
     await server.start()
     socket_env = {"MOORAGE_SOCKET": str(agent_socket)}
     exit_code, stdout = await run_hook({**cni_env("ADD"), **socket_env}, program=hook_program)
@@ -243,7 +244,7 @@ async def test_calls_that_mean_no_endpoint_are_answered_alike_by_both_programs(
         assert (exit_code, refused["cniVersion"], refused["code"]) == (1, "1.1.0", code)
     isolator = FakeIsolator()
     handler = handler_for(isolator)
-    server = Server(agent_socket, {"cni": handler}, handler.undo)
+    server = Server(agent_socket, {"cni": handler}, handler.undo, Supervision())
     await server.start()
     listed = {"cni.dev/valid-attachments": [{"containerID": "c0ffee", "ifname": "eth0"}]}
     assert await ask("GC", **listed) == (0, {})
@@ -278,7 +279,7 @@ async def test_an_add_whose_process_is_killed_is_undone(hook_program: Path, agen
     async def on_abandoned(_: Request) -> None:
         undone.set()
 
-    server = Server(agent_socket, {"cni": slow}, on_abandoned, return_window=0.1)
+    server = Server(agent_socket, {"cni": slow}, on_abandoned, Supervision(), return_window=0.1)
     await server.start()
     process = await asyncio.create_subprocess_exec(
         hook_program,

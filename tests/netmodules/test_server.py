@@ -1,7 +1,9 @@
 """The socket server, with clients that behave, and clients that do not."""
 
 import asyncio
+import contextlib
 import os
+import shutil
 import socket
 import stat
 import time
@@ -12,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from ipam import supervision
+from ipam.supervision import Supervision
 from isolator.errors import AgentBusy
-from netmodules import frame
+from netmodules import frame, server
 from netmodules.server import Reply, Request, Server
 from tests.patience import PATIENCE
 
@@ -35,7 +39,11 @@ class Agent:
         self.go_on.set()
         self.called = asyncio.Event()
         self.server = Server(
-            path, {"cni": self.handle}, self.on_abandoned, **{"return_window": WINDOW, **options}
+            path,
+            {"cni": self.handle},
+            self.on_abandoned,
+            Supervision(),
+            **{"return_window": WINDOW, **options},
         )
 
     async def handle(self, request: Request) -> Reply:
@@ -201,6 +209,61 @@ async def test_slow_and_silent_clients_are_cut_off(tmp_path: Path) -> None:
             writer.close()
 
 
+async def test_callers_that_there_is_no_room_for_wait_for_their_turn(tmp_path: Path) -> None:
+    async with running(tmp_path, callers=4) as agent:
+        agent.go_on.clear()
+        asking = [asyncio.create_task(agent.ask(request(f"{n:032x}"))) for n in range(40)]
+        await until(lambda: len(agent.requests) == 4)
+        await asyncio.sleep(0.1)
+        assert len(agent.requests) == 4
+        agent.go_on.set()
+        assert {answer["exit"] for answer in await asyncio.gather(*asking)} == {b"0"}
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+async def test_a_caller_that_never_takes_its_reply_holds_no_descriptor(
+    tmp_path: Path, half_closed: bool
+) -> None:
+    async with running(tmp_path, read_timeout=0.1) as agent:
+        agent.reply = Reply(0, bytes(8 << 20))  # more than the kernel keeps for it
+        before, links = descriptors(), []
+        for _ in range(20):
+            link = socket.socket(socket.AF_UNIX)
+            link.connect(str(agent.path))
+            link.sendall(request())
+            if half_closed:
+                link.shutdown(socket.SHUT_WR)
+            links.append(link)
+        await until(lambda: bool(agent.requests) and descriptors() <= before + len(links))
+        for link in links:
+            link.close()
+
+
+async def test_a_request_that_drips_is_cut_off_and_others_are_served(tmp_path: Path) -> None:
+    async with running(tmp_path, read_timeout=0.3, callers=30) as agent:
+        slow = [await agent.connect() for _ in range(20)]
+
+        async def drip(writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                for byte in request():
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+
+        dripping = [asyncio.create_task(drip(writer)) for _, writer in slow]
+        assert (await agent.ask(request("f" * 32)))["exit"] == b"0"
+        for reader, _ in slow:
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        for task in dripping:
+            task.cancel()
+        await asyncio.gather(*dripping, return_exceptions=True)
+
+
 async def test_many_requests_run_at_once(agent: Agent) -> None:
     agent.go_on.clear()
     asking = [asyncio.create_task(agent.ask(request(f"{n:032x}"))) for n in range(200)]
@@ -341,6 +404,23 @@ async def test_a_dead_agents_socket_is_replaced_and_a_live_ones_is_not(agent: Ag
     await next_agent.server.start()
     assert await next_agent.ask(request())
     await next_agent.server.stop()
+
+
+async def test_a_socket_that_somebody_removed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SOCKET_EVERY", 0.05)
+    monkeypatch.setattr(supervision, "FIRST_PAUSE", 0.01)
+    async with running(tmp_path) as agent:
+        agent.go_on.clear()
+        before = asyncio.create_task(agent.ask(request("b" * 32)))
+        await agent.called.wait()
+        shutil.rmtree(agent.path.parent)
+        await until(agent.path.exists)
+        assert stat.S_IMODE(agent.path.parent.stat().st_mode) == 0o700
+        agent.go_on.set()
+        assert (await agent.ask(request("c" * 32)))["exit"] == b"0"
+        assert (await before)["exit"] == b"0"
 
 
 async def test_a_stopped_agent_leaves_its_successors_socket_alone(agent: Agent) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ipam.supervision import Supervision
 from isolator.model import EndpointKey
 from netmodules import frame
 from netmodules.spool import NETMODULES, Entry, Spool, SpoolWatcher
@@ -156,7 +157,7 @@ class Carrier:
 
 async def test_new_entries_are_carried_out_and_removed_until_the_watcher_is_stopped(directory: Path) -> None:
     carrier = Carrier()
-    watcher = SpoolWatcher(Spool(directory), carrier)
+    watcher = SpoolWatcher(Spool(directory), carrier, Supervision())
     await watcher.start()
     await asyncio.sleep(0.05)
     path = leave(directory)
@@ -177,7 +178,7 @@ async def test_an_entry_that_fails_stays_and_is_tried_again_without_holding_up_o
     carrier.failures = 3
     leave(directory, KEY)
     leave(directory, OTHER)
-    watcher = SpoolWatcher(Spool(directory), carrier, interval=0.02)
+    watcher = SpoolWatcher(Spool(directory), carrier, Supervision(), interval=0.02)
     await watcher.start()
     async with asyncio.timeout(PATIENCE):
         while Spool(directory).entries():
@@ -188,7 +189,7 @@ async def test_an_entry_that_fails_stays_and_is_tried_again_without_holding_up_o
 
 async def test_drain_does_one_keys_entries_now_and_passes_failure_on(directory: Path) -> None:
     carrier = Carrier()
-    watcher = SpoolWatcher(Spool(directory), carrier)
+    watcher = SpoolWatcher(Spool(directory), carrier, Supervision())
     mine, theirs = leave(directory, KEY), leave(directory, OTHER)
     carrier.failures = 1
     with pytest.raises(OSError, match="not now"):
@@ -207,7 +208,7 @@ async def test_an_entry_is_never_carried_out_twice_at_once(directory: Path) -> N
         seen.append(entry)
         await asyncio.sleep(0.05)
 
-    watcher = SpoolWatcher(Spool(directory), slow, interval=0.01)
+    watcher = SpoolWatcher(Spool(directory), slow, Supervision(), interval=0.01)
     leave(directory)
     await watcher.start()
     await asyncio.gather(*(watcher.drain(KEY) for _ in range(5)))

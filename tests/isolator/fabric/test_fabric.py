@@ -129,7 +129,8 @@ async def agent(idle: Agent) -> Agent:
     """An agent whose fabric runs, on one network ``web`` with the fabric vxlan."""
     await network(idle.store, "10.64.0.0/20", "fd64::/112", name="web", fabric="vxlan", warm=0)
     idle.run(idle.cluster.follow)
-    idle.run(idle.fabric.run)
+    idle.run(idle.fabric.keep_kernel)
+    idle.run(idle.fabric.keep_addresses)
     return idle
 
 
@@ -232,7 +233,8 @@ async def test_routes_name_the_devices_address_as_soon_as_there_is_one(agent: Ag
 
 async def test_nothing_is_touched_before_the_cluster_was_listed(idle: Agent) -> None:
     idle.room.sh("ip route add 10.64.9.0/26 via 192.0.2.9 proto 157 metric 2048")
-    idle.run(idle.fabric.run)
+    idle.run(idle.fabric.keep_kernel)
+    idle.run(idle.fabric.keep_addresses)
     idle.fabric.kernel_changed()
     await asyncio.sleep(0.3)
     assert "10.64.9.0/26" in idle.holds()
@@ -489,7 +491,8 @@ async def test_a_node_that_can_take_no_address_says_why(idle: Agent) -> None:
     idle.holder.drain.begin()
     await network(idle.store, "10.64.0.0/20", name="web", fabric="vxlan")
     idle.run(idle.cluster.follow)
-    idle.run(idle.fabric.run)
+    idle.run(idle.fabric.keep_kernel)
+    idle.run(idle.fabric.keep_addresses)
     await idle.until(lambda: "the device has no IPv4 address" in idle.problems())
     assert "node n1 is drained" in idle.problems()
     assert VXLAN_DEVICE in idle.room.sh("ip link")

@@ -42,34 +42,39 @@ class Seen:
         assert self.vanished == set(names)
 
 
+@contextlib.asynccontextmanager
+async def running(monitor: LinkMonitor | ChangeMonitor) -> AsyncIterator[None]:
+    task = asyncio.create_task(monitor.run())
+    await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_vanished_endpoint_links_are_told_and_no_others(container: Room) -> None:
     seen = Seen()
     monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
-    monitor.start(asyncio.get_running_loop())
-    try:
+    async with running(monitor):
         container.sh(
             "for name in mrga mrgb other; do ip link add $name type veth peer name peer-$name; done\n"
             "ip link set mrga up; ip link set mrga mtu 1400; ip link del other; ip link del mrga; ip link del mrgb"
         )
         await seen.until("mrga", "mrgb")
-    finally:
-        monitor.stop()
     assert seen.resyncs == 0
 
 
 async def test_a_link_of_ours_that_is_renamed_is_told_by_the_name_it_had(container: Room) -> None:
     seen = Seen()
     monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
-    monitor.start(asyncio.get_running_loop())
-    try:
+    async with running(monitor):
         for name in ("mrga", "mrgb"):
             container.sh(
                 f"ip link add {name} type veth peer name {name}1; ip link set {name} alias 'moorage {name}'"
             )
         container.sh("ip link set mrga name lan0; ip link set mrgb mtu 1400")
         await seen.until("mrga")
-    finally:
-        monitor.stop()
 
 
 async def test_a_dying_namespace_takes_its_link_and_is_noticed(
@@ -79,22 +84,20 @@ async def test_a_dying_namespace_takes_its_link_and_is_noticed(
     monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
     dying = make_container()
     container.sh(f"ip link add mrga type veth peer name eth0 netns {dying.name}")
-    monitor.start(asyncio.get_running_loop())
-    dying.__exit__(None, None, None)
-    await seen.until("mrga")
-    monitor.stop()
+    async with running(monitor):
+        dying.__exit__(None, None, None)
+        await seen.until("mrga")
 
 
 async def test_leaving_a_bridge_is_not_vanishing(container: Room) -> None:
     seen = Seen()
     monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
-    monitor.start(asyncio.get_running_loop())
-    container.sh(
-        "ip link add br0 type bridge; ip link add mrga type veth peer name peer; ip link set mrga master br0\n"
-        "ip link set mrga nomaster; ip link add mrgb type veth peer name peer2; ip link del mrgb"
-    )
-    await seen.until("mrgb")
-    monitor.stop()
+    async with running(monitor):
+        container.sh(
+            "ip link add br0 type bridge; ip link add mrga type veth peer name peer; ip link set mrga master br0\n"
+            "ip link set mrga nomaster; ip link add mrgb type veth peer name peer2; ip link del mrgb"
+        )
+        await seen.until("mrgb")
 
 
 async def test_lost_events_ask_for_a_resync(container: Room) -> None:
@@ -102,12 +105,10 @@ async def test_lost_events_ask_for_a_resync(container: Room) -> None:
     monitor = container.do(LinkMonitor, seen.on_vanished, seen.on_resync)
     monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     container.sh("for i in $(seq 20); do ip link add mrg$i type veth peer name p$i; ip link del mrg$i; done")
-    monitor.start(asyncio.get_running_loop())
-    async with asyncio.timeout(PATIENCE):
-        while not seen.resyncs:
-            await asyncio.sleep(0.01)
-    monitor.stop()
-    monitor.stop()
+    async with running(monitor):
+        async with asyncio.timeout(PATIENCE):
+            while not seen.resyncs:
+                await asyncio.sleep(0.01)
 
 
 class Changes:
@@ -143,13 +144,10 @@ async def changes(room: Room) -> AsyncIterator[Changes]:
     room.sh(PREPARED)
     seen = Changes()
     monitor = room.do(ChangeMonitor, seen.on_change)
-    monitor.start(asyncio.get_running_loop())
-    try:
+    async with running(monitor):
         while await seen.told(within=0.3):
             pass  # carriers, and what the kernel does in the background
         yield seen
-    finally:
-        monitor.stop()
 
 
 @pytest.mark.parametrize(
@@ -199,9 +197,8 @@ async def test_lost_events_count_as_a_change(container: Room) -> None:
     monitor = container.do(ChangeMonitor, seen.on_change)
     monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     container.sh("for i in $(seq 40); do ip route add 203.0.113.$i via 192.0.2.2; done")
-    monitor.start(asyncio.get_running_loop())
-    assert await seen.told()
-    monitor.stop()
+    async with running(monitor):
+        assert await seen.told()
 
 
 async def test_the_fabrics_own_changes_are_not_told_and_others_are(container: Room) -> None:
@@ -216,8 +213,7 @@ async def test_the_fabrics_own_changes_are_not_told_and_others_are(container: Ro
         destination, ip_address("fe80::1"), index=link.index, onlink=True, source=None
     )
     delete = messages.delete_fabric_route(destination)
-    monitor.start(asyncio.get_running_loop())
-    try:
+    async with running(monitor):
         await asyncio.sleep(0.2)  # the new links have settled
         told.clear()
         ours.execute([add, delete])
@@ -225,7 +221,15 @@ async def test_the_fabrics_own_changes_are_not_told_and_others_are(container: Ro
         assert not told.is_set()
         other.execute([add, delete])
         await asyncio.wait_for(told.wait(), PATIENCE)
-    finally:
-        monitor.stop()
-        ours.close()
-        other.close()
+    ours.close()
+    other.close()
+
+
+async def test_what_is_called_back_and_fails_is_raised_and_not_called_for_ever(container: Room) -> None:
+    def refuse(_: frozenset[str]) -> None:
+        raise RuntimeError("no")
+
+    monitor = container.do(LinkMonitor, refuse, lambda: None)
+    container.sh("ip link add mrga type veth peer name p1; ip link del mrga")
+    with pytest.raises(RuntimeError, match="no"):
+        await asyncio.wait_for(monitor.run(), PATIENCE)
