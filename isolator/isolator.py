@@ -87,6 +87,9 @@ COLLECT_EVERY = 5.0
 FENCE_EVERY = 5.0
 """Seconds between looks at the node's fence; who writes is told sooner. Well within grace.SECONDS."""
 
+FENCE_AGAIN = 1.0
+"""The same after one that was not answered."""
+
 HEAL_EVERY = 1.0
 """Seconds between looks at the firewall."""
 
@@ -798,7 +801,7 @@ class Isolator:
                 log.info("fence was not looked at", why=str(error))
                 self._holder.unread(str(error))
                 # Who finds nothing warm is refused until it answers.
-                pause = RETRY
+                pause = FENCE_AGAIN
                 continue
             self._holder.read()
             self._continuity.touch()
