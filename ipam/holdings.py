@@ -167,7 +167,6 @@ class Holdings:
         self._outage = outage
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
-        self._foreign: dict[IPNetwork, set[IPAddress]] = {}
         self._held_back: dict[str, float] = {}
         self._exhausted: dict[tuple[str, Family], tuple[float, Exhausted]] = {}
 
@@ -326,7 +325,6 @@ class Holdings:
         """The block is not ours any more."""
         self.reconsider = True
         self.shelf.spaces.pop(block, None)
-        self._foreign.pop(block, None)
 
     def ask_for(self, ip: IPAddress, network: str, pool: Geometry, netgroups: Collection[str] = ()) -> Held:
         """A new entry for an address that shall become warm, announced as these; the store decides."""
@@ -412,18 +410,9 @@ class Holdings:
 
     def foreign(self, ip: IPAddress) -> None:
         """Somebody else has an address inside one of our blocks."""
-        for block, space in self.shelf.spaces.items():
+        for space in self.shelf.spaces.values():
             if ip in space:
-                space.remove(ip)
-                self._foreign.setdefault(block, set()).add(ip)
-
-    def foreign_in(self, pool: Geometry) -> list[tuple[BlockSpace, set[IPAddress]]]:
-        """Own blocks of ``pool`` and the addresses in them that were somebody else's when last heard of."""
-        return [
-            (space, self._foreign[block])
-            for block, space in self.shelf.spaces.items()
-            if space.pool.name == pool.name and self._foreign.get(block)
-        ]
+                space.note_foreign(ip)
 
     # -- the journal
 

@@ -323,7 +323,7 @@ class Upkeep:
         """Empty own blocks of enabled pools that others shall have: at once while the pool is under pressure,
         else when they have long been empty while another own block has enough free."""
         now, spaces = self._now(), self._shelf.spaces
-        empty = {block for block, space in spaces.items() if space.untouched}
+        empty = {block for block, space in spaces.items() if space.is_idle}
         surplus: set[IPNetwork] = set()
         idle: set[IPNetwork] = set()
         for block in empty:
