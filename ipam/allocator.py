@@ -28,15 +28,22 @@ class BlockSpace:
         self._version = block.version
         self._ends = int(block.network_address), int(block.broadcast_address)
         self._free = dict.fromkeys((ip for ip in dynamic if ip not in held), 0)
+        self._foreign: set[IPAddress] = set()
 
     def __contains__(self, ip: IPAddress) -> bool:
         """Whether ``ip`` lies in the block. Asked of every block for every address that comes or goes."""
         return ip.version == self._version and self._ends[0] <= int(ip) <= self._ends[1]
 
     @property
-    def untouched(self) -> bool:
-        """Nobody is known to hold any of those that may be given to anybody."""
-        return len(self._free) == self._size
+    def is_idle(self) -> bool:
+        """This node holds none of those that may be given to anybody. Others may: what they had when last heard of
+        counts for nothing, because the store is asked when the block is returned."""
+        return len(self._free) + len(self._foreign) == self._size
+
+    @property
+    def foreign(self) -> frozenset[IPAddress]:
+        """Those that were somebody else's when last heard of."""
+        return frozenset(self._foreign)
 
     def __len__(self) -> int:
         return len(self._free)
@@ -53,17 +60,28 @@ class BlockSpace:
         return list(islice(((at, ip) for ip, at in self._free.items() if ip not in reserved), count))
 
     def remove(self, ip: IPAddress) -> None:
-        """Somebody holds it now."""
+        """This node holds it now."""
         self._free.pop(ip, None)
+        self._foreign.discard(ip)
+
+    def note_foreign(self, ip: IPAddress) -> None:
+        """Somebody else holds it, who may release it unseen."""
+        self._free.pop(ip, None)
+        if self.pool.dynamic(ip):
+            self._foreign.add(ip)
 
     def give_back(self, ip: IPAddress, at: int) -> None:
         """Nobody holds it any more: it is reused last. at: grows from one to the next, in all blocks."""
+        self._foreign.discard(ip)
         if self.pool.dynamic(ip):
             self._free.setdefault(ip, at)
 
     def reshaped(self, pool: Geometry, held: Collection[IPAddress]) -> BlockSpace:
         """The same block after its pool was changed; what was released longest ago still comes first."""
         space = BlockSpace(pool, self.block, held)
+        for ip in self._foreign:
+            if ip in space._free:
+                space.note_foreign(ip)
         known = {ip: at for ip, at in self._free.items() if ip in space._free}
         fresh = {ip: at for ip, at in space._free.items() if ip not in known}
         space._free = fresh | known

@@ -115,7 +115,7 @@ class Drain:
         )
 
     def _idle_blocks(self) -> bool:
-        return any(space.untouched for space in self._holdings.shelf.spaces.values())
+        return any(space.is_idle for space in self._holdings.shelf.spaces.values())
 
 
 def refusal(node: str) -> TryAgain:

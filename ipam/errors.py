@@ -40,6 +40,10 @@ class StoreError(MoorageError):
     code = 5
 
 
+class RequestTooLarge(StoreError):
+    """The store takes no transaction of that many bytes; nothing was applied."""
+
+
 class StoreUnavailable(StoreError, TryAgain):
     """The store did not answer, and the request is known not to have been applied."""
 

@@ -562,6 +562,11 @@ class Holder:
                 f"`moorage node remove {conflict.holder.node}`"
                 for conflict in self.contested
             ],
+            "set_aside": [
+                f"the record of {ip} is not in the store ({why}); other nodes do not know who uses it: end the "
+                "container and start it with fewer labels, or raise etcd's --max-request-bytes"
+                for ip, why in self._holdings.set_asides.items()
+            ],
             "outbox": len(self._shelf.dirty()),
             "exhausted": [
                 {"network": network, "family": family, "why": str(error)}

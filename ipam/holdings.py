@@ -123,6 +123,7 @@ class Holdings:
     in_question: addresses that were used here when the store came into doubt, until it has them as this node's.
     contested: those of them that the store has as another node's, which may not know of it.
     synced: whether journal and store were made to agree since this began.
+    set_asides: addresses whose record the store takes at no time, and why.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Holdings:
         self.contested: dict[IPAddress, Conflict] = {}
         self.in_question: set[IPAddress] = set()
         self.synced = False
+        self.set_asides: dict[IPAddress, str] = {}
         self.preloads = preloads
         self.others_away = others_away
         self.catalogue = catalogue
@@ -167,7 +169,6 @@ class Holdings:
         self._outage = outage
         self._on_conflict = on_conflict
         self._unsaved: dict[IPAddress, Held] = {}
-        self._foreign: dict[IPNetwork, set[IPAddress]] = {}
         self._held_back: dict[str, float] = {}
         self._exhausted: dict[tuple[str, Family], tuple[float, Exhausted]] = {}
 
@@ -326,7 +327,6 @@ class Holdings:
         """The block is not ours any more."""
         self.reconsider = True
         self.shelf.spaces.pop(block, None)
-        self._foreign.pop(block, None)
 
     def ask_for(self, ip: IPAddress, network: str, pool: Geometry, netgroups: Collection[str] = ()) -> Held:
         """A new entry for an address that shall become warm, announced as these; the store decides."""
@@ -338,6 +338,7 @@ class Holdings:
         """The store has confirmed what should be there: start what follows from it."""
         self.contested.pop(held.ip, None)
         self.in_question.discard(held.ip)
+        self.set_asides.pop(held.ip, None)
         if held.state is AddressState.COOLING:
             seconds = min(self.cooldown, HEARD_WITHIN) if held.is_withdrawn else self.cooldown
             self.shelf.cool(held, asyncio.get_running_loop().time() + seconds)
@@ -352,6 +353,17 @@ class Holdings:
             elif not held.unheard:
                 self.shelf.offer(held)
         self.shelf.announce(held.ip)
+
+    def set_aside(self, held: Held, why: str) -> None:
+        """The store takes no such record: it is not sent again before something else should stand there. Who uses the
+        address goes on; other nodes know what the store had of it before."""
+        log.error("record is set aside: the store does not take it", ip=str(held.ip), why=why)
+        if held.state is not None and not held.state.is_taken:
+            self.refuse(held.ip, TryAgain(f"the store does not take the record of {held.ip}: {why}"))
+            self.drop(held, reusable=True)
+            return
+        self.set_asides[held.ip] = why
+        self.shelf.rest(held)
 
     def refuse(self, ip: IPAddress, error: MoorageError) -> None:
         """Who asked for that address by name does not get it."""
@@ -402,6 +414,7 @@ class Holdings:
             return
         self.refuse(held.ip, TryAgain(f"{held.ip} changed hands just now; try again"))
         self.shelf.drop(held, reusable=reusable)
+        self.set_asides.pop(held.ip, None)
         self._unsaved.pop(held.ip, None)
         if held.journalled:
             try:
@@ -412,18 +425,9 @@ class Holdings:
 
     def foreign(self, ip: IPAddress) -> None:
         """Somebody else has an address inside one of our blocks."""
-        for block, space in self.shelf.spaces.items():
+        for space in self.shelf.spaces.values():
             if ip in space:
-                space.remove(ip)
-                self._foreign.setdefault(block, set()).add(ip)
-
-    def foreign_in(self, pool: Geometry) -> list[tuple[BlockSpace, set[IPAddress]]]:
-        """Own blocks of ``pool`` and the addresses in them that were somebody else's when last heard of."""
-        return [
-            (space, self._foreign[block])
-            for block, space in self.shelf.spaces.items()
-            if space.pool.name == pool.name and self._foreign.get(block)
-        ]
+                space.note_foreign(ip)
 
     # -- the journal
 

@@ -92,11 +92,16 @@ class Pressure:
         known = self._rounds.get(pool.name)
         if known is not None and known.relief is None:
             return None
-        if known is None or known.relief is None or self._now() - known.finished >= known.good_for:
+        if known is None or known.relief is None:
+            self._begin(pool)
+            return None
+        # If something was freed and somebody else was faster, there may be more next time. When that is,
+        # ``next_round`` says only until it has come: who comes later begins a round of its own.
+        good_for = ASK_EVERY if known.relief.freed else known.good_for
+        if self._now() - known.finished >= good_for:
             self._begin(pool)
             return None
         known.good_for = ASK_EVERY
-        # If something was freed and somebody else was faster, there may be more next time.
         return None if known.relief.freed else known.relief
 
     def next_round(self) -> float | None:
@@ -216,7 +221,7 @@ class Generosity:
             return len(blocks - self._holdings.blocks_of(pool))
 
         def idle() -> bool:
-            return any(space.untouched for b, space in self._shelf.spaces.items() if b in blocks)
+            return any(space.is_idle for b, space in self._shelf.spaces.items() if b in blocks)
 
         await self._until(lambda: freed() + stays() >= len(leaving), CONFIRMED_WITHIN)
         await self._until(lambda: not idle(), BLOCKS_WITHIN)

@@ -236,12 +236,11 @@ class Refill:
     async def _look_again(self, pool: Geometry) -> bool:
         """Whether an address in an own block, somebody else's when last heard of, is free now."""
         found = False
-        for space, foreign in self._holdings.foreign_in(pool):
+        for space in [s for s in self._shelf.spaces.values() if s.pool.name == pool.name and s.foreign]:
             items, _ = await read_range(self._store, *keys.address_range(space.block), keys_only=True)
             held = {kv.key for kv in items}
-            for ip in [ip for ip in foreign if keys.address_key(ip) not in held]:
-                foreign.discard(ip)
-                if ip not in self._shelf.held:
+            for ip in space.foreign:
+                if keys.address_key(ip) not in held and ip not in self._shelf.held:
                     self._shelf.give_back(ip)
                     found = True
         return found

@@ -31,7 +31,7 @@ from ipam.refill import Refill
 from ipam.shelf import Held, doubtful, netgroups_told
 from ipam.stock import HIGH_WATER, Tally
 from ipam.store.base import KeyValue, Store, absent, none_between
-from ipam.writer import GROUP, Outcome, Write, Writer
+from ipam.writer import GROUP, Outcome, Write, Writer, fitting
 
 log = structlog.get_logger(__name__)
 
@@ -150,6 +150,8 @@ class Upkeep:
         claims = [change for row in wanted[:BLOCKS_AT_ONCE] for change in self._claim(row)]
         changes = claims + self._returned_blocks(BLOCKS_AT_ONCE - len(claims))
         changes += map(self._change_of, self._journalled(self._shelf.dirty(), GROUP - len(changes)))
+        # What does not fit stays in the outbox. Blocks come first and are small, so that all of them do.
+        changes = changes[: fitting([change.write for change in changes])]
         if self._undurable and not await self._make_durable():
             # Nothing may be given away yet; the rest goes on.
             changes = [change for change in changes if change.write.value is not None]
@@ -323,7 +325,7 @@ class Upkeep:
         """Empty own blocks of enabled pools that others shall have: at once while the pool is under pressure,
         else when they have long been empty while another own block has enough free."""
         now, spaces = self._now(), self._shelf.spaces
-        empty = {block for block, space in spaces.items() if space.untouched}
+        empty = {block for block, space in spaces.items() if space.is_idle}
         surplus: set[IPNetwork] = set()
         idle: set[IPNetwork] = set()
         for block in empty:
@@ -359,7 +361,10 @@ class Upkeep:
     def _apply_block(self, change: Change, row: BlockRow, outcome: Outcome) -> None:
         claimed = change.write.value is not None
         self._return_after.pop(row.block, None)
-        if (claimed and outcome.done) or self._is_ours(outcome.found):
+        if not claimed and outcome.refused:
+            self._holdings.keep_block(row)
+            self._return_after[row.block] = self._now() + RETURN_RETRY
+        elif (claimed and outcome.done) or self._is_ours(outcome.found):
             self._holdings.keep_block(BlockRow(row.block, row.pool, outcome.revision))
             self._holdings.open_spaces()
             if not claimed:
@@ -384,6 +389,8 @@ class Upkeep:
                     holdings.drop(held, reusable=True)
                 else:
                     holdings.settle(held)
+        elif outcome.refused:
+            holdings.set_aside(held, outcome.refused)
         elif outcome.found is not None:
             self._apply_found(held, outcome.found)
         elif held.state in (AddressState.ALLOCATED, AddressState.ASSIGNED, AddressState.COOLING):

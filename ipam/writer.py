@@ -26,7 +26,7 @@ import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from ipam import keys
-from ipam.errors import ANEW, Ambiguous, Fenced, StoreError, StoreUnavailable
+from ipam.errors import ANEW, Ambiguous, Fenced, RequestTooLarge, StoreError, StoreUnavailable
 from ipam.outage import Outage
 from ipam.records import Alive, Fence
 from ipam.store.base import (
@@ -49,6 +49,12 @@ log = structlog.get_logger(__name__)
 GROUP = MAX_OPS - 3
 """Requests in one transaction. The fence is one operation more, and a nested transaction, which has what its parent
 left (store/rules.py), compares two keys at most: its own and a guard."""
+
+GROUP_BYTES = 1024 * 1024
+"""Bytes in one transaction: etcd takes 1.5 MiB unless its operator said otherwise."""
+
+WRITE_BYTES = 256
+"""Bytes of a request besides its value and what stands its key takes: compares, the tags of the encoding."""
 
 RETRY_AT_MOST = 1.0
 """Seconds between two tries of a transaction whose outcome is unknown: several fit outage.GRACE."""
@@ -80,6 +86,12 @@ class Write:
     base: int
     guards: tuple[Compare, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in a transaction, at most. Its key is in up to five messages."""
+        keys_named = 5 * len(self.key) + sum(len(g.key) + len(g.range_end or "") for g in self.guards)
+        return len(self.value or b"") + keys_named + WRITE_BYTES
+
     def as_txn(self) -> Txn:
         write: Op = Delete(self.key) if self.value is None else Put(self.key, self.value)
         return Txn((Compare(self.key, self.base), *self.guards), (write,), (Get(self.key),))
@@ -92,11 +104,23 @@ class Outcome:
     done: it stands in the store.
     revision: the key's mod_revision now, 0 if it is absent.
     found: what stood there instead, if not done.
+    refused: why the store takes it at no time, "" if it does: the transaction would be too large with it alone.
     """
 
     done: bool
     revision: int
     found: KeyValue | None = None
+    refused: str = ""
+
+
+def fitting(writes: Sequence[Write]) -> int:
+    """How many of the first ones go into one transaction, by number and by bytes; at least one if there is one."""
+    size = 0
+    for number, write in enumerate(writes[:GROUP]):
+        size += write.size
+        if size > GROUP_BYTES and number:
+            return number
+    return min(len(writes), GROUP)
 
 
 class Writer:
@@ -231,7 +255,18 @@ class Writer:
         Returns only when every outcome is certain, however long the store is away. Raises Fenced,
         StoreRewound, IncarnationMoved, StoreError. After any of them, or when it was cancelled, the outcome is not
         known and the fence has to be claimed before the next commit; then what stands in the store is final.
+
+        A group that the store calls too large is halved: its operator may have set a limit below etcd's default.
         """
+        try:
+            return await self._commit(writes)
+        except RequestTooLarge as error:
+            if len(writes) <= 1:
+                return [Outcome(False, write.base, refused=str(error)) for write in writes]
+            half = len(writes) // 2
+            return [*await self.commit(writes[:half]), *await self.commit(writes[half:])]
+
+    async def _commit(self, writes: Sequence[Write]) -> list[Outcome]:
         if len(writes) > GROUP:
             raise ValueError(f"{len(writes)} writes in one group; at most {GROUP} fit a transaction")
         async with self._lock:
@@ -244,7 +279,13 @@ class Writer:
                 (Get(self._key), *(Get(write.key) for write in writes)),
             )
             self._claimed = False
-            result = await self._send(txn)
+            try:
+                result = await self._send(txn)
+            except RequestTooLarge:
+                # Nothing was applied. Had an earlier try landed at a member with a higher limit, the next transaction
+                # finds the fence moved by it, and the keys with the fence's revision.
+                self._claimed = True
+                raise
             self.transactions += 1
             outcomes = self._landed(result, writes) if result.succeeded else self._read_back(result, writes)
             self.seq += 1

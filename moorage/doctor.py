@@ -68,7 +68,7 @@ def agent(session: Session) -> Iterator[Finding]:
     # An agent of an earlier version does not say why, and knows neither of the others.
     for sentence in status.get("cut_off", [f"{name} is cut off" for name in status["conflicts"]]):
         yield Finding("agent", sentence)
-    for sentence in status.get("contested", []):
+    for sentence in [*status.get("contested", []), *status.get("set_aside", [])]:
         yield Finding("addresses", sentence)
     if (grace := status.get("grace", {})).get("seconds"):
         yield Finding(

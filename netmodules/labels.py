@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
+import msgspec
+
 from ipam.errors import InvalidInput
 from ipam.netgroups import MOST_NETGROUPS, Netgroup, parse_netgroup
 from ipam.rates import parse_rate
@@ -31,9 +33,9 @@ KNOWN = (
     "moorage.bandwidth.ingress",
     "moorage.bandwidth.egress",
 )
-# All labels of an endpoint go into one record of the store, and a store transaction holds up to 127 of those
-# in at most 1.5 MiB.
 LARGEST_LABELS = 10 * 1024
+"""Bytes of an endpoint's labels as JSON, which is how each of its addresses' records has them. Of such records
+a hundred fit one transaction of the store (ipam/writer.py), so that one app does not delay all others."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}", re.ASCII)
 _POOL = re.compile(r"[A-Za-z0-9:][A-Za-z0-9_.:/-]{0,62}", re.ASCII)
@@ -144,9 +146,12 @@ def _value(label: Label) -> str:
 
 
 def _check_size(labels: Sequence[Label]) -> None:
-    size = sum(len(label.key.encode()) + len((label.value or "").encode()) for label in labels)
+    size = len(msgspec.json.encode(labels))
     if size > LARGEST_LABELS:
-        raise InvalidInput(f"the labels are {size} bytes together; at most {LARGEST_LABELS} are possible")
+        raise InvalidInput(
+            f"the {len(labels)} labels are {size} bytes as JSON, which is how they are recorded; at most "
+            f"{LARGEST_LABELS} are possible: remove some from the app"
+        )
 
 
 def _ip4(value: str) -> IPv4Address:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
-from ipam.errors import StoreError, StoreUnavailable
+from ipam.errors import RequestTooLarge, StoreError, StoreUnavailable
 
 
 class AuthenticationOff(StoreError):
@@ -114,13 +114,13 @@ _REFUSALS = (
         "request is too large",
         Kind.REFUSED,
         "refuses so large a transaction; split it or raise --max-request-bytes",
-        StoreError,
+        RequestTooLarge,
     ),
     _Refusal(
         "grpc: received message larger than max",
         Kind.REFUSED,
         "refuses so large a transaction; split it or raise --max-request-bytes",
-        StoreError,
+        RequestTooLarge,
     ),
     _Refusal(
         "too many operations in txn request",

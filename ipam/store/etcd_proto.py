@@ -43,9 +43,10 @@ _MESSAGES = {
     "WatchCreateRequest": (
         "bytes key=1; bytes range_end=2; int64 start_revision=3; bool progress_notify=4; bool fragment=8"
     ),
-    "WatchRequest": "WatchCreateRequest create_request=1",
+    "WatchProgressRequest": "",
+    "WatchRequest": "WatchCreateRequest create_request=1; WatchProgressRequest progress_request=3",
     "WatchResponse": (
-        "ResponseHeader header=1; bool created=3; bool canceled=4; int64 compact_revision=5; "
+        "ResponseHeader header=1; int64 watch_id=2; bool created=3; bool canceled=4; int64 compact_revision=5; "
         "string cancel_reason=6; bool fragment=7; repeated Event events=11"
     ),
     "StatusRequest": "",
@@ -114,6 +115,7 @@ RequestOp = _CLASSES["RequestOp"]
 TxnRequest = _CLASSES["TxnRequest"]
 WatchRequest = _CLASSES["WatchRequest"]
 WatchCreateRequest = _CLASSES["WatchCreateRequest"]
+WatchProgressRequest = _CLASSES["WatchProgressRequest"]
 LeaseGrantRequest = _CLASSES["LeaseGrantRequest"]
 LeaseRevokeRequest = _CLASSES["LeaseRevokeRequest"]
 LeaseKeepAliveRequest = _CLASSES["LeaseKeepAliveRequest"]

@@ -5,6 +5,9 @@ etcd's own order of things is kept, with three cares:
 - **Resuming** starts behind the last event delivered, never behind a reply's header, whose revision may be
   ahead of its events; only a reply without events (progress, every 10 minutes) says how far all is told.
   Without those a quiet watch would find its place compacted after a lost connection.
+- **A deaf watch is noticed.** A stream can stand, pings and all, while nothing is told on it any more. After SILENCE
+  etcd is asked for its progress; what does not answer is set up anew, within 30 s in all. The reply to that question
+  may be ahead of the events, so it says that the watch is heard, and not how far.
 - **A torrent is taken in sips.** etcd sends a reply for each transaction, and each costs a client 0.2 ms whatever
   is in it. After a few in quick succession the watch is taken down, and set up a moment later: all that
   happened meanwhile comes in one reply. That spares etcd as much, which would send each change to each node.
@@ -22,7 +25,7 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
@@ -45,7 +48,13 @@ BACKOFF = (0.1, 2.0)
 thousand agents do not come back to a restarted etcd in the same moment."""
 
 CONFIRM = 5.0
-"""Seconds etcd may take to confirm a watch; afterwards silence is normal, and pings notice a dead member."""
+"""Seconds etcd may take to confirm a watch; afterwards silence is normal."""
+
+SILENCE = 10.0
+"""Seconds without a reply after which etcd is asked for one, and which it then has to answer."""
+
+OF_NO_WATCH = -1
+"""The watch_id of the reply to a question for progress."""
 
 TORRENT = (5, 0.05)
 """So many replies within so many seconds, and the watch rests."""
@@ -143,7 +152,22 @@ class Watch:
                 # The rest of a reply in fragments would have to be sent again.
                 if self._is_torrent() and not reply.fragment:
                     return
-                reply = await call.read()
+                reply = await self._read(call)
+
+    @staticmethod
+    async def _read(call: Any) -> Any:
+        """The next reply. Raises NoAnswer when nothing is told on the stream any more."""
+        # To end the wait for a read ends the call, so that one read outlasts the question.
+        reading = asyncio.ensure_future(call.read())
+        try:
+            if (await asyncio.wait({reading}, timeout=SILENCE))[1]:
+                await call.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+                if (await asyncio.wait({reading}, timeout=SILENCE))[1]:
+                    log.warning("watch of etcd is deaf, and is set up anew")
+                    raise NoAnswer("etcd told nothing on a watch, and did not say how far it is")
+            return await reading
+        finally:
+            reading.cancel()
 
     def _is_torrent(self) -> bool:
         count, seconds = TORRENT
@@ -162,7 +186,7 @@ class Watch:
 
     async def _take(self, reply: pb.Message) -> None:
         if not reply.events:
-            if not reply.created:
+            if not reply.created and reply.watch_id != OF_NO_WATCH:
                 self._next = max(self._next, reply.header.revision + 1)
             return
         self._arrived.append(time.monotonic())

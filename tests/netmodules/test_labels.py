@@ -98,8 +98,13 @@ def test_a_wrong_value_is_refused_by_the_labels_name(name: str, value: str | Non
 def test_too_many_netgroups_and_too_large_labels_are_refused() -> None:
     with pytest.raises(InvalidInput, match="at most 64"):
         read_labels(labels(netgroups=",".join(f"g{n}" for n in range(65))))
-    with pytest.raises(InvalidInput, match="the labels are 11000 bytes"):
+    with pytest.raises(InvalidInput, match="the 2 labels are 11034 bytes as JSON"):
         read_labels([Label("note", "☃" * 3665), Label("a")])
+    # Many empty ones and many quotes take more room in a record than their characters.
+    with pytest.raises(InvalidInput, match="at most 10240"):
+        read_labels([Label("")] * 2000)
+    with pytest.raises(InvalidInput, match="at most 10240"):
+        read_labels([Label("note", '"' * 6000)])
 
 
 @given(st.lists(st.builds(Label, st.sampled_from(KNOWN) | st.text(), st.none() | st.text())))

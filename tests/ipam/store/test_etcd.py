@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ from ipam.store import (
     open_store,
     read_prefix,
 )
+from tests.ipam.faulty import eventually
 from tests.ipam.store.conftest import Backend, etcd_backend
 from tests.ipam.store.etcd_members import Cluster, free_ports
 from tests.patience import PATIENCE
@@ -366,3 +369,61 @@ async def test_a_watch_that_fails_on_a_bug_tells_who_follows_it(
     with pytest.raises(StoreError, match=r"a bug \(test\)"):
         async with asyncio.timeout(PATIENCE):
             await anext(watch)
+
+
+# --- watches that are told nothing
+
+
+class DeafCall:
+    """A watch's stream that stands, and on which nothing comes after etcd has confirmed the watch."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._confirmed = False
+
+    async def write(self, request: object) -> None:
+        await self._call.write(request)
+
+    async def read(self) -> Any:
+        if self._confirmed:
+            await asyncio.Event().wait()
+        self._confirmed = True
+        return await self._call.read()
+
+
+async def test_a_watch_on_which_nothing_is_told_is_set_up_anew(
+    own: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_watch, "SILENCE", 0.3)
+    store = await opened(own.url())
+    begun = await put(store, "k/a")
+    stream, deaf = store._calls.stream, [True]
+
+    @contextlib.asynccontextmanager
+    async def first_is_deaf(method: Any, timeout: float | None = None) -> AsyncIterator[Any]:
+        async with stream(method, timeout) as call:
+            yield DeafCall(call) if deaf and deaf.pop() else call
+
+    monkeypatch.setattr(store._calls, "stream", first_is_deaf)
+    watch = store.watch("k/", begun + 1)
+    following = asyncio.ensure_future(anext(watch))
+    await eventually(lambda: not deaf)
+    await put(store, "k/b")
+    async with asyncio.timeout(PATIENCE):
+        assert [event.key for event in (await following).events] == ["k/b"]
+
+
+async def test_a_quiet_watch_is_asked_for_its_progress_and_stays(
+    own: Cluster, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_watch, "SILENCE", 1.0)
+    store = await opened(own.url())
+    begun = await put(store, "k/a")
+    stream, streams = store._calls.stream, []
+    monkeypatch.setattr(store._calls, "stream", lambda *args: streams.append(args) or stream(*args))
+    following = asyncio.ensure_future(anext(store.watch("k/", begun + 1)))
+    await asyncio.sleep(3.5)
+    await put(store, "k/b")
+    async with asyncio.timeout(PATIENCE):
+        assert [event.key for event in (await following).events] == ["k/b"]
+    assert len(streams) == 1
