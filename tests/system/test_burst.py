@@ -124,7 +124,7 @@ def test_kill_9_at_random_moments_of_a_burst_changes_nothing(
     random.seed(seed)
     begun = time.monotonic()
     node.ask("status")  # takes about what an agent's start does
-    lives = f"0.005 {max(0.12, (time.monotonic() - begun) / 4):.3f}"
+    lives = f"0.005 {max(0.2, (time.monotonic() - begun) / 3):.3f}"
     interval = directory / "interval"
     interval.write_text(lives)
 

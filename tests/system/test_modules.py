@@ -314,6 +314,7 @@ def test_an_agent_killed_at_any_step_loses_nothing(mortal: LabNode, orders: Path
             assert a.release() == OK
             assert a.cleanup() == OK
             eventually(lambda: not (orders / "step").exists(), within=30)
+            time.sleep(2)  # whoever was to die has died
         eventually(lambda: spooled(node) == [])
         assert_nothing_left(node)
         node.cli("ip", "check")
