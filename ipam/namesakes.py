@@ -57,14 +57,14 @@ class Namesakes:
 
     addresses: this node's on its underlay now.
     elsewhere: containers that the store, or a journal that was copied, has on this node may live on another machine.
-    is_journal_new: this machine's agent wrote for the node in this very boot, and its journal is lost.
+    lost_in_this_boot: this machine's agent wrote for the node in this very boot, and its journal is lost.
     """
 
     def __init__(
         self, store: Store, node: str, me: Identity, addresses: Callable[[], Collection[str]] = lambda: ()
     ) -> None:
         self.elsewhere = me.is_moved
-        self.is_journal_new = False
+        self.lost_in_this_boot = False
         self.lost_journal = False
         self._before: list[str] = []
         self._beside = ""
@@ -83,7 +83,7 @@ class Namesakes:
     def settled(self) -> None:
         """This agent has the name, so nobody has it beside it; and what was another's is looked after."""
         self._beside = ""
-        self.elsewhere = self.is_journal_new = False
+        self.elsewhere = self.lost_in_this_boot = False
 
     async def look(self) -> None:
         """Before the name's fence is taken: who had it since this journal was written. Raises Fenced when another
@@ -121,7 +121,7 @@ class Namesakes:
                 )
         else:
             self.lost_journal = not self._me.known and self._is_same_machine(record)
-            self.is_journal_new = is_this_boot and not self._me.known
+            self.lost_in_this_boot = is_this_boot and not self._me.known
             log.info("the name was this machine's, with another state directory", node=self._node)
 
     def _tell(self, sentence: str) -> None:

@@ -780,7 +780,7 @@ class Isolator:
         """Whether containers that the store has here, and this agent has not, may live all the same: on a machine that
         had the name before; or in a network namespace that this agent does not see, nor any other container of theirs,
         and its journal is too new to say so."""
-        return self._namesakes.elsewhere or (self._namesakes.is_journal_new and not self._links)
+        return self._namesakes.elsewhere or (self._namesakes.lost_in_this_boot and not self._links)
 
     def _on_conflict(self, conflict: Conflict) -> None:
         self._conflicts.note(conflict)

@@ -9,7 +9,7 @@ import pytest
 from ipam import holder, outage, upkeep, writer
 from ipam.store import Store, open_store
 from tests.ipam.faulty import FaultyStore
-from tests.ipam.nodes import Node
+from tests.ipam.nodes import Node, Nodes
 from tests.ipam.store.etcd_members import Cluster
 
 
@@ -69,3 +69,20 @@ async def new_node(tmp_path: Path, faulty: FaultyStore) -> AsyncIterator[Callabl
 async def node(new_node: Callable[..., Node]) -> Node:
     """A node that is not started."""
     return new_node()
+
+
+@pytest.fixture
+async def nodes(tmp_path: Path, store: Store) -> AsyncIterator[Nodes]:
+    """Starts nodes n1, n2, … that are alive and answer each other."""
+    made: list[Node] = []
+
+    async def start(count: int, **options: object) -> list[Node]:
+        for i in range(count):
+            made.append(Node(tmp_path, store, f"n{i + 1}", **options))
+            await made[-1].start()
+            await made[-1].join()
+        return made
+
+    yield start
+    for node in made:
+        await node.crash()

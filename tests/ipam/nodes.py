@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from ipam.store import Store, read_prefix
 from moorage.lab.simulated import SimulatedNode
 from tests.ipam.faulty import FaultyStore, eventually
 from tests.patience import PATIENCE
+
+Nodes = Callable[..., Awaitable[list["Node"]]]
+"""Starts so many nodes; see conftest.py."""
 
 
 class Node(SimulatedNode):

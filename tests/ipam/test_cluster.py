@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -18,10 +18,8 @@ from ipam.reservations import reserve
 from ipam.store import Store, open_store, read_prefix
 from moorage.lab.simulated import burst
 from tests.ipam.faulty import FaultyStore, eventually
-from tests.ipam.nodes import Node, network, stored, stored_when
+from tests.ipam.nodes import Node, Nodes, network, stored, stored_when
 from tests.patience import PATIENCE
-
-Nodes = Callable[..., Awaitable[list[Node]]]
 
 
 @pytest.fixture
@@ -29,23 +27,6 @@ async def store(store_url: Callable[[Path], str], tmp_path: Path) -> AsyncIterat
     opened = await open_store(store_url(tmp_path))
     yield opened
     await opened.close()
-
-
-@pytest.fixture
-async def nodes(tmp_path: Path, store: Store) -> AsyncIterator[Nodes]:
-    """Starts nodes n1, n2, … that are alive and answer each other."""
-    made: list[Node] = []
-
-    async def start(count: int, **options: object) -> list[Node]:
-        for i in range(count):
-            made.append(Node(tmp_path, store, f"n{i + 1}", **options))
-            await made[-1].start()
-            await made[-1].join()
-        return made
-
-    yield start
-    for node in made:
-        await node.crash()
 
 
 async def quiet(*nodes: Node) -> None:

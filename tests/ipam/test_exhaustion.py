@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
 from ipaddress import ip_network
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +22,7 @@ from ipam.pools import Geometry
 from ipam.records import AddressState, Block, Network
 from ipam.store import Store, read_prefix
 from tests.ipam.faulty import eventually
-from tests.ipam.nodes import Node, network, stored, stored_when
+from tests.ipam.nodes import Node, Nodes, network, stored, stored_when
 
 SEEDS = [int(text) for text in os.environ.get("MOORAGE_EXHAUSTION_SEEDS", "1 2 3 4 5 6").split()]
 STEPS = 25
@@ -32,25 +30,6 @@ NODES = 3
 
 BELIEVED = 0.02
 """Seconds for which a node believes here what it read of a pool."""
-
-Nodes = Callable[..., Awaitable[list[Node]]]
-
-
-@pytest.fixture
-async def nodes(tmp_path: Path, store: Store) -> AsyncIterator[Nodes]:
-    """Starts nodes n1, n2, … that are alive and answer each other."""
-    made: list[Node] = []
-
-    async def start(count: int) -> list[Node]:
-        for i in range(count):
-            made.append(Node(tmp_path, store, f"n{i + 1}", cooldown=0.01))
-            await made[-1].start()
-            await made[-1].join()
-        return made
-
-    yield start
-    for node in made:
-        await node.crash()
 
 
 async def settled(store: Store, *running: Node) -> None:
@@ -64,7 +43,7 @@ async def test_a_block_where_others_once_had_an_address_goes_to_the_node_that_ne
     store: Store, nodes: Nodes
 ) -> None:
     net = await network(store, "10.64.0.0/29", warm=0, strict=True)
-    one, two = await nodes(2)
+    one, two = await nodes(2, cooldown=0.01)
     first = await one.add(net, "c1")
     theirs = await two.add(net, "c2", "10.64.0.4")
     mine = first + [(await one.add(net, f"d{n}"))[0] for n in range(4)]
@@ -118,7 +97,7 @@ async def test_nobody_is_refused_an_address_that_the_rules_allow(
         Network(name="prod", pools=[], warm=chance.choice((0, 0, 2)), strict=strict),
         [PoolSpec("10.64.0.0/28", block_size=chance.choice((29, 30)), static=static)],
     )
-    running = await nodes(NODES)
+    running = await nodes(NODES, cooldown=0.01)
     owned: list[tuple[Node, list[IPAddress]]] = []
     pool = next(iter(running[0].catalogue.pools()))
     for step in range(STEPS):

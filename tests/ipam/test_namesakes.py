@@ -124,9 +124,12 @@ async def test_what_an_agent_cannot_know_the_end_of_may_live_until_it_is_settled
     node = Node(tmp_path / "b", store, "n1", boot_id=boot, machine_id=machine)
     node.load()
     await node.namesakes.look()
-    assert (node.namesakes.elsewhere, node.namesakes.is_journal_new) == (machine == OTHER, machine == MACHINE)
+    assert (node.namesakes.elsewhere, node.namesakes.lost_in_this_boot) == (
+        machine == OTHER,
+        machine == MACHINE,
+    )
     await node.holder.sync()
-    assert (node.namesakes.elsewhere, node.namesakes.is_journal_new) == (False, False)
+    assert (node.namesakes.elsewhere, node.namesakes.lost_in_this_boot) == (False, False)
     node.journal.close()
 
 

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +136,6 @@ def test_a_corrupt_store_is_refused_with_the_remedy_and_not_emptied(node: LabNod
     eventually(lambda: not node.is_running)
     assert str(store) in node.log.read_text()
     assert store.read_bytes().startswith(b"this is no database")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "mrg-small", str(tmp_path)], check=True)
-    try:
-        yield tmp_path
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_with_a_full_disk_add_is_refused_and_del_still_works(small_disk: Path) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import os
 import resource
 import socket
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -173,17 +172,6 @@ def test_with_128_mb_of_memory_many_callers_and_large_requests_are_served(
         link.close()
     served_again(node)
     assert node.pid == pid
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "mrg-small", str(place)], check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def fill(disk: Path) -> Path:

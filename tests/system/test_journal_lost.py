@@ -267,17 +267,6 @@ def test_an_add_that_only_an_older_journal_calls_unfinished_is_not_undone(tmp_pa
             container.delete("web")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "mrg-small", str(place)], check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def fill(disk: Path, node: LabNode, nobody: Container) -> Path:
     """No room is left, not even for the smallest commit: the journal's log has some of its own for a few."""
     filler = disk / "filler"
